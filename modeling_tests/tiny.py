@@ -1,0 +1,131 @@
+"""Tiny random parts for tests and benchmarks: milliseconds, offline."""
+
+import string
+
+import numpy as np
+import torch
+from transformers import LlamaTokenizer
+
+from uni_moe_hf import UniMoEConfig, UniMoEForConditionalGeneration, UniMoEProcessor
+from uni_moe_hf.composition import build_processor
+
+
+WORDS = "A USER: ASSISTANT: what is this it a bird bell red blue yes no hello".split()
+# Pieces as SentencePiece has them: "▁word", single characters, and bytes for everything else.
+PIECES = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    *(f"<0x{byte:02X}>" for byte in range(256)),
+    "▁",
+    *string.ascii_letters,
+    *string.digits,
+    *"<>:.,'?!",
+]
+
+
+def tiny_tokenizer() -> LlamaTokenizer:
+    """A Llama tokenizer of characters, bytes and a few merged words."""
+    vocab = {piece: index for index, piece in enumerate(PIECES)}
+    merges = []
+    for word in WORDS:
+        left = "▁"
+        for character in word:
+            if (left, character) not in merges:
+                merges.append((left, character))
+            left += character
+            vocab.setdefault(left, len(vocab))
+    return LlamaTokenizer(vocab=vocab, merges=merges, unk_token="<unk>", bos_token="<s>", eos_token="</s>", add_bos_token=True)
+
+
+def tiny_config(text: dict | None = None, without: tuple[str, ...] = (), **fields) -> UniMoEConfig:
+    """All three towers unless named in `without`; every width is a multiple of 8, as grouped products demand."""
+    attention = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    towers = {
+        "vision_config": {"hidden_size": 32, "intermediate_size": 64, "image_size": 16, "patch_size": 8, **attention},
+        "speech_config": {
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 64,
+            "decoder_ffn_dim": 64,
+            "max_source_positions": 50,
+            "max_target_positions": 16,
+            "num_mel_bins": 80,
+            "vocab_size": 20,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 1,
+        },
+        "audio_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "patch_embedding_size": 16,
+            "num_conv_pos_embeddings": 8,
+            "num_conv_pos_embedding_groups": 4,
+            "num_buckets": 32,
+            "max_bucket_distance": 80,
+            **attention,
+        },
+        "audio_connector_config": {"hidden_size": 32, "intermediate_size": 64, **attention},
+    }
+    if "audio" in without:
+        without = (*without, "audio_connector")
+    return UniMoEConfig(
+        text_config={
+            "vocab_size": len(tiny_tokenizer()),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_key_value_heads": 2,
+            "pad_token_id": 0,
+            "num_experts": 4,
+            **attention,
+            **(text or {}),
+        },
+        **{name: value for name, value in towers.items() if name.removesuffix("_config") not in without},
+        **{"num_speech_query_tokens": 3, "num_audio_query_tokens": 5, **fields},
+    )
+
+
+def tiny_model(text: dict | None = None, without: tuple[str, ...] = (), seed: int = 0, **fields) -> UniMoEForConditionalGeneration:
+    """A random model in evaluation mode whose LoRA experts differ from each other and from their bases."""
+    torch.manual_seed(seed)
+    model = UniMoEForConditionalGeneration(tiny_config(text, without, **fields)).eval()
+    with torch.no_grad():
+        for experts in model._experts():
+            if experts.lora is not None:
+                experts.lora.gate_up_b.normal_(std=0.1)
+                experts.lora.down_b.normal_(std=0.1)
+        for name, parameter in model.named_parameters():
+            if "norm" not in name and parameter.dim() > 1:
+                parameter.mul_(3)  # the default 0.02 makes tiny models nearly blind to their inputs
+    return model
+
+
+def tiny_processor(config: UniMoEConfig | None = None, **settings) -> UniMoEProcessor:
+    """The processor that fits [`tiny_config`]; windows last one second."""
+    config = config or tiny_config()
+    return build_processor(config, tiny_tokenizer(), chunk_length=1, **settings)
+
+
+def tone(seconds: float = 0.7, pitch: float = 440.0, rate: int = 16000) -> np.ndarray:
+    """`(seconds * rate,)` a sine wave, float32."""
+    return (0.3 * np.sin(2 * np.pi * pitch * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (20, 24)) -> np.ndarray:
+    """`(*size, 3)` random colours, uint8."""
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def film(seed: int = 0, frames: int = 5) -> np.ndarray:
+    """`(frames, 20, 24, 3)` random colours, uint8."""
+    return np.stack([picture(seed * 100 + frame) for frame in range(frames)])
+
+
+def user(*parts: dict | str) -> list[dict]:
+    """A conversation of one user message."""
+    return [{"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}]

@@ -1,0 +1,471 @@
+"""
+Building Uni-MoE models: from pretrained parts to a dense model, from PEFT adapters to a mixture of experts.
+
+Memory note: growing moves the decoder's own feed-forward modules into the mixture, nothing is copied that can be shared.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPImageProcessorPil,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    WhisperModel,
+)
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from .beats_uni_moe import BeatsModel
+from .configuration_uni_moe import UniMoEConfig, UniMoETextConfig
+from .experts_uni_moe import UniMoESparseMoeBlock
+from .feature_extraction_uni_moe import UniMoEFeatureExtractor
+from .modeling_uni_moe import UniMoEForConditionalGeneration
+from .processing_uni_moe import MODALITIES, UniMoEProcessor
+
+
+# Beside an exported adapter: the projector that was trained with it.
+PROJECTOR_FILE = "projector.safetensors"
+CONNECTORS = {"image": "vision", "video": "vision", "audio": "audio", "speech": "speech"}
+
+_LORA_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.(gate|up|down)_proj\.lora_([AB])\.weight$")
+_PROJECTOR_KEY = re.compile(r"(?:^|\.)((vision|speech|audio)_connector\.projector\..+)$")
+
+
+def build_model(
+    llm: str | PreTrainedModel,
+    vision_tower: str | PreTrainedModel | None = None,
+    speech_tower: str | PreTrainedModel | None = None,
+    audio_tower: str | BeatsModel | None = None,
+    **config,
+) -> UniMoEForConditionalGeneration:
+    r"""
+    Joins pretrained parts into a dense Uni-MoE with fresh connectors: where the three stages begin.
+
+    Args:
+        llm (`str` or [`PreTrainedModel`]): A Llama, as a Hub id, a folder or a loaded `LlamaForCausalLM`.
+        vision_tower (`str` or [`PreTrainedModel`], *optional*): A vision backbone with patch tokens, CLIP or other.
+        speech_tower (`str` or [`PreTrainedModel`], *optional*): A Whisper model. Its encoder becomes the tower; its
+            decoder, where there is one, the start of the speech connector, as in the original.
+        audio_tower (`str` or [`BeatsModel`], *optional*): A BEATs saved by this package.
+        config: Further fields of [`UniMoEConfig`], for example `video_pooling`.
+
+    Returns:
+        [`UniMoEForConditionalGeneration`] with dense layers only, in the dtype of `llm`.
+
+    Raises:
+        ValueError: `llm` is not a Llama, or a part is not of the expected kind.
+
+    Source: Uni-MoE (https://huggingface.co/papers/2405.11273), figure 3.
+    """
+    if isinstance(llm, str):
+        llm = AutoModelForCausalLM.from_pretrained(llm)
+    if llm.config.model_type != "llama":
+        raise ValueError(f"`llm` is a '{llm.config.model_type}' model, but the decoder of Uni-MoE is a 'llama'.")
+    vision = _vision_part(vision_tower)
+    speech_encoder, speech_decoder = _speech_parts(speech_tower)
+    audio = BeatsModel.from_pretrained(audio_tower) if isinstance(audio_tower, str) else audio_tower
+
+    text = {k: v for k, v in llm.config.to_dict().items() if k not in ("model_type", "architectures", "dtype")}
+    text["mlp_layer_types"] = ["dense"] * llm.config.num_hidden_layers
+    for name, part in (("vision_config", vision), ("speech_config", speech_encoder), ("audio_config", audio)):
+        if part is not None:
+            config[name] = part.config.to_dict()
+    model = UniMoEForConditionalGeneration(UniMoEConfig(text_config=text, **config))
+
+    model.model.language_model.load_state_dict(llm.model.state_dict())
+    model.lm_head.load_state_dict(llm.lm_head.state_dict())
+    if vision is not None:
+        model.model.vision_tower.load_state_dict(vision.state_dict())
+    if speech_encoder is not None:
+        model.model.speech_tower.load_state_dict(speech_encoder.state_dict())
+    if speech_decoder is not None:
+        weights = {k: v for k, v in speech_decoder.state_dict().items() if not k.startswith("embed_tokens.")}
+        model.model.speech_connector.decoder.load_state_dict(weights)
+    if audio is not None:
+        model.model.audio_tower.load_state_dict(audio.state_dict())
+    model.generation_config = llm.generation_config
+    return model.to(llm.dtype)
+
+
+def _vision_part(tower: str | PreTrainedModel | None) -> PreTrainedModel | None:
+    """A vision backbone; of a model with a text half (CLIP) the vision half."""
+    tower = AutoModel.from_pretrained(tower) if isinstance(tower, str) else tower
+    return getattr(tower, "vision_model", tower)
+
+
+def _speech_parts(tower: str | PreTrainedModel | None) -> tuple[PreTrainedModel | None, nn.Module | None]:
+    """Encoder and, where there is one, decoder of a Whisper model."""
+    if tower is None:
+        return None, None
+    tower = WhisperModel.from_pretrained(tower) if isinstance(tower, str) else tower
+    if tower.config.model_type != "whisper":
+        raise ValueError(f"`speech_tower` is a '{tower.config.model_type}' model, but a 'whisper' is needed.")
+    if type(tower).__name__ == "WhisperEncoder":
+        return tower, None
+    return tower.get_encoder(), tower.get_decoder()
+
+
+def build_processor(
+    config: UniMoEConfig, tokenizer: PreTrainedTokenizerBase, image_processor=None, chunk_length: int = 30, **settings
+) -> UniMoEProcessor:
+    r"""
+    Makes the processor that fits a model, and tells the config the placeholders' ids.
+
+    Args:
+        config ([`UniMoEConfig`]): Of the model; its four placeholder ids are set to the tokenizer's.
+        tokenizer ([`PreTrainedTokenizerBase`]): Of the LLM. Gets the four placeholder tokens, behind the vocabulary,
+            and a padding token where it has none.
+        image_processor (*optional*): [`CLIPImageProcessor`] of the tower's picture size by default.
+        chunk_length (`int`, *optional*, defaults to 30): Seconds of a window of sound, in a model without a speech
+            tower; with one its `max_source_positions` decides.
+        settings: Further arguments of [`UniMoEProcessor`], for example `video_frames`.
+
+    Returns:
+        [`UniMoEProcessor`].
+
+    Raises:
+        ValueError: the speech tower's window is not a whole number of seconds.
+    """
+    _add_placeholders(config, tokenizer)
+    feature_size = 80
+    if config.speech_config is not None:
+        chunk_length, rest = divmod(config.speech_config.max_source_positions, 50)
+        feature_size = config.speech_config.num_mel_bins
+        if rest:
+            raise ValueError(
+                f"`speech_config.max_source_positions={config.speech_config.max_source_positions}` is no whole number "
+                "of seconds at 50 positions per second; use a multiple of 50."
+            )
+    mel_bins = config.audio_config.num_mel_bins if config.audio_config is not None else 128
+    if image_processor is None:
+        side = config.vision_config.image_size if config.vision_config is not None else 336
+        size = {"height": side, "width": side}
+        image_processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=size)
+    return UniMoEProcessor(
+        image_processor,
+        UniMoEFeatureExtractor(feature_size=feature_size, chunk_length=chunk_length, num_audio_mel_bins=mel_bins),
+        tokenizer,
+        **{
+            "modalities": list(config.modalities),
+            "image_seq_length": config.image_seq_length or 576,
+            "video_pooling": config.video_pooling,
+            "num_speech_query_tokens": config.num_speech_query_tokens,
+            "num_audio_query_tokens": config.num_audio_query_tokens,
+            **settings,
+        },
+    )
+
+
+def _add_placeholders(config: UniMoEConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Four special tokens with ids of `vocab_size` or above, and a padding token."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokens = [f"<{modality}>" for modality in MODALITIES]
+    if any(token not in tokenizer.get_vocab() for token in tokens):
+        # Ids are given out in order, and many vocabularies are smaller than their padded embedding table.
+        missing = config.text_config.vocab_size - len(tokenizer)
+        tokenizer.add_tokens([f"<reserved_{number}>" for number in range(missing)], special_tokens=True)
+        tokenizer.add_tokens(tokens, special_tokens=True)
+    for modality, token in zip(MODALITIES, tokens, strict=True):
+        setattr(config, f"{modality}_token_id", tokenizer.convert_tokens_to_ids(token))
+    config.validate_architecture()
+    if config.text_config.pad_token_id is None:
+        config.text_config.pad_token_id = tokenizer.pad_token_id
+
+
+@dataclass
+class ExpertAdapter:
+    """
+    A stage-2 adapter, read and checked.
+
+    Args:
+        name (`str`): For messages.
+        scaling (`float`): What its products are multiplied by.
+        factors (`dict`): `(layer, "gate" | "up" | "down", "A" | "B")` -> `(rank, in)` or `(out, rank)`.
+        projectors (`dict[str, dict]`): `"vision" | "speech" | "audio"` -> the connector's trained tensors.
+    """
+
+    name: str
+    rank: int
+    scaling: float
+    factors: dict[tuple[int, str, str], torch.Tensor]
+    projectors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+
+def read_expert(name: str, folder: str | Path, text_config: UniMoETextConfig) -> ExpertAdapter:
+    """
+    Args:
+        name (`str`): Of the expert, for messages.
+        folder (`str` or `Path`): A PEFT adapter on the MLP projections: a stage-2 checkpoint or an exported one.
+        text_config ([`UniMoETextConfig`]): Of the model that it must fit.
+
+    Returns:
+        [`ExpertAdapter`].
+
+    Raises:
+        ValueError: no adapter there, of another method, with other keys, or for a model of another shape.
+    """
+    folder = Path(folder)
+    config_file, weights_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise ValueError(f"Expert '{name}': '{folder}' holds no {file.name}; give a PEFT adapter's folder.")
+    peft_config = json.loads(config_file.read_text())
+    unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern") if peft_config.get(key)]
+    if peft_config.get("peft_type") != "LORA" or unsupported:
+        raise ValueError(
+            f"Expert '{name}': '{folder}' is an adapter of type {peft_config.get('peft_type')}"
+            f"{' with ' + ', '.join(unsupported) if unsupported else ''}; only plain LoRA can become an expert."
+        )
+    rank, alpha = peft_config["r"], peft_config["lora_alpha"]
+    adapter = ExpertAdapter(name, rank, alpha / (rank**0.5 if peft_config.get("use_rslora") else rank), {})
+
+    tensors = load_file(weights_file)
+    if (folder / PROJECTOR_FILE).is_file():
+        tensors |= load_file(folder / PROJECTOR_FILE)
+    for key, tensor in tensors.items():
+        if match := _LORA_KEY.search(key):
+            layer, projection, side = match.groups()
+            adapter.factors[int(layer), projection, side] = tensor
+        elif match := _PROJECTOR_KEY.search(key):
+            adapter.projectors.setdefault(match.group(2), {})[match.group(1)] = tensor
+        else:
+            raise ValueError(f"Expert '{name}': '{folder}' holds '{key}', which is neither MLP LoRA nor a projector.")
+
+    hidden, inner = text_config.hidden_size, text_config.intermediate_size
+    sizes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    for layer in range(text_config.num_hidden_layers):
+        for projection, (rows, columns) in sizes.items():
+            for side, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+                found = adapter.factors.get((layer, projection, side))
+                if found is None or tuple(found.shape) != shape:
+                    raise ValueError(
+                        f"Expert '{name}' does not fit the model: LoRA {side} of layer {layer} `{projection}_proj` is "
+                        f"{'missing' if found is None else tuple(found.shape)}, expected {shape}."
+                    )
+    if len(adapter.factors) != 6 * text_config.num_hidden_layers:
+        raise ValueError(
+            f"Expert '{name}' was trained on more layers than the model's {text_config.num_hidden_layers}."
+        )
+    return adapter
+
+
+def export_expert(adapter_folder: str | Path, output_folder: str | Path) -> Path:
+    r"""
+    Rewrites a stage-2 checkpoint as an ordinary PEFT adapter of the plain LLM, with the projector beside it.
+
+    Args:
+        adapter_folder (`str` or `Path`): A stage-2 checkpoint, with the composite model's names.
+        output_folder (`str` or `Path`): Gets `adapter_config.json` and `adapter_model.safetensors`, which
+            `PeftModel.from_pretrained(plain_llm, ...)` loads without a missing key, and `projector.safetensors`.
+
+    Returns:
+        `Path`: the output folder.
+
+    Raises:
+        ValueError: the folder holds no adapter, or keys of something else.
+    """
+    adapter_folder, output_folder = Path(adapter_folder), Path(output_folder)
+    config_file, weights_file = adapter_folder / "adapter_config.json", adapter_folder / "adapter_model.safetensors"
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise ValueError(f"'{adapter_folder}' holds no {file.name}; give the folder of a stage-2 checkpoint.")
+    lora, projectors = {}, {}
+    for key, tensor in load_file(weights_file).items():
+        if match := _LORA_KEY.search(key):
+            lora[f"base_model.model.model.{key[match.start() :].lstrip('.')}"] = tensor
+        elif match := _PROJECTOR_KEY.search(key):
+            projectors[match.group(1)] = tensor
+        else:
+            raise ValueError(f"'{weights_file}' holds '{key}', which is neither MLP LoRA nor a projector.")
+    peft_config = json.loads(config_file.read_text()) | {
+        "target_modules": ["down_proj", "gate_proj", "up_proj"],
+        "modules_to_save": None,
+        "auto_mapping": None,
+        "base_model_name_or_path": None,
+    }
+    output_folder.mkdir(parents=True, exist_ok=True)
+    save_file(lora, output_folder / weights_file.name, metadata={"format": "pt"})
+    if projectors:
+        save_file(projectors, output_folder / PROJECTOR_FILE, metadata={"format": "pt"})
+    (output_folder / config_file.name).write_text(json.dumps(peft_config, indent=2))
+    return output_folder
+
+
+@torch.no_grad()
+def grow_experts(
+    model: UniMoEForConditionalGeneration,
+    experts: Mapping[str, str | Path | None],
+    shared_base: bool = True,
+    layers: str | list[int] = "all",
+    num_experts_per_tok: int = 2,
+    lora_rank: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.05,
+    projectors: Mapping[str, str] | None = None,
+) -> UniMoEForConditionalGeneration:
+    r"""
+    Turns a dense model into a mixture of experts, one per stage-2 adapter. Works in place and returns the model.
+
+    With a shared base each adapter *becomes* an expert: routed to that expert alone, the model computes what the dense
+    model with the adapter computes, to rounding (with `layers="all"`; a layer that stays dense keeps the plain LLM's
+    feed-forward network, as in the original). With own bases each adapter is merged into a copy, and a fresh LoRA is
+    added, as in the paper.
+
+    Args:
+        model ([`UniMoEForConditionalGeneration`]): Dense, the parent of all adapters.
+        experts (`dict[str, str | Path | None]`): Expert name -> adapter folder; `None` is the plain LLM's network.
+        shared_base (`bool`, *optional*, defaults to `True`): One frozen network for all experts, or a copy for each.
+        layers (`str` or `list[int]`, *optional*, defaults to `"all"`): `"all"`, `"even"`, or the sparse layers.
+        num_experts_per_tok (`int`, *optional*, defaults to 2): Experts per token.
+        lora_rank (`int`, *optional*, defaults to 8): Rank of the fresh LoRA of own bases. With a shared base the
+            adapters' largest rank counts instead, smaller ones are filled up without changing the function.
+        lora_alpha (`float`, *optional*, defaults to 16): Its scale.
+        lora_dropout (`float`, *optional*, defaults to 0.05): Dropout on the experts' LoRA.
+        projectors (`dict[str, str]`, *optional*): Modality ("image", "speech", ...) -> the expert whose trained
+            projector to keep; needed where experts bring different ones for the same connector.
+
+    Returns:
+        The same model, with sparse layers.
+
+    Raises:
+        ValueError: the model is sparse already, an adapter does not fit, or experts disagree about a projector. Nothing
+            has been changed then.
+
+    Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.3.
+    """
+    config = model.config.text_config
+    if config.is_sparse:
+        raise ValueError(
+            f"The model already has {config.num_experts} experts in {config.mlp_layer_types.count('sparse')} layers; "
+            "experts are grown from a dense model."
+        )
+    adapters = {name: None if folder is None else read_expert(name, folder, config) for name, folder in experts.items()}
+    given = [adapter for adapter in adapters.values() if adapter is not None]
+    chosen = _choose_projectors(model, given, projectors or {})
+    if shared_base and given:
+        largest = max(given, key=lambda adapter: adapter.rank)
+        lora_rank, lora_alpha = largest.rank, largest.scaling * largest.rank
+    fields = {
+        "mlp_layer_types": _layer_types(layers, config.num_hidden_layers),
+        "num_experts": len(adapters),
+        "num_experts_per_tok": num_experts_per_tok,
+        "expert_names": list(adapters),
+        "shared_expert_base": shared_base,
+        "expert_lora_rank": lora_rank,
+        "expert_lora_alpha": lora_alpha,
+        "expert_lora_dropout": lora_dropout,
+    }
+    UniMoETextConfig(**{**config.to_dict(), **fields})  # every check, before anything is changed
+
+    for name, value in fields.items():
+        setattr(config, name, value)
+    decoder = model.model.language_model
+    for index, layer in enumerate(decoder.layers):
+        if config.mlp_layer_types[index] == "sparse":
+            layer.mlp = _grown_block(layer.mlp, config, list(adapters.values()), index, decoder._init_weights)
+    model.load_state_dict({f"model.{key}": tensor for key, tensor in chosen.items()}, strict=False)
+    return model
+
+
+def _layer_types(layers: str | list[int], num_layers: int) -> list[str]:
+    indices = {"all": range(num_layers), "even": range(0, num_layers, 2)}.get(layers) if isinstance(layers, str) else layers
+    if indices is None or not all(0 <= index < num_layers for index in indices):
+        raise ValueError(f"`layers={layers!r}` must be 'all', 'even' or indices below the {num_layers} layers.")
+    return ["sparse" if index in indices else "dense" for index in range(num_layers)]
+
+
+def _choose_projectors(
+    model: UniMoEForConditionalGeneration, adapters: list[ExpertAdapter], choices: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
+    """The projector tensors to keep; experts that disagree need a choice."""
+    for modality, name in choices.items():
+        if modality not in CONNECTORS or name not in {adapter.name for adapter in adapters}:
+            raise ValueError(
+                f"`projectors` maps {modality!r} to {name!r}; keys are of {list(CONNECTORS)}, values of the experts with "
+                f"an adapter, {[adapter.name for adapter in adapters]}."
+            )
+    choices = {CONNECTORS[modality]: name for modality, name in choices.items()}
+    own = model.model.state_dict()
+    chosen = {}
+    for connector in ("vision", "audio", "speech"):
+        bringing = [adapter for adapter in adapters if connector in adapter.projectors]
+        if connector in choices:
+            bringing = [adapter for adapter in bringing if adapter.name == choices[connector]]
+        for adapter in bringing:
+            tensors = adapter.projectors[connector]
+            for key, tensor in tensors.items():
+                if key not in own or own[key].shape != tensor.shape:
+                    raise ValueError(
+                        f"Expert '{adapter.name}' brings '{key}' of shape {tuple(tensor.shape)}, the model "
+                        f"{'has none' if key not in own else 'has ' + str(tuple(own[key].shape))}."
+                    )
+                if key in chosen and not torch.equal(chosen[key], tensor):
+                    names = [adapter.name for adapter in bringing]
+                    raise ValueError(
+                        f"Experts {names} bring different projectors for {connector}; say which to keep, for example "
+                        f"`projectors={{'{'image' if connector == 'vision' else connector}': '{names[0]}'}}`."
+                    )
+                chosen[key] = tensor
+    return chosen
+
+
+def _grown_block(
+    mlp: LlamaMLP, config: UniMoETextConfig, adapters: list[ExpertAdapter | None], layer: int, init_weights
+) -> UniMoESparseMoeBlock:
+    """A mixture in place of `mlp`; the router starts fresh."""
+    weight = mlp.gate_proj.weight
+    with torch.device("meta"):  # the shared base is `mlp` itself, a second one is never allocated
+        block = UniMoESparseMoeBlock(config)
+    if block.experts.shared_base:
+        block.experts.base = mlp
+    for module in (block.gate, block.experts, block.experts.lora):
+        if module is not None:
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=weight.device, dtype=weight.dtype)))
+    for module in block.modules():
+        if module is not mlp and not isinstance(module, nn.Linear):
+            init_weights(module)
+
+    for expert, adapter in enumerate(adapters):
+        factors = {} if adapter is None else {
+            (projection, side): tensor.to(weight.device, torch.float32)
+            for (at, projection, side), tensor in adapter.factors.items()
+            if at == layer
+        }  # fmt: skip
+        if block.experts.shared_base:
+            _fill_lora(block.experts, expert, adapter, factors)
+        else:
+            for row, name in enumerate(("gate", "up", "down")):
+                merged = getattr(mlp, f"{name}_proj").weight.float()
+                if adapter is not None:
+                    merged = merged + adapter.scaling * (factors[name, "B"] @ factors[name, "A"])
+                target = block.experts.down_proj[expert] if name == "down" else block.experts.gate_up_proj[expert].chunk(2)[row]
+                target.copy_(merged)
+    return block
+
+
+def _fill_lora(experts: nn.Module, expert: int, adapter: ExpertAdapter | None, factors: dict) -> None:
+    """An adapter's factors into an expert's slots; slots above its rank keep a zero second factor."""
+    if adapter is None:
+        return
+    lora, rank, ratio = experts.lora, adapter.rank, adapter.scaling / experts.lora_scaling
+    slots = {
+        "gate": (lora.gate_up_a[expert].chunk(2)[0], lora.gate_up_b[expert].chunk(2)[0]),
+        "up": (lora.gate_up_a[expert].chunk(2)[1], lora.gate_up_b[expert].chunk(2)[1]),
+        "down": (lora.down_a[expert], lora.down_b[expert]),
+    }
+    for projection, (a, b) in slots.items():
+        a[:rank].copy_(factors[projection, "A"])
+        b[:, :rank].copy_(factors[projection, "B"] * ratio)
+
+
+__all__ = ["build_model", "build_processor", "export_expert", "grow_experts", "read_expert"]

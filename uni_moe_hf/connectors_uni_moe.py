@@ -1,0 +1,107 @@
+"""
+Connectors: from the features of a frozen tower to rows in the decoder's embedding space.
+
+Each ends in a `projector`; speech and sound first gather a window into a fixed number of learned queries.
+Letters: W windows, L encoder positions, Q query tokens, D tower width, H decoder width.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import Blip2QFormerModel
+from transformers.activations import ACT2FN
+from transformers.models.whisper.modeling_whisper import WhisperDecoder
+
+from .configuration_uni_moe import UniMoEConfig
+
+
+class VisionConnector(nn.Module):
+    """
+    A two-layer MLP on each patch token.
+
+    Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.1 ("linear projection"); the released
+    weights are `mlp2x_gelu`, `*/model/multimodal_projector/builder.py@f5e82dd`.
+    """
+
+    def __init__(self, config: UniMoEConfig):
+        super().__init__()
+        tower, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
+        self.projector = nn.Sequential(
+            nn.Linear(tower, hidden), ACT2FN[config.projector_hidden_act], nn.Linear(hidden, hidden)
+        )
+
+    def forward(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            encoder_hidden_states (`torch.Tensor` of shape `(num_images, num_patches, tower_width)`): Patch tokens.
+
+        Returns:
+            `torch.Tensor` of shape `(num_images, num_patches, hidden_size)`.
+        """
+        return self.projector(encoder_hidden_states)
+
+
+class SpeechConnector(nn.Module):
+    """
+    A Whisper decoder driven by learned queries instead of text, then a linear projector.
+
+    Queries attend causally to each other and fully to the encoder's output, as in the original. Its size is that of
+    the decoder half of `speech_config`.
+
+    Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.1; `Uni_MoE_speech/model/audio_aligner@f5e82dd`.
+    """
+
+    def __init__(self, config: UniMoEConfig):
+        super().__init__()
+        # A copy: the decoder must not be told to cache, and the tower's config is saved as it came.
+        decoder_config = copy.deepcopy(config.speech_config)
+        decoder_config.use_cache = False
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_speech_query_tokens, decoder_config.d_model))
+        self.decoder = WhisperDecoder(decoder_config)
+        self.decoder.embed_tokens = None  # queries come as embeddings; the table would be dead weight
+        self.projector = nn.Linear(decoder_config.d_model, config.text_config.hidden_size)
+
+    def forward(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            encoder_hidden_states (`torch.Tensor` of shape `(num_windows, positions, d_model)`): Whisper's output.
+
+        Returns:
+            `torch.Tensor` of shape `(num_windows, num_speech_query_tokens, hidden_size)`.
+        """
+        queries = self.query_tokens.expand(encoder_hidden_states.shape[0], -1, -1)  # (W, Q, D)
+        outputs = self.decoder(inputs_embeds=queries, encoder_hidden_states=encoder_hidden_states, use_cache=False)
+        return self.projector(outputs.last_hidden_state)
+
+
+class AudioConnector(nn.Module):
+    """
+    A BLIP-2 Q-Former on BEATs tokens, then a linear projector.
+
+    The Q-Former attends to all BEATs tokens of a window, padding included, as in the original.
+
+    Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.1; `Uni_MoE_audio/model/audio_aligner@f5e82dd`.
+    """
+
+    def __init__(self, config: UniMoEConfig):
+        super().__init__()
+        qformer_config = config.audio_connector_config
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_audio_query_tokens, qformer_config.hidden_size))
+        self.qformer = Blip2QFormerModel(qformer_config)
+        self.projector = nn.Linear(qformer_config.hidden_size, config.text_config.hidden_size)
+
+    def forward(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            encoder_hidden_states (`torch.Tensor` of shape `(num_windows, positions, audio_width)`): BEATs' output.
+
+        Returns:
+            `torch.Tensor` of shape `(num_windows, num_audio_query_tokens, hidden_size)`.
+        """
+        queries = self.query_tokens.expand(encoder_hidden_states.shape[0], -1, -1)  # (W, Q, D)
+        outputs = self.qformer(query_embeds=queries, encoder_hidden_states=encoder_hidden_states)
+        return self.projector(outputs.last_hidden_state)
+
+
+__all__ = ["AudioConnector", "SpeechConnector", "VisionConnector"]

@@ -1,0 +1,296 @@
+"""
+From sound to tensors: any audio file to a 16 kHz waveform, a waveform to windows, a window to features.
+
+Speech windows become Whisper's log-mel (`input_features`), sound windows BEATs' filterbank (`input_values`).
+"""
+
+import warnings
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import BatchFeature, WhisperFeatureExtractor
+from transformers.audio_utils import load_audio, mel_filter_bank, spectrogram, window_function
+
+
+class UniMoEFeatureExtractor(WhisperFeatureExtractor):
+    r"""
+    One extractor for both ears. Clips of any length are cut into windows of `chunk_length` seconds.
+
+    Args:
+        feature_size (`int`, *optional*, defaults to 80): Mel bins of Whisper's log-mel.
+        sampling_rate (`int`, *optional*, defaults to 16000): In hertz.
+        hop_length (`int`, *optional*, defaults to 160): Samples between two frames.
+        chunk_length (`int`, *optional*, defaults to 30): Window length in seconds.
+        n_fft (`int`, *optional*, defaults to 400): Samples of one Whisper frame.
+        num_audio_mel_bins (`int`, *optional*, defaults to 128): Mel bins of BEATs' filterbank.
+        max_speech_windows (`int`, *optional*): Longest speech clip, in windows; unlimited by default.
+        max_audio_windows (`int`, *optional*, defaults to 20): Longest sound clip, in windows (10 minutes, as in the
+            original, which drops the rest silently; here it is an error).
+
+    Source: `Uni_MoE_speech/inference_all.py@f5e82dd` and `Uni_MoE_audio/model/audio_encoder/BEATs.py@f5e82dd`.
+    """
+
+    model_input_names = ["input_features", "input_values", "input_values_mask"]
+
+    # Statistics of AudioSet with which BEATs was trained, from `BEATs.py::preprocess`.
+    fbank_mean = 15.41663
+    fbank_std = 6.55582
+
+    def __init__(
+        self,
+        feature_size: int = 80,
+        sampling_rate: int = 16000,
+        hop_length: int = 160,
+        chunk_length: int = 30,
+        n_fft: int = 400,
+        num_audio_mel_bins: int = 128,
+        max_speech_windows: int | None = None,
+        max_audio_windows: int | None = 20,
+        **kwargs,
+    ):
+        super().__init__(
+            feature_size=feature_size,
+            sampling_rate=sampling_rate,
+            hop_length=hop_length,
+            chunk_length=chunk_length,
+            n_fft=n_fft,
+            **kwargs,
+        )
+        self.num_audio_mel_bins = num_audio_mel_bins
+        self.max_speech_windows = max_speech_windows
+        self.max_audio_windows = max_audio_windows
+
+    def num_windows(self, waveform: np.ndarray) -> int:
+        """Windows of a clip: every started one counts, so exactly `chunk_length` seconds are one window."""
+        return max(1, -(-len(waveform) // self.n_samples))
+
+    def __call__(
+        self,
+        audio: np.ndarray | list[np.ndarray] | None = None,
+        speech: np.ndarray | list[np.ndarray] | None = None,
+        sampling_rate: int | None = None,
+        return_tensors: str | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        r"""
+        Args:
+            audio (`np.ndarray` of shape `(num_samples,)` or a list of them, *optional*):
+                Clips of environmental sound: mono, float in [-1, 1].
+            speech (`np.ndarray` of shape `(num_samples,)` or a list of them, *optional*):
+                Clips of spoken language, likewise.
+            sampling_rate (`int`, *optional*):
+                Of all clips, in hertz; must be the extractor's own.
+            return_tensors (`str`, *optional*): `"pt"` or `"np"`.
+
+        Returns:
+            [`BatchFeature`] with `input_values` `(num_windows, frames, num_audio_mel_bins)` and `input_values_mask`
+            `(num_windows, frames)`, 1 = valid, for sound; `input_features` `(num_windows, feature_size, mel_frames)`
+            for speech. The windows of all clips follow each other.
+
+        Raises:
+            ValueError: another sampling rate; an empty, NaN or integer waveform; a clip of too many windows.
+        """
+        if sampling_rate is not None and sampling_rate != self.sampling_rate:
+            raise ValueError(
+                f"The audio has a sampling rate of {sampling_rate} Hz but the model hears {self.sampling_rate} Hz; "
+                f"resample it, or pass a path or {{'array', 'sampling_rate'}} to the processor, which resamples."
+            )
+        data = {}
+        if audio is not None:
+            windows = self._windows(audio, "audio", self.max_audio_windows)
+            data["input_values"] = np.stack([self._fbank(window) for window in windows])
+            data["input_values_mask"] = np.stack([self._frame_mask(window) for window in windows])
+        if speech is not None:
+            windows = self._windows(speech, "speech", self.max_speech_windows)
+            log_mel = super().__call__(windows, sampling_rate=self.sampling_rate, return_tensors="np")
+            data["input_features"] = log_mel["input_features"]
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _windows(self, clips: np.ndarray | list[np.ndarray], kind: str, max_windows: int | None) -> list[np.ndarray]:
+        """Consecutive windows of all clips; only the last of a clip may be short."""
+        clips = [clips] if isinstance(clips, np.ndarray) and clips.ndim == 1 else clips
+        windows = []
+        for clip in (check_waveform(clip) for clip in clips):
+            count = self.num_windows(clip)
+            if max_windows is not None and count > max_windows:
+                raise ValueError(
+                    f"A clip of {kind} lasts {len(clip) / self.sampling_rate:.1f} s, which is {count} windows of "
+                    f"{self.chunk_length} s, but at most {max_windows} are allowed; cut it, or raise "
+                    f"`max_{kind}_windows` of the feature extractor."
+                )
+            windows += [clip[start : start + self.n_samples] for start in range(0, count * self.n_samples, self.n_samples)]
+        return windows
+
+    @cached_property
+    def _fbank_filters(self) -> np.ndarray:
+        """`(257, num_audio_mel_bins)` Kaldi mel filters."""
+        with warnings.catch_warnings():
+            # 128 bins over 512 points leave the lowest filters empty, in Kaldi and in BEATs' training alike.
+            warnings.filterwarnings("ignore", message="At least one mel filter has all zero values")
+            return mel_filter_bank(
+                num_frequency_bins=257,
+                num_mel_filters=self.num_audio_mel_bins,
+                min_frequency=20.0,
+                max_frequency=self.sampling_rate / 2,
+                sampling_rate=self.sampling_rate,
+                norm=None,
+                mel_scale="kaldi",
+                triangularize_in_mel_space=True,
+            )
+
+    def _fbank(self, window: np.ndarray) -> np.ndarray:
+        """`(frames, num_audio_mel_bins)` normalised Kaldi filterbank of a window, extended by its last sample."""
+        window = np.pad(window, (0, self.n_samples - len(window)), mode="edge")
+        return self.kaldi_fbank(window)
+
+    def kaldi_fbank(self, waveform: np.ndarray) -> np.ndarray:
+        """
+        Args:
+            waveform (`np.ndarray` of shape `(num_samples,)`): Mono, float in [-1, 1], at least 25 ms.
+
+        Returns:
+            `np.ndarray` of shape `(frames, num_audio_mel_bins)`, float32: log energies of 25 ms frames every 10 ms, as
+            `torchaudio.compliance.kaldi.fbank` gives them, normalised by BEATs' constants.
+        """
+        fbank = spectrogram(
+            waveform.astype(np.float64) * 2**15,
+            window_function(400, "povey", periodic=False),
+            frame_length=400,
+            hop_length=160,
+            fft_length=512,
+            power=2.0,
+            center=False,
+            preemphasis=0.97,
+            mel_filters=self._fbank_filters,
+            log_mel="log",
+            mel_floor=1.192092955078125e-07,
+            remove_dc_offset=True,
+        ).T  # (frames, mel bins)
+        return ((fbank - self.fbank_mean) / (2 * self.fbank_std)).astype(np.float32)
+
+    def _frame_mask(self, window: np.ndarray) -> np.ndarray:
+        """`(frames,)` 1 where a frame holds a real sample, by BEATs' own arithmetic: equal runs of samples."""
+        frames = 1 + (self.n_samples - 400) // 160
+        run = self.n_samples // frames
+        return (np.arange(frames) * run < len(window)).astype(np.int64)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the parent, without the filters, which follow from the numbers."""
+        output = super().to_dict()
+        output.pop("_fbank_filters", None)
+        return output
+
+
+def check_waveform(waveform: Any) -> np.ndarray:
+    """
+    Args:
+        waveform (`np.ndarray` or a list of `float`): One clip, `(num_samples,)`, or with channels in either order.
+
+    Returns:
+        `np.ndarray` of shape `(num_samples,)`, float32, channels averaged.
+
+    Raises:
+        ValueError: no samples, integers, more than two axes, or values that are not finite.
+    """
+    waveform = np.asarray(waveform)
+    if waveform.dtype.kind in "iu" and waveform.size:
+        raise ValueError(
+            f"A waveform must hold floats in [-1, 1], got {waveform.dtype}; divide by {np.iinfo(waveform.dtype).max + 1}."
+        )
+    if waveform.ndim == 2:
+        waveform = waveform.mean(axis=int(np.argmin(waveform.shape)))
+    if waveform.ndim != 1 or waveform.dtype.kind not in "fiu":
+        raise ValueError(
+            f"A waveform must be one array of floats, got shape {waveform.shape} and dtype {waveform.dtype}; "
+            "pass several clips as a list."
+        )
+    if waveform.size == 0:
+        raise ValueError("A waveform has 0 samples; remove the clip or check how it was cut.")
+    if not np.isfinite(waveform).all():
+        raise ValueError(
+            f"A waveform of {waveform.size} samples holds {int((~np.isfinite(waveform)).sum())} NaN or infinite values; "
+            "repair or remove the clip."
+        )
+    return waveform.astype(np.float32)
+
+
+def load_waveform(source: Any, sampling_rate: int = 16000) -> np.ndarray:
+    """
+    Loads one clip from whatever a user has.
+
+    Args:
+        source (`str`, `Path`, `bytes`, `np.ndarray`, `list[float]` or `dict`):
+            A path or URL of an audio or video file, the bytes of one, a waveform at `sampling_rate`, or
+            `{"array": ..., "sampling_rate": ...}` / `{"path": ..., "bytes": ...}` as `datasets` gives them.
+        sampling_rate (`int`, *optional*, defaults to 16000): Wanted rate, in hertz.
+
+    Returns:
+        `np.ndarray` of shape `(num_samples,)`, float32, mono, at `sampling_rate`.
+
+    Raises:
+        ValueError: the file is missing or unreadable, or the waveform fails [`check_waveform`].
+    """
+    if isinstance(source, dict):
+        if "array" in source:
+            return _resample(check_waveform(source["array"]), source.get("sampling_rate", sampling_rate), sampling_rate)
+        source = source.get("bytes") or source.get("path")
+    if not isinstance(source, str | Path | bytes):
+        return check_waveform(source)
+
+    name = "the given bytes" if isinstance(source, bytes) else f"'{source}'"
+    if isinstance(source, str | Path) and not str(source).startswith(("http://", "https://", "data:")):
+        if not Path(source).is_file():
+            raise ValueError(f"Audio file {name} does not exist; check the path.")
+        if Path(source).stat().st_size == 0:
+            raise ValueError(f"Audio file {name} is empty (0 bytes).")
+    try:
+        waveform = _decode(source, sampling_rate)
+    except Exception as error:
+        raise ValueError(f"Audio from {name} could not be read ({error}); is it a complete audio file?") from error
+    if len(waveform) == 0:
+        raise ValueError(f"Audio from {name} has 0 samples.")
+    return check_waveform(waveform)
+
+
+def _decode(source: str | Path | bytes, sampling_rate: int) -> np.ndarray:
+    """Through soundfile; what it cannot open (mp4, m4a, aac, webm) through PyAV when that is installed."""
+    try:
+        import soundfile
+
+        if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
+            return load_audio(source, sampling_rate=sampling_rate, backend="soundfile")
+        file = BytesIO(source) if isinstance(source, bytes) else str(source)
+        waveform, rate = soundfile.read(file, dtype="float32", always_2d=True)  # (num_samples, channels)
+        return _resample(waveform.mean(axis=1), rate, sampling_rate)
+    except Exception as soundfile_error:
+        try:
+            import av
+        except ImportError:
+            raise soundfile_error from None
+        file = BytesIO(source) if isinstance(source, bytes) else str(source)
+        with av.open(file) as container:
+            if not container.streams.audio:
+                raise ValueError("it has no sound track") from soundfile_error
+            resampler = av.AudioResampler(format="flt", layout="mono", rate=sampling_rate)
+            frames = [f for frame in container.decode(audio=0) for f in resampler.resample(frame)]
+            frames += resampler.resample(None)
+        return np.concatenate([frame.to_ndarray().reshape(-1) for frame in frames] or [np.zeros(0, np.float32)])
+
+
+def _resample(waveform: np.ndarray, rate: int, sampling_rate: int) -> np.ndarray:
+    """`soxr_hq`, which is what the original's librosa uses."""
+    if rate == sampling_rate or len(waveform) == 0:
+        return waveform
+    try:
+        import soxr
+    except ImportError as error:
+        raise ImportError(
+            f"The audio has {rate} Hz and the model hears {sampling_rate} Hz; resampling needs `pip install soxr`."
+        ) from error
+    return soxr.resample(waveform, rate, sampling_rate)
+
+
+__all__ = ["UniMoEFeatureExtractor", "check_waveform", "load_waveform"]

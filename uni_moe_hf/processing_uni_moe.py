@@ -1,0 +1,513 @@
+"""
+From conversations to tensors: media files are loaded, placeholders expanded, text tokenised, answers marked.
+
+`apply_chat_template` renders one placeholder per clip and hands the clips to `__call__`, which computes the features
+and repeats every placeholder as often as its clip has tokens.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import load_image
+from transformers.utils import logging
+from transformers.video_utils import load_video
+
+from .feature_extraction_uni_moe import load_waveform
+
+
+logger = logging.get_logger(__name__)
+
+# In the order of `mm_token_type_ids`, counted from 1.
+MODALITIES = ("image", "video", "audio", "speech")
+# What `__call__` names the clips of each modality, as the library does.
+ARGUMENTS = {"image": "images", "video": "videos", "audio": "audio", "speech": "speech"}
+# Where a message part may keep its clip, besides a key of its type's own name.
+SOURCE_KEYS = ("url", "path", "base64", "bytes")
+
+# A private-use character that the tokenizer's normaliser removes. Inside "<image>" it hides the placeholder from every
+# search for it, so that the word can be written in a conversation as ordinary text.
+LITERAL_MARK = "\uf8ee"
+
+# Vicuna v1.1 as `*/conversation.py@f5e82dd` renders it: `{system} USER: {question} ASSISTANT: {answer}</s>`.
+# Media and neighbouring parts are separated by a line break, as in the original's prompts ("<image>\n{question}").
+VICUNA_CHAT_TEMPLATE = """\
+{%- macro render(content) -%}
+    {%- if content is string -%}{{ content }}
+    {%- else -%}
+        {%- for part in content -%}
+            {%- if not loop.first and (part['type'] != 'text' or content[loop.index0 - 1]['type'] != 'text') -%}{{ '\\n' }}{%- endif -%}
+            {%- if part['type'] == 'text' -%}{{ part['text'] }}{%- else -%}{{ '<' + part['type'] + '>' }}{%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- if messages and messages[0]['role'] == 'system' -%}
+    {{- render(messages[0]['content']) + ' ' -}}
+    {%- set turns = messages[1:] -%}
+{%- else -%}
+    {{- "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions. " -}}
+    {%- set turns = messages -%}
+{%- endif -%}
+{%- for message in turns -%}
+    {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
+        {{- raise_exception("Roles must alternate user, assistant, user, ... after an optional system message, but message " + loop.index|string + " has the role '" + message['role'] + "'.") -}}
+    {%- endif -%}
+    {%- if message['role'] == 'user' -%}
+        {{- 'USER: ' + render(message['content']) -}}
+    {%- else -%}
+        {{- ' ASSISTANT:' -}}
+        {%- generation -%}{{- ' ' + render(message['content']) + eos_token -}}{%- endgeneration -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- ' ASSISTANT:' -}}{%- endif -%}
+"""
+
+
+class UniMoEProcessor(ProcessorMixin):
+    r"""
+    Turns conversations with any number and order of pictures, videos, speech and sound clips into model inputs.
+
+    Args:
+        tokenizer ([`PreTrainedTokenizerBase`]): With the special tokens `<image> <video> <audio> <speech>`, see
+            [`~composition.build_processor`].
+        image_processor ([`BaseImageProcessor`]): For pictures and frames.
+        feature_extractor ([`UniMoEFeatureExtractor`]): For speech and sound.
+        chat_template (`str`, *optional*): Jinja template; Vicuna v1.1 by default.
+        modalities (`list[str]`, *optional*): What the model has towers for, `config.modalities`; all by default.
+        image_seq_length (`int`, *optional*, defaults to 576): Tokens of a picture.
+        video_frames (`int`, *optional*, defaults to 8): Frames taken from a video, evenly.
+        video_pooling (`str`, *optional*, defaults to `"mean"`): `"mean"` gives a video the tokens of one picture,
+            `"none"` those of all its frames.
+        image_mode (`str`, *optional*, defaults to `"crop"`): `"crop"` as released, or `"pad"`: pictures are first
+            padded to squares in the mean colour.
+        num_speech_query_tokens, num_audio_query_tokens (`int`, *optional*, defaults to 50): Tokens of a window.
+        default_ear (`str`, *optional*, defaults to `"audio"`): Where plain `audio` parts go in a model with both ears.
+
+    Source: the prompt is that of `*/conversation.py@f5e82dd`, the order of tokens that of `llava_arch.py`.
+
+    Example:
+
+    ```python
+    >>> chat = [{"role": "user", "content": [{"type": "image", "path": "cat.png"}, {"type": "text", "text": "What is it?"}]}]
+    >>> inputs = processor.apply_chat_template(
+    ...     chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ... )
+    ```
+    """
+
+    def __init__(
+        self,
+        image_processor,
+        feature_extractor,
+        tokenizer,
+        chat_template: str | None = None,
+        modalities: list[str] | None = None,
+        image_seq_length: int = 576,
+        video_frames: int = 8,
+        video_pooling: str = "mean",
+        image_mode: str = "crop",
+        num_speech_query_tokens: int = 50,
+        num_audio_query_tokens: int = 50,
+        default_ear: str = "audio",
+    ):
+        self.modalities = list(MODALITIES if modalities is None else modalities)
+        self.image_seq_length = image_seq_length
+        self.video_frames = video_frames
+        self.video_pooling = video_pooling
+        self.image_mode = image_mode
+        self.num_speech_query_tokens = num_speech_query_tokens
+        self.num_audio_query_tokens = num_audio_query_tokens
+        self.default_ear = default_ear
+        for name, allowed in (
+            ("video_pooling", ("mean", "none")),
+            ("image_mode", ("crop", "pad")),
+            ("default_ear", ("audio", "speech")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r} but must be one of {allowed}.")
+        for modality in MODALITIES:
+            token = f"<{modality}>"
+            token_id = tokenizer.convert_tokens_to_ids(token)
+            if token_id is None or token_id == tokenizer.unk_token_id:
+                raise ValueError(
+                    f"The tokenizer has no special token {token}; make the processor with "
+                    "`uni_moe_hf.composition.build_processor`, which adds it."
+                )
+            setattr(self, f"{modality}_token", token)
+            setattr(self, f"{modality}_token_id", token_id)
+        _remove_literal_marks(tokenizer)
+        super().__init__(
+            image_processor, feature_extractor, tokenizer, chat_template=chat_template or VICUNA_CHAT_TEMPLATE
+        )
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        videos: Any = None,
+        audio: Any = None,
+        speech: Any = None,
+        **kwargs,
+    ) -> BatchFeature:
+        r"""
+        Args:
+            images (path, URL, PIL image, array, or a list of these per batch or per row, *optional*): Pictures.
+            text (`str` or `list[str]`, *optional*): Prompts with one `<image>`, `<video>`, `<audio>` or `<speech>` per
+                clip; clips are taken in reading order.
+            videos (path, URL, array `(frames, height, width, 3)`, or a list of these, *optional*): Videos.
+            audio (path, URL, waveform, `{"array", "sampling_rate"}`, or a list of these, *optional*): Sound.
+            speech (as `audio`, *optional*): Spoken language.
+            kwargs: For the tokenizer and the image processor (`padding`, `return_tensors`, ...), sorted by the library;
+                `return_mm_token_type_ids=True` adds 0 text, 1 image, 2 video, 3 audio, 4 speech for each token.
+
+        Returns:
+            [`BatchFeature`] with `input_ids` and `attention_mask` `(B, T)`; `pixel_values` `(num_images, 3, height,
+            width)`; `pixel_values_videos` `(num_videos, frames, 3, height, width)`; `input_values` `(num_windows,
+            frames, 128)` and `input_values_mask`; `input_features` `(num_windows, mel_bins, mel_frames)`.
+
+        Raises:
+            ValueError: a file cannot be read; placeholders and clips differ in number; the model lacks a tower.
+        """
+        clips = {"image": images, "video": videos, "audio": audio, "speech": speech}
+        clips = {modality: _listed(value, modality) for modality, value in clips.items() if value is not None}
+        if text is None and not clips:
+            raise ValueError("Pass `text`, media or both to the processor.")
+        prompts = [text] if isinstance(text, str) else text
+        if prompts is not None:
+            if not all(isinstance(prompt, str) for prompt in prompts):
+                raise ValueError("`text` must be a string or a list of strings.")
+            prompts, clips = self._to_ears(list(prompts), clips)
+            self._check_counts(prompts, clips)
+        clips = {modality: list(_flat(rows)) for modality, rows in clips.items()}
+        for modality in clips:
+            self._check_modality(modality, len(clips[modality]))
+
+        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        text_kwargs = merged["text_kwargs"]
+        return_tensors = text_kwargs.get("return_tensors")
+        return_type_ids = text_kwargs.pop("return_mm_token_type_ids", merged["return_mm_token_type_ids"])
+        return_offsets = text_kwargs.pop("return_text_replacement_offsets", merged["return_text_replacement_offsets"])
+
+        data, num_tokens = self._features(clips, merged)
+        if prompts is not None:
+            prompts, offsets = self._expand(prompts, num_tokens)
+            encoded = self.tokenizer(prompts, **text_kwargs)
+            self._check_special_mm_tokens(prompts, encoded, modalities=list(MODALITIES))
+            if return_offsets:
+                encoded["text_replacement_offsets"] = offsets
+            if return_type_ids:
+                encoded["mm_token_type_ids"] = self.create_mm_token_type_ids(encoded["input_ids"])
+            data = {**encoded, **data}
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
+
+    # ---- media -> features ----
+
+    def _features(self, clips: dict[str, list], kwargs: dict[str, dict]) -> tuple[dict, dict[str, list[int]]]:
+        """Model inputs of all clips, and how many tokens each clip stands for."""
+        data, num_tokens = {}, {}
+        image_kwargs = {**kwargs["images_kwargs"], "return_tensors": "np"}
+        rate = self.feature_extractor.sampling_rate
+        if clips.get("image"):
+            images = [self._squared(_load_image(image)) for image in clips["image"]]
+            data["pixel_values"] = self.image_processor(images, **image_kwargs)["pixel_values"]
+            num_tokens["image"] = [self.image_seq_length] * len(images)
+        if clips.get("video"):
+            videos = [_load_frames(video, self.video_frames) for video in clips["video"]]
+            frames = [self._squared(frame) for frame in chain.from_iterable(videos)]
+            pixel_values = np.asarray(self.image_processor(frames, **image_kwargs)["pixel_values"])
+            data["pixel_values_videos"] = pixel_values.reshape(len(videos), self.video_frames, *pixel_values.shape[1:])
+            num_tokens["video"] = [self._num_video_tokens] * len(videos)
+        for modality, per_window in (("audio", self.num_audio_query_tokens), ("speech", self.num_speech_query_tokens)):
+            if clips.get(modality):
+                given = kwargs["audio_kwargs"].get("sampling_rate") or rate
+                waveforms = [load_waveform(clip, rate) for clip in clips[modality]]
+                data |= self.feature_extractor(**{modality: waveforms}, sampling_rate=given)
+                num_tokens[modality] = [self.feature_extractor.num_windows(wave) * per_window for wave in waveforms]
+        return data, num_tokens
+
+    @property
+    def _num_video_tokens(self) -> int:
+        return self.image_seq_length * (self.video_frames if self.video_pooling == "none" else 1)
+
+    def _squared(self, image):
+        """With `image_mode="pad"`, the picture centred on a square of the mean colour."""
+        if self.image_mode == "crop" or image.width == image.height:
+            return image
+        side = max(image.size)
+        canvas = image.new(image.mode, (side, side), tuple(int(255 * mean) for mean in self.image_processor.image_mean))
+        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return canvas
+
+    def _check_modality(self, modality: str, count: int) -> None:
+        if modality not in self.modalities:
+            raise ValueError(
+                f"Got {count} {modality} clip{'s' * (count != 1)} but this model has no tower for {modality} (it takes "
+                f"text{''.join(', ' + name for name in self.modalities)}); remove them or load a model that has one."
+            )
+
+    # ---- placeholders ----
+
+    @property
+    def all_special_multimodal_tokens(self) -> list[str]:
+        """`list[str]`: the four placeholders."""
+        return [getattr(self, f"{modality}_token") for modality in MODALITIES]
+
+    @property
+    def _placeholders(self) -> re.Pattern:
+        return re.compile("|".join(f"(?P<{modality}>{re.escape(f'<{modality}>')})" for modality in MODALITIES))
+
+    def _ear(self, modality: str) -> str:
+        """Which tower hears a clip: plain `audio` goes to the only ear, or to `default_ear` when there are two."""
+        if modality != "audio":
+            return modality
+        ears = [ear for ear in ("audio", "speech") if ear in self.modalities]
+        if len(ears) == 2:
+            return self.default_ear
+        if ears == ["speech"]:
+            logger.warning_once(
+                "This model has no tower for sound, so plain `audio` parts are heard by its speech tower; "
+                "use `speech` parts to say so."
+            )
+            return "speech"
+        return modality
+
+    def _to_ears(self, prompts: list[str], clips: dict[str, list]) -> tuple[list[str], dict[str, list]]:
+        """Moves `<audio>` placeholders and their clips over to `<speech>` where that is the ear that hears them."""
+        if self._ear("audio") == "audio" or "audio" not in clips:
+            return prompts, clips
+        self._check_counts(prompts, clips)
+        queues = {modality: _flat(clips.get(modality, [])) for modality in ("audio", "speech")}
+        order = (match.lastgroup for prompt in prompts for match in self._placeholders.finditer(prompt))
+        speech = [next(queues[modality]) for modality in order if modality in queues]
+        others = {modality: rows for modality, rows in clips.items() if modality not in queues}
+        return [prompt.replace("<audio>", "<speech>") for prompt in prompts], {**others, "speech": speech}
+
+    def _check_counts(self, prompts: list[str], clips: dict[str, list]) -> None:
+        """One clip per placeholder, in every row where clips come by row, else in all."""
+        for modality in MODALITIES:
+            found = [prompt.count(f"<{modality}>") for prompt in prompts]
+            rows = clips.get(modality, [])
+            nested = len(rows) == len(prompts) and all(isinstance(row, list) for row in rows)
+            given = [len(row) for row in rows] if nested else [sum(1 for _ in _flat(rows))]
+            found = found if nested else [sum(found)]
+            for row, (wanted, passed) in enumerate(zip(found, given, strict=True)):
+                if wanted != passed:
+                    where = f" of row {row}" if nested else ""
+                    raise ValueError(
+                        f"Found {wanted} `<{modality}>` placeholder{'s' * (wanted != 1)} in the text{where} but "
+                        f"{passed} {modality} clip{'s' * (passed != 1)}; pass one clip per placeholder."
+                    )
+
+    def _expand(self, prompts: list[str], num_tokens: dict[str, list[int]]) -> tuple[list[str], list[list[dict]]]:
+        """Repeats every placeholder, and tells where, in the form in which the library corrects assistant masks."""
+        counts = {modality: iter(numbers) for modality, numbers in num_tokens.items()}
+        expanded, offsets = [], []
+        for prompt in prompts:
+            pieces, replaced, last, gained = [], [], 0, 0
+            for match in self._placeholders.finditer(prompt):
+                start, end = match.span()
+                replacement = match.group() * next(counts[match.lastgroup])
+                new_span = (start + gained, start + gained + len(replacement))
+                replaced.append(
+                    {
+                        "type": match.lastgroup,
+                        "span": (start, end),
+                        "new_span": new_span,
+                        "text": match.group(),
+                        "replacement": replacement,
+                    }
+                )
+                pieces += [prompt[last:start], replacement]
+                gained += len(replacement) - (end - start)
+                last = end
+            expanded.append("".join([*pieces, prompt[last:]]))
+            offsets.append(replaced)
+        return expanded, offsets
+
+    def create_mm_token_type_ids(self, input_ids: Any) -> list[list[int]]:
+        """0 text, 1 image, 2 video, 3 audio, 4 speech for each of `input_ids` `(B, T)`."""
+        types = {getattr(self, f"{modality}_token_id"): number for number, modality in enumerate(MODALITIES, start=1)}
+        rows = input_ids.tolist() if hasattr(input_ids, "tolist") else input_ids
+        return [[types.get(token, 0) for token in row] for row in rows]
+
+    # ---- conversations ----
+
+    def _normalize_conversations(self, conversation: list) -> tuple[list[list[dict]], bool]:
+        """As in the parent; parts are checked, sent to their ear, and cleared of literal placeholders."""
+        if not conversation:
+            raise ValueError("The conversation is empty; pass at least one message.")
+        conversations, is_batched = super()._normalize_conversations(conversation)
+        for messages in conversations:
+            for message in messages:
+                if "role" not in message or "content" not in message:
+                    raise ValueError(f"A message needs 'role' and 'content', got the keys {sorted(message)}.")
+                content = message["content"]
+                message["content"] = (
+                    self._as_text(content) if isinstance(content, str) else [self._part(part) for part in content]
+                )
+        return conversations, is_batched
+
+    def _part(self, part: dict) -> dict:
+        """One message part in the form that template and loader read."""
+        part = {"type": "text", "text": part} if isinstance(part, str) else dict(part)
+        kind = part.get("type")
+        if kind == "text":
+            part["text"] = self._as_text(part.get("text") or "")
+            return part
+        if kind not in MODALITIES:
+            raise ValueError(f"A message part has the type {kind!r}; known are text, {', '.join(MODALITIES)}.")
+        sources = [part[key] for key in (kind, *SOURCE_KEYS) if part.get(key) is not None]
+        if len(sources) > 1:
+            raise ValueError(f"A part of type {kind!r} names {len(sources)} sources; give one of {(kind, *SOURCE_KEYS)}.")
+        if sources and kind in ("audio", "speech") and "sampling_rate" in part:
+            sources = [{"array": sources[0], "sampling_rate": part["sampling_rate"]}]
+        return {"type": self._ear(kind), "source": sources[0] if sources else None}
+
+    def _as_text(self, text: str) -> str:
+        """Text in which a literal `<image>` is ordinary text."""
+        text = text.replace(LITERAL_MARK, "")
+        return self._placeholders.sub(lambda match: f"<{LITERAL_MARK}{match.group()[1:]}", text)
+
+    def _multimodal_inputs_from_conversations(
+        self, conversations: list[list[dict]], audio_loading_params: dict, load_audio_from_video: bool = False
+    ) -> tuple[list, list, list, dict]:
+        """Sources of all parts, by row: images, videos, audio, and speech as an additional input."""
+        clips = {modality: [[] for _ in conversations] for modality in MODALITIES}
+        for row, messages in enumerate(conversations):
+            last_video = None
+            for part in chain.from_iterable(m["content"] for m in messages if not isinstance(m["content"], str)):
+                kind, source = part["type"], part.get("source")
+                if kind == "text":
+                    continue
+                if source is None and load_audio_from_video and kind in ("audio", "speech"):
+                    source = last_video  # an empty sound part behind a video asks for its sound track
+                if source is None:
+                    raise ValueError(
+                        f"A part of type {kind!r} has no source; give one of {(kind, *SOURCE_KEYS)}, for example "
+                        f"{{'type': '{kind}', 'path': 'file'}}."
+                    )
+                last_video = source if kind == "video" else last_video
+                clips[kind][row].append(source)
+        given = {kind: rows if any(rows) else None for kind, rows in clips.items()}
+        # The base class asks for the clips of images and videos by row and drops them when all rows are empty.
+        return (
+            clips["image"],
+            clips["video"],
+            given["audio"] or [],
+            {"speech": given["speech"]} if given["speech"] else {},
+        )
+
+
+def _remove_literal_marks(tokenizer) -> None:
+    """Teaches a fast tokenizer's normaliser to drop [`LITERAL_MARK`]; saved with it, done once."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or (backend.normalizer is not None and backend.normalizer.normalize_str(LITERAL_MARK) in ("", "▁")):
+        return
+    from tokenizers import normalizers
+
+    rule = normalizers.Replace(LITERAL_MARK, "")
+    backend.normalizer = rule if backend.normalizer is None else normalizers.Sequence([rule, backend.normalizer])
+
+
+def _listed(value: Any, modality: str) -> list:
+    """One clip, a list of clips, or a list of rows of clips, as a list."""
+    if not isinstance(value, list | tuple):
+        return [value]
+    if modality in ("audio", "speech") and value and all(isinstance(item, int | float) for item in value):
+        return [np.asarray(value, dtype=np.float32)]  # one waveform as a plain list
+    return [list(row) if isinstance(row, tuple) else row for row in value]
+
+
+def _flat(rows: list) -> Iterator[Any]:
+    """Clips of a list that may be nested by row."""
+    for row in rows:
+        if isinstance(row, list):
+            yield from row
+        else:
+            yield row
+
+
+def _load_image(source: Any):
+    """An RGB picture from a path, URL, base64 text, bytes, array or PIL image."""
+    from PIL import Image
+
+    name = f"'{source}'" if isinstance(source, str | Path) and len(str(source)) < 200 else "the given data"
+    try:
+        if isinstance(source, Path):
+            source = str(source)
+        if isinstance(source, bytes):
+            from io import BytesIO
+
+            source = Image.open(BytesIO(source))
+        elif isinstance(source, dict):  # `datasets` with decode=False
+            return _load_image(source.get("bytes") or source.get("path"))
+        elif hasattr(source, "__array__") and not isinstance(source, Image.Image):
+            source = _array_to_image(np.asarray(source))
+        return load_image(source)
+    except Exception as error:
+        raise ValueError(f"Picture {name} could not be read ({error}); is it a complete image file?") from error
+
+
+def _array_to_image(array: np.ndarray):
+    """A PIL image from `(height, width)`, `(height, width, channels)` or `(channels, height, width)`."""
+    from PIL import Image
+
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.dtype.kind == "f":
+        array = (array * 255).round() if array.max(initial=0.0) <= 1.0 else array
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    return Image.fromarray(array.clip(0, 255).astype(np.uint8))
+
+
+def _load_frames(source: Any, num_frames: int) -> list:
+    """`num_frames` pictures, evenly spread over a video from its start; short videos repeat frames."""
+    if isinstance(source, Path):
+        source = str(source)
+    if not isinstance(source, str):
+        frames = list(source)
+        if not frames:
+            raise ValueError("A video has 0 frames; remove it or check how it was cut.")
+        return [_load_image(frames[index]) for index in _even_indices(len(frames), num_frames)]
+
+    if not source.startswith(("http://", "https://")) and not Path(source).is_file():
+        raise ValueError(f"Video file '{source}' does not exist; check the path.")
+    try:
+        frames = _decode_video(source, lambda metadata, **_: _even_indices(metadata.total_num_frames, num_frames))
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ValueError(f"Video '{source}' could not be read ({error}); is it a complete video file?") from error
+    return [_array_to_image(frame) for frame in frames]
+
+
+def _even_indices(total: int, wanted: int) -> np.ndarray:
+    """`(wanted,)` frame numbers in `[0, total)`, evenly from the start as in the original's demo."""
+    if total < 1:
+        raise ValueError("it has 0 frames")
+    return np.arange(wanted) * total // wanted
+
+
+def _decode_video(source: str, sample_indices: Callable) -> np.ndarray:
+    """`(frames, height, width, 3)` through decord, or PyAV where decord is missing."""
+    try:
+        import decord  # noqa: F401
+
+        backend = "decord"
+    except ImportError:
+        backend = "pyav"
+    try:
+        frames, metadata = load_video(source, backend=backend, sample_indices_fn=sample_indices)
+    except ImportError as error:
+        raise ImportError("Reading video files needs decord or PyAV: `pip install decord` or `pip install av`.") from error
+    # PyAV gives every frame once; short videos ask for some twice.
+    wanted = np.asarray(metadata.frames_indices)
+    return frames if len(frames) == len(wanted) else frames[np.searchsorted(np.unique(wanted), wanted)]
+
+
+__all__ = ["UniMoEProcessor"]
