@@ -55,6 +55,7 @@ _TOOLS = {
     "build_processor": "composition",
     "export_expert": "composition",
     "grow_experts": "composition",
+    "load_rows": "data",
     "UniMoEDataCollator": "data",
     "row_to_messages": "data",
     "prepare_stage": "stages",
@@ -65,6 +66,7 @@ __all__ = [
     "BeatsConfig",
     "BeatsModel",
     "UniMoEConfig",
+    "UniMoEDataCollator",
     "UniMoEFeatureExtractor",
     "UniMoEForConditionalGeneration",
     "UniMoEModel",
@@ -73,7 +75,13 @@ __all__ = [
     "UniMoETextConfig",
     "UniMoETextModel",
     "__version__",
-    *_TOOLS,
+    "build_model",
+    "build_processor",
+    "export_expert",
+    "grow_experts",
+    "load_rows",
+    "prepare_stage",
+    "row_to_messages",
 ]
 
 

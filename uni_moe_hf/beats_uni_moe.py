@@ -108,6 +108,10 @@ class BeatsLayer(GradientCheckpointingLayer):
         return self.final_layer_norm(hidden_states * self.residual_scale + self.dropout(self.fc2(inner)))
 
 
+class BeatsPositionalConv(nn.Conv1d):
+    """The convolution that tells tokens where they are; a class of its own for its initialisation."""
+
+
 class BeatsEncoder(nn.Module):
     """Convolutional position embedding, then the layers."""
 
@@ -116,7 +120,7 @@ class BeatsEncoder(nn.Module):
         self.config = config
         kernel = config.num_conv_pos_embeddings
         # The published file keeps this kernel as weight norm's two factors; here it is one tensor, the product.
-        self.pos_conv = nn.Conv1d(
+        self.pos_conv = BeatsPositionalConv(
             config.hidden_size,
             config.hidden_size,
             kernel_size=kernel,
@@ -198,10 +202,10 @@ class BeatsModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, BeatsAttention):
             init.ones_(module.grep_a)
-        elif isinstance(module, BeatsEncoder):
+        elif isinstance(module, BeatsPositionalConv):
             std = math.sqrt(4 / (self.config.num_conv_pos_embeddings * self.config.hidden_size))
-            init.normal_(module.pos_conv.weight, mean=0.0, std=std)
-            init.zeros_(module.pos_conv.bias)
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.bias)
 
     def token_padding_mask(self, frame_mask: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """

@@ -24,11 +24,11 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from .beats_uni_moe import BeatsModel
-from .configuration_uni_moe import UniMoEConfig, UniMoETextConfig
+from .configuration_uni_moe import MODALITIES, UniMoEConfig, UniMoETextConfig
 from .experts_uni_moe import UniMoESparseMoeBlock
 from .feature_extraction_uni_moe import UniMoEFeatureExtractor
 from .modeling_uni_moe import UniMoEForConditionalGeneration
-from .processing_uni_moe import MODALITIES, UniMoEProcessor
+from .processing_uni_moe import UniMoEProcessor
 
 
 # Beside an exported adapter: the projector that was trained with it.

@@ -7,6 +7,9 @@ from transformers import AutoConfig, Blip2QFormerConfig, LlamaConfig, PreTrained
 from transformers.configuration_utils import SubConfigSpec
 
 
+# In the order of `mm_token_type_ids`, counted from 1.
+MODALITIES = ("image", "video", "audio", "speech")
+
 # Written into every config.json, so that a checkpoint folder works without this package.
 AUTO_MAP = {
     "AutoConfig": "configuration_uni_moe.UniMoEConfig",
@@ -44,7 +47,7 @@ class BeatsConfig(PreTrainedConfig):
         dropout, attention_dropout, activation_dropout (`float`, *optional*, defaults to 0.0): Used in training only.
 
     Raises:
-        ValueError: `hidden_size` is not a multiple of `num_attention_heads`, or `num_mel_bins` of `patch_size`.
+        StrictDataclassError: (its cause is a `ValueError`) `hidden_size` is not a multiple of `num_attention_heads`, or `num_mel_bins` of `patch_size`.
 
     Source: BEATs (https://huggingface.co/papers/2212.09058), section 2, and the `cfg` of its published checkpoints.
     """
@@ -96,13 +99,13 @@ class UniMoETextConfig(LlamaConfig):
         expert_lora_rank (`int`, *optional*, defaults to 8): Rank of each expert's LoRA; 0 for plain experts.
         expert_lora_alpha (`float`, *optional*, defaults to 16): LoRA products are scaled by `alpha / rank`.
         expert_lora_dropout (`float`, *optional*, defaults to 0.0): Dropout before each LoRA's first factor.
-        router_dtype (`str`, *optional*, defaults to `"float32"`): Precision of router logits and weights.
+        router_dtype (`str`, *optional*, defaults to `"float32"`): Precision in which router logits are computed.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.0): Weight of the load-balancing loss; the paper's
             ablation (Table 8) finds that it does not help specialised experts.
         output_router_logits (`bool`, *optional*, defaults to `False`): Whether outputs carry the router logits.
 
     Raises:
-        ValueError: `mlp_layer_types`, `expert_names` or `num_experts_per_tok` contradicts the other fields.
+        StrictDataclassError: (its cause is a `ValueError`) `mlp_layer_types`, `expert_names` or `num_experts_per_tok` contradicts the other fields.
 
     Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.2; `*/model/moe/` of the original code.
     """
@@ -154,6 +157,8 @@ class UniMoETextConfig(LlamaConfig):
                 f"`expert_names` has {len(self.expert_names)} names for `num_experts={self.num_experts}`; "
                 "give one name per expert."
             )
+        if self.router_dtype not in ("float32", "float64", "bfloat16", "float16"):
+            raise ValueError(f"`router_dtype={self.router_dtype!r}` is no floating point type; use 'float32'.")
         if self.expert_lora_rank < 0:
             raise ValueError(f"`expert_lora_rank={self.expert_lora_rank}` is negative; 0 means experts without LoRA.")
         if self.is_sparse and self.shared_expert_base and self.num_experts > 1 and self.expert_lora_rank == 0:
@@ -187,7 +192,8 @@ class UniMoEConfig(PreTrainedConfig):
         vision_feature_layer (`int`, *optional*, defaults to -2): Hidden state of the vision tower that is read.
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`): `"default"` drops the first (CLS)
             token, `"full"` keeps all.
-        image_seq_length (`int`, *optional*): Tokens of an image; `(image_size // patch_size) ** 2` by default.
+        image_seq_length (`int`, *optional*): Tokens of an image; `(image_size // patch_size) ** 2` by default, one more
+            with `"full"` (a backbone without a CLS token needs the number given).
         video_pooling (`str`, *optional*, defaults to `"mean"`): `"mean"` averages the projected frames as in the
             original, `"none"` keeps the tokens of every frame.
         num_speech_query_tokens, num_audio_query_tokens (`int`, *optional*, defaults to 50): Tokens of each window of
@@ -195,7 +201,7 @@ class UniMoEConfig(PreTrainedConfig):
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`): Activation of the vision connector.
 
     Raises:
-        ValueError: a placeholder id is used twice or lies inside the vocabulary, or connector and tower disagree.
+        StrictDataclassError: (its cause is a `ValueError`) a placeholder id is used twice or lies inside the vocabulary, or connector and tower disagree.
 
     Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.1.
 
@@ -253,13 +259,16 @@ class UniMoEConfig(PreTrainedConfig):
     custom_pipelines: dict | None = None
 
     def __post_init__(self, **kwargs):
+        if self.vision_config == {}:
+            # The library fills in a missing sub-config's defaults, but not those of an empty one.
+            self.vision_config = dict(self.sub_configs_defaults["vision_config"].init_kwargs)
         if self.audio_config is not None and self.audio_connector_config is None:
             self.audio_connector_config = {}
         super().__post_init__(**kwargs)
 
         if self.audio_config is not None:
             self.audio_connector_config.encoder_hidden_size = self.audio_config.hidden_size
-        for offset, modality in enumerate(("image", "video", "audio", "speech")):
+        for offset, modality in enumerate(MODALITIES):
             if getattr(self, f"{modality}_token_id") is None:
                 setattr(self, f"{modality}_token_id", self.text_config.vocab_size + offset)
         if self.image_seq_length is None and self.vision_config is not None:
@@ -280,7 +289,13 @@ class UniMoEConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Checked by `@strict` when a config is made."""
-        ids = {m: getattr(self, f"{m}_token_id") for m in ("image", "video", "audio", "speech")}
+        # By the field, not the class: a checkpoint's own code has its own copy of every class.
+        if not hasattr(self.text_config, "mlp_layer_types"):
+            raise ValueError(
+                f"`text_config` is a {type(self.text_config).__name__}, but the decoder needs a UniMoETextConfig; "
+                "pass `text_config.to_dict()` without its 'model_type', or use `composition.build_model`."
+            )
+        ids = {m: getattr(self, f"{m}_token_id") for m in MODALITIES}
         vocab_size = self.text_config.vocab_size
         if len(set(ids.values())) < len(ids):
             raise ValueError(f"Placeholder ids must differ, got {ids}.")

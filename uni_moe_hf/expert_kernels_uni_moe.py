@@ -93,7 +93,7 @@ def _rows_through_experts(self, hidden_states, rows, weights, token_of_row, prod
 def _sum_over_k(rows: torch.Tensor, order: torch.Tensor | None, num_tokens: int, top_k: int) -> torch.Tensor:
     """`(S, H)` weighted rows to `(N, H)`; a sum over a reshaped axis is deterministic, `index_add_` on CUDA is not."""
     rows = rows if order is None else rows[order]
-    return rows.view(num_tokens, top_k, -1).sum(dim=1)
+    return rows.unflatten(0, (num_tokens, top_k)).sum(dim=1)
 
 
 def _fits_grouped_mm(self: nn.Module, hidden_states: torch.Tensor) -> bool:
@@ -101,7 +101,10 @@ def _fits_grouped_mm(self: nn.Module, hidden_states: torch.Tensor) -> bool:
     if hidden_states.dtype == torch.float64:
         return False
     sizes = [self.hidden_size, self.intermediate_size] + ([self.lora_rank] if self.lora is not None else [])
-    return all(size * hidden_states.element_size() % 16 == 0 for size in sizes)
+    # Under autocast tokens may be wider than the weights that they are cast to.
+    weight = self.base.gate_proj.weight if self.shared_base else self.gate_up_proj
+    width = min(hidden_states.element_size(), weight.element_size())
+    return all(size * width % 16 == 0 for size in sizes)
 
 
 class LoraExpertsInterface(ExpertsInterface):

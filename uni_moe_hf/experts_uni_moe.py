@@ -121,7 +121,7 @@ class UniMoELoraExperts(nn.Module):
         self.lora_scaling = config.expert_lora_alpha / self.lora_rank if self.lora_rank else 0.0
         self.lora = UniMoEExpertLora(config) if self.lora_rank else None
         self.lora_dropout = nn.Dropout(config.expert_lora_dropout)
-        self._unmerged: dict[str, nn.Module] | None = None
+        self._is_merged = False
 
     def lora_tensors(self, hidden_states: torch.Tensor) -> ExpertLoraTensors | None:
         """The LoRA factors in the dtype of `hidden_states`, `None` for plain experts."""
@@ -170,12 +170,12 @@ class UniMoELoraExperts(nn.Module):
         return output  # (n, H)
 
     @torch.no_grad()
-    def _lora_difference(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _lora_difference(self, lora: UniMoEExpertLora) -> tuple[torch.Tensor, torch.Tensor]:
         """What LoRA adds to each expert's weights, in float32: `(E, 2I, H)` and `(E, H, I)`."""
-        lora = self.lora(torch.empty(0, dtype=torch.float32))
-        pairs = zip(lora.gate_up_b.chunk(2, dim=1), lora.gate_up_a.chunk(2, dim=1), strict=True)
+        factors = lora(torch.empty(0, dtype=torch.float32))
+        pairs = zip(factors.gate_up_b.chunk(2, dim=1), factors.gate_up_a.chunk(2, dim=1), strict=True)
         gate_up = torch.cat([b @ a for b, a in pairs], dim=1)
-        return self.lora_scaling * gate_up, self.lora_scaling * (lora.down_b @ lora.down_a)
+        return self.lora_scaling * gate_up, self.lora_scaling * (factors.down_b @ factors.down_a)
 
     @torch.no_grad()
     def merge_lora(self) -> None:
@@ -190,19 +190,20 @@ class UniMoELoraExperts(nn.Module):
         """
         if self.lora is None:
             raise ValueError("These experts hold no LoRA (rank 0 or already merged), so there is nothing to merge.")
-        gate_up_difference, down_difference = self._lora_difference()
-        self._unmerged = {"lora": self.lora, "base": self.base if self.shared_base else None}
+        gate_up_difference, down_difference = self._lora_difference(self.lora)
         if self.shared_base:
-            base = self.base
-            gate_up = torch.cat([base.gate_proj.weight, base.up_proj.weight]).expand_as(gate_up_difference)
-            down = base.down_proj.weight.expand_as(down_difference)
-            self.shared_base = False
-            del self.base
+            gate_up = torch.cat([self.base.gate_proj.weight, self.base.up_proj.weight]).expand_as(gate_up_difference)
+            down = self.base.down_proj.weight.expand_as(down_difference)
         else:
             gate_up, down = self.gate_up_proj, self.down_proj
-        self.gate_up_proj = _frozen((gate_up.float() + gate_up_difference).to(gate_up.dtype))
-        self.down_proj = _frozen((down.float() + down_difference).to(down.dtype))
-        self.lora = None
+        trains = gate_up.requires_grad
+        self.gate_up_proj = nn.Parameter((gate_up.float() + gate_up_difference).to(gate_up.dtype), trains)
+        self.down_proj = nn.Parameter((down.float() + down_difference).to(down.dtype), trains)
+        # Kept for `unmerge_lora`, outside the module tree so that saving does not see them.
+        self.__dict__["_unmerged"] = {"lora": self.lora, "base": self.base if self.shared_base else None}
+        if self.shared_base:
+            del self.base
+        self.lora, self.shared_base, self._is_merged = None, False, True
 
     @torch.no_grad()
     def unmerge_lora(self) -> None:
@@ -212,22 +213,21 @@ class UniMoELoraExperts(nn.Module):
         Raises:
             ValueError: nothing was merged in this process.
         """
-        if self._unmerged is None:
+        if not self._is_merged:
             raise ValueError("These experts were not merged in this process, so they cannot be unmerged.")
-        self.lora, base = self._unmerged["lora"], self._unmerged["base"]
-        self._unmerged = None
-        if base is not None:
-            self.base, self.shared_base = base, True
+        gate_up, down = self.gate_up_proj, self.down_proj
+        unmerged = self.__dict__.pop("_unmerged")
+        # What lay aside did not follow `.to(...)` calls in between.
+        self.lora = unmerged["lora"].to(gate_up.device, gate_up.dtype)
+        self._is_merged = False
+        if unmerged["base"] is not None:
+            self.base, self.shared_base = unmerged["base"].to(gate_up.device, gate_up.dtype), True
             del self.gate_up_proj, self.down_proj
-        else:
-            gate_up_difference, down_difference = self._lora_difference()
-            gate_up, down = self.gate_up_proj, self.down_proj
-            self.gate_up_proj = _frozen((gate_up.float() - gate_up_difference).to(gate_up.dtype))
-            self.down_proj = _frozen((down.float() - down_difference).to(down.dtype))
-
-
-def _frozen(tensor: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
+            return
+        gate_up_difference, down_difference = self._lora_difference(self.lora)
+        trains = gate_up.requires_grad
+        self.gate_up_proj = nn.Parameter((gate_up.float() - gate_up_difference).to(gate_up.dtype), trains)
+        self.down_proj = nn.Parameter((down.float() - down_difference).to(down.dtype), trains)
 
 
 class UniMoESparseMoeBlock(nn.Module):

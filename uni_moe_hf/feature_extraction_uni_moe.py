@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from transformers import BatchFeature, WhisperFeatureExtractor
-from transformers.audio_utils import load_audio, mel_filter_bank, spectrogram, window_function
+from transformers.audio_utils import load_audio, mel_filter_bank, window_function
 
 
 class UniMoEFeatureExtractor(WhisperFeatureExtractor):
@@ -111,7 +111,15 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
 
     def _windows(self, clips: np.ndarray | list[np.ndarray], kind: str, max_windows: int | None) -> list[np.ndarray]:
         """Consecutive windows of all clips; only the last of a clip may be short."""
-        clips = [clips] if isinstance(clips, np.ndarray) and clips.ndim == 1 else clips
+        if isinstance(clips, np.ndarray):
+            if clips.ndim != 1:
+                raise ValueError(
+                    f"`{kind}` is one array of shape {clips.shape}, which may be channels or clips; pass a list of "
+                    "waveforms, each `(num_samples,)`."
+                )
+            clips = [clips]
+        if len(clips) == 0:
+            raise ValueError(f"`{kind}` is an empty list; leave it out where there are no clips.")
         windows = []
         for clip in (check_waveform(clip) for clip in clips):
             count = self.num_windows(clip)
@@ -155,20 +163,13 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
             `np.ndarray` of shape `(frames, num_audio_mel_bins)`, float32: log energies of 25 ms frames every 10 ms, as
             `torchaudio.compliance.kaldi.fbank` gives them, normalised by BEATs' constants.
         """
-        fbank = spectrogram(
-            waveform.astype(np.float64) * 2**15,
-            window_function(400, "povey", periodic=False),
-            frame_length=400,
-            hop_length=160,
-            fft_length=512,
-            power=2.0,
-            center=False,
-            preemphasis=0.97,
-            mel_filters=self._fbank_filters,
-            log_mel="log",
-            mel_floor=1.192092955078125e-07,
-            remove_dc_offset=True,
-        ).T  # (frames, mel bins)
+        # As `spectrogram(preemphasis=0.97, remove_dc_offset=True, ...)` of the library, which takes frames one by one.
+        frames = np.lib.stride_tricks.sliding_window_view(waveform.astype(np.float64) * 2**15, 400)[::160]
+        frames = frames - frames.mean(axis=1, keepdims=True)  # (frames, 400)
+        previous = np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
+        frames = (frames - 0.97 * previous) * window_function(400, "povey", periodic=False)
+        power = np.abs(np.fft.rfft(frames, n=512)) ** 2  # (frames, 257)
+        fbank = np.log(np.maximum(power @ self._fbank_filters, 1.192092955078125e-07))  # (frames, mel bins)
         return ((fbank - self.fbank_mean) / (2 * self.fbank_std)).astype(np.float32)
 
     def _frame_mask(self, window: np.ndarray) -> np.ndarray:
@@ -200,21 +201,23 @@ def check_waveform(waveform: Any) -> np.ndarray:
         raise ValueError(
             f"A waveform must hold floats in [-1, 1], got {waveform.dtype}; divide by {np.iinfo(waveform.dtype).max + 1}."
         )
-    if waveform.ndim == 2:
+    if waveform.ndim == 2 and waveform.size:
         waveform = waveform.mean(axis=int(np.argmin(waveform.shape)))
-    if waveform.ndim != 1 or waveform.dtype.kind not in "fiu":
+    if waveform.size == 0:
+        raise ValueError("A waveform has 0 samples; remove the clip or check how it was cut.")
+    if waveform.ndim != 1 or waveform.dtype.kind != "f":
         raise ValueError(
             f"A waveform must be one array of floats, got shape {waveform.shape} and dtype {waveform.dtype}; "
             "pass several clips as a list."
         )
-    if waveform.size == 0:
-        raise ValueError("A waveform has 0 samples; remove the clip or check how it was cut.")
+    with np.errstate(over="ignore"):
+        waveform = waveform.astype(np.float32)
     if not np.isfinite(waveform).all():
         raise ValueError(
             f"A waveform of {waveform.size} samples holds {int((~np.isfinite(waveform)).sum())} NaN or infinite values; "
             "repair or remove the clip."
         )
-    return waveform.astype(np.float32)
+    return waveform
 
 
 def load_waveform(source: Any, sampling_rate: int = 16000) -> np.ndarray:
@@ -234,9 +237,14 @@ def load_waveform(source: Any, sampling_rate: int = 16000) -> np.ndarray:
         ValueError: the file is missing or unreadable, or the waveform fails [`check_waveform`].
     """
     if isinstance(source, dict):
-        if "array" in source:
-            return _resample(check_waveform(source["array"]), source.get("sampling_rate", sampling_rate), sampling_rate)
+        if source.get("array") is not None:
+            rate = sampling_rate if source.get("sampling_rate") is None else source["sampling_rate"]
+            if rate < 1:
+                raise ValueError(f"A clip's sampling rate is {rate} Hz; it must be positive.")
+            return _resample(check_waveform(source["array"]), rate, sampling_rate)
         source = source.get("bytes") or source.get("path")
+    if source is None:
+        raise ValueError("A clip has no source: neither a path, nor bytes, nor an array.")
     if not isinstance(source, str | Path | bytes):
         return check_waveform(source)
 
@@ -274,10 +282,12 @@ def _decode(source: str | Path | bytes, sampling_rate: int) -> np.ndarray:
         with av.open(file) as container:
             if not container.streams.audio:
                 raise ValueError("it has no sound track") from soundfile_error
-            resampler = av.AudioResampler(format="flt", layout="mono", rate=sampling_rate)
+            # To float only: the library's own mixing to mono is 3 dB louder than the mean of the channels.
+            resampler = av.AudioResampler(format="fltp")
             frames = [f for frame in container.decode(audio=0) for f in resampler.resample(frame)]
-            frames += resampler.resample(None)
-        return np.concatenate([frame.to_ndarray().reshape(-1) for frame in frames] or [np.zeros(0, np.float32)])
+            rate = container.streams.audio[0].rate
+        blocks = [frame.to_ndarray().mean(axis=0) for frame in frames]
+        return _resample(np.concatenate(blocks or [np.zeros(0, np.float32)]), rate, sampling_rate)
 
 
 def _resample(waveform: np.ndarray, rate: int, sampling_rate: int) -> np.ndarray:

@@ -30,14 +30,24 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, select_hidden_states
 
 from .beats_uni_moe import BeatsModel
-from .configuration_uni_moe import UniMoEConfig, UniMoETextConfig
+from .configuration_uni_moe import MODALITIES, UniMoEConfig, UniMoETextConfig
 from .connectors_uni_moe import AudioConnector, SpeechConnector, VisionConnector
 from .experts_uni_moe import UniMoEExpertLora, UniMoELoraExperts, UniMoESparseMoeBlock, UniMoETopKRouter
 from .pipeline_uni_moe import AnyToTextPipeline  # noqa: F401  saving a model ships every file imported here
 
 
-# The library reads this file for the literal `@use_experts_implementation` (it stands in experts_uni_moe.py) to learn
-# that `experts_implementation` may be set; without it every model would be pinned to "eager".
+# The library looks for the literal `@use_experts_implementation` (it stands in experts_uni_moe.py) in this very file;
+# without it every model would be pinned to "eager".
+
+
+# Which modality's placeholders each media input belongs to.
+MEDIA_INPUTS = {
+    "pixel_values": "image",
+    "pixel_values_videos": "video",
+    "input_values": "audio",
+    "input_values_mask": "audio",
+    "input_features": "speech",
+}
 
 
 @dataclass
@@ -97,11 +107,7 @@ class UniMoEDecoderLayer(LlamaDecoderLayer):
 
 
 class UniMoETextModel(LlamaModel):
-    """
-    Llama without its head, with [`UniMoEDecoderLayer`]s. `forward` is Llama's own; router logits are recorded by hooks.
-
-    Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.2.
-    """
+    """Llama without its head, with [`UniMoEDecoderLayer`]s. `forward` is Llama's own; hooks record router logits."""
 
     config: UniMoETextConfig
     _no_split_modules = ["UniMoEDecoderLayer"]
@@ -199,11 +205,7 @@ class UniMoEPreTrainedModel(PreTrainedModel):
 
 
 class UniMoEModel(UniMoEPreTrainedModel):
-    """
-    Towers, connectors and decoder, without the language modeling head.
-
-    Source: Uni-MoE (https://huggingface.co/papers/2405.11273), figure 3.
-    """
+    """Towers, connectors and decoder, without the language modeling head (figure 3 of the paper)."""
 
     def __init__(self, config: UniMoEConfig):
         super().__init__(config)
@@ -271,6 +273,11 @@ class UniMoEModel(UniMoEPreTrainedModel):
             ValueError: the model has no vision tower.
         """
         self._require("video", "pixel_values_videos")
+        if pixel_values_videos.dim() != 5:
+            raise ValueError(
+                f"`pixel_values_videos` has shape {tuple(pixel_values_videos.shape)}, expected (num_videos, frames, 3, "
+                "height, width); pictures go into `pixel_values`."
+            )
         num_videos = pixel_values_videos.shape[0]
         outputs = self.get_image_features(pixel_values_videos.flatten(0, 1), return_dict=True, **kwargs)
         frames = outputs.pooler_output.unflatten(0, (num_videos, -1))  # (V, F, P, H)
@@ -418,15 +425,16 @@ class UniMoEModel(UniMoEPreTrainedModel):
 
     def _embed(self, input_ids: torch.Tensor, features: dict[str, torch.Tensor]) -> torch.Tensor:
         """`(B, T, H)` text embeddings with features in place of the placeholders."""
-        # Placeholder ids lie behind the embedding table, so they are looked up as padding and then overwritten.
-        vocab_size = self.config.text_config.vocab_size
-        text_ids = input_ids.masked_fill(input_ids >= vocab_size, self.config.text_config.pad_token_id or 0)
+        # Placeholder ids lie behind the embedding table, so they are looked up as padding and then overwritten. Any
+        # other id behind the table fails in the lookup, as it should.
+        masks = {m: self.get_placeholder_mask(input_ids, m, features.get(m)) for m in MODALITIES}
+        text_ids = input_ids
+        for mask in masks.values():
+            text_ids = text_ids.masked_fill(mask.squeeze(-1), self.config.text_config.pad_token_id or 0)
         inputs_embeds = self.get_input_embeddings()(text_ids)  # (B, T, H)
-        for modality in self.config.modalities:
-            rows = features.get(modality)
-            mask = self.get_placeholder_mask(input_ids, modality, rows).to(inputs_embeds.device)
-            if rows is not None:
-                inputs_embeds = inputs_embeds.masked_scatter(mask, rows.to(inputs_embeds.device, inputs_embeds.dtype))
+        for modality, rows in features.items():
+            rows = rows.to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(masks[modality].to(inputs_embeds.device), rows)
         return inputs_embeds
 
 
@@ -467,6 +475,26 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
         self.model = UniMoEModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, input_ids: torch.Tensor | None = None, **model_kwargs
+    ) -> tuple[torch.Tensor, dict]:
+        """
+        Repeats every row `expand_size` times, and with it its own clips as a block: rows `[r, r, s, s]` need the clips
+        `[a, b, a, b, c, c]` where `a, b` are of `r`; the library would give `[a, a, b, b, c, c]`.
+        """
+        media = {name: model_kwargs.pop(name) for name in MEDIA_INPUTS if model_kwargs.get(name) is not None}
+        if expand_size > 1 and input_ids is not None:
+            for name, clips in media.items():
+                token_id = getattr(self.config, f"{MEDIA_INPUTS[name]}_token_id")
+                tokens = (input_ids == token_id).sum(dim=1)  # (B,)
+                per_clip = max(1, int(tokens.sum()) // max(1, clips.shape[0]))
+                rows = clips.split((tokens // per_clip).tolist())
+                media[name] = torch.cat([row for row in rows for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, **media}
 
     def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
         """See [`UniMoEModel.get_image_features`]."""
@@ -543,8 +571,10 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
         if outputs.router_logits:
+            # With a filled cache the mask also covers earlier tokens, whose router logits are not here.
+            mask = None if attention_mask is None else attention_mask[:, -outputs.last_hidden_state.shape[1] :]
             aux_loss = load_balancing_loss_func(
-                outputs.router_logits, text_config.num_experts, text_config.num_experts_per_tok, attention_mask
+                outputs.router_logits, text_config.num_experts, text_config.num_experts_per_tok, mask
             )
             if loss is not None:
                 loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)

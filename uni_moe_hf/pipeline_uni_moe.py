@@ -54,25 +54,51 @@ class AnyToTextPipeline(ImageTextToTextPipeline):
         """
         media = {"images": images, "videos": videos, "audio": audio, "speech": speech}
         media = {name: clips for name, clips in media.items() if clips is not None}
-        if not media:
-            if text is None:
-                raise ValueError("Pass a conversation or a prompt as `text`.")
-            return super().__call__(text=text, **kwargs)
-        if text is None or not (isinstance(text, str) or isinstance(text[0], str)):
+        if text is None or (isinstance(text, list) and not text):
+            beside = f" Got {', '.join(media)} beside no text; media need one placeholder each." if media else ""
+            raise ValueError(f"Pass a conversation or a prompt as `text`; it is missing or empty.{beside}")
+        is_raw = isinstance(text, str) or isinstance(text[0], str)
+        if media and not is_raw:
             raise ValueError(
-                f"Got {', '.join(media)} beside {'no text' if text is None else 'a conversation'}; put media into the "
-                "conversation's parts, or pass a raw prompt with one placeholder per clip as `text`."
+                f"Got {', '.join(media)} beside a conversation; put media into the conversation's parts, or pass a raw "
+                "prompt with one placeholder per clip as `text`."
             )
-        return Pipeline.__call__(self, {"text": text, **media}, **kwargs)
+        if media:
+            return Pipeline.__call__(self, {"text": text, **media}, **kwargs)
+
+        batch_size = kwargs.get("batch_size") or self._batch_size or 1
+        if is_raw or isinstance(text[0], dict) or batch_size == 1:
+            return super().__call__(text=text, **kwargs)
+        # The base class can only join samples that hold the same kinds of media, so batches are made here.
+        results, kwargs = [], {**kwargs, "batch_size": 1}
+        for start in range(0, len(text), batch_size):
+            chats = [Chat(chat) for chat in text[start : start + batch_size]]
+            records = Pipeline.__call__(self, {"chats": chats}, **kwargs)
+            per_chat = len(records) // len(chats)
+            results += [records[first : first + per_chat] for first in range(0, len(records), per_chat)]
+        return results
 
     def preprocess(self, inputs: Any = None, **processing_kwargs) -> dict[str, Any]:
-        """Conversations as in the parent; raw prompts with media go to the processor as they are."""
-        if isinstance(inputs, Chat) or not isinstance(inputs, dict):
+        """Single conversations as in the parent; batches of them, and prompts with media, go to the processor here."""
+        if not isinstance(inputs, dict):
             return super().preprocess(inputs, **processing_kwargs)
-        kwargs = {**processing_kwargs, **(processing_kwargs.pop("processor_kwargs", None) or {})}
-        kwargs.setdefault("padding", isinstance(inputs["text"], list))
-        model_inputs = self.processor(**inputs, return_tensors="pt", **kwargs).to(dtype=self.dtype)
-        model_inputs["text"] = inputs["text"]
+        processor_kwargs = processing_kwargs.pop("processor_kwargs", None) or {}
+        if "chats" not in inputs:
+            kwargs = {"padding": isinstance(inputs["text"], list), **processing_kwargs, **processor_kwargs}
+            model_inputs = self.processor(**inputs, return_tensors="pt", **kwargs).to(dtype=self.dtype)
+            model_inputs["text"] = inputs["text"]
+            return model_inputs
+        processing_kwargs.pop("timeout", None)
+        model_inputs = self.processor.apply_chat_template(
+            [chat.messages for chat in inputs["chats"]],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=not processing_kwargs.get("continue_final_message"),
+            processor_kwargs={"padding": True, "padding_side": "left", **processor_kwargs},
+            **processing_kwargs,
+        ).to(dtype=self.dtype)
+        model_inputs["text"] = inputs["chats"]
         return model_inputs
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:

@@ -5,8 +5,11 @@ From conversations to tensors: media files are loaded, placeholders expanded, te
 and repeats every placeholder as often as its clip has tokens.
 """
 
+import base64
 import re
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator
+from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,12 @@ from transformers.image_utils import load_image
 from transformers.utils import logging
 from transformers.video_utils import load_video
 
+from .configuration_uni_moe import MODALITIES
 from .feature_extraction_uni_moe import load_waveform
 
 
 logger = logging.get_logger(__name__)
 
-# In the order of `mm_token_type_ids`, counted from 1.
-MODALITIES = ("image", "video", "audio", "speech")
 # What `__call__` names the clips of each modality, as the library does.
 ARGUMENTS = {"image": "images", "video": "videos", "audio": "audio", "speech": "speech"}
 # Where a message part may keep its clip, besides a key of its type's own name.
@@ -178,10 +180,10 @@ class UniMoEProcessor(ProcessorMixin):
             raise ValueError("Pass `text`, media or both to the processor.")
         prompts = [text] if isinstance(text, str) else text
         if prompts is not None:
-            if not all(isinstance(prompt, str) for prompt in prompts):
-                raise ValueError("`text` must be a string or a list of strings.")
-            prompts, clips = self._to_ears(list(prompts), clips)
+            if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+                raise ValueError("`text` must be a string or a non-empty list of strings.")
             self._check_counts(prompts, clips)
+        prompts, clips = self._to_ears(prompts, clips)
         clips = {modality: list(_flat(rows)) for modality, rows in clips.items()}
         for modality in clips:
             self._check_modality(modality, len(clips[modality]))
@@ -237,8 +239,11 @@ class UniMoEProcessor(ProcessorMixin):
         """With `image_mode="pad"`, the picture centred on a square of the mean colour."""
         if self.image_mode == "crop" or image.width == image.height:
             return image
+        from PIL import Image
+
         side = max(image.size)
-        canvas = image.new(image.mode, (side, side), tuple(int(255 * mean) for mean in self.image_processor.image_mean))
+        colour = tuple(int(255 * mean) for mean in self.image_processor.image_mean)
+        canvas = Image.new(image.mode, (side, side), colour)
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return canvas
 
@@ -275,16 +280,19 @@ class UniMoEProcessor(ProcessorMixin):
             return "speech"
         return modality
 
-    def _to_ears(self, prompts: list[str], clips: dict[str, list]) -> tuple[list[str], dict[str, list]]:
+    def _to_ears(self, prompts: list[str] | None, clips: dict[str, list]) -> tuple[list[str] | None, dict[str, list]]:
         """Moves `<audio>` placeholders and their clips over to `<speech>` where that is the ear that hears them."""
-        if self._ear("audio") == "audio" or "audio" not in clips:
+        if "audio" not in clips or self._ear("audio") == "audio":
             return prompts, clips
-        self._check_counts(prompts, clips)
         queues = {modality: _flat(clips.get(modality, [])) for modality in ("audio", "speech")}
-        order = (match.lastgroup for prompt in prompts for match in self._placeholders.finditer(prompt))
-        speech = [next(queues[modality]) for modality in order if modality in queues]
+        if prompts is None:
+            speech = [*queues["audio"], *queues["speech"]]
+        else:
+            order = (match.lastgroup for prompt in prompts for match in self._placeholders.finditer(prompt))
+            speech = [next(queues[modality]) for modality in order if modality in queues]
+            prompts = [prompt.replace("<audio>", "<speech>") for prompt in prompts]
         others = {modality: rows for modality, rows in clips.items() if modality not in queues}
-        return [prompt.replace("<audio>", "<speech>") for prompt in prompts], {**others, "speech": speech}
+        return prompts, {**others, "speech": speech}
 
     def _check_counts(self, prompts: list[str], clips: dict[str, list]) -> None:
         """One clip per placeholder, in every row where clips come by row, else in all."""
@@ -346,26 +354,38 @@ class UniMoEProcessor(ProcessorMixin):
                 if "role" not in message or "content" not in message:
                     raise ValueError(f"A message needs 'role' and 'content', got the keys {sorted(message)}.")
                 content = message["content"]
-                message["content"] = (
-                    self._as_text(content) if isinstance(content, str) else [self._part(part) for part in content]
-                )
+                message["content"] = self._as_text(content) if isinstance(content, str) else self._parts(content)
         return conversations, is_batched
 
-    def _part(self, part: dict) -> dict:
+    def _parts(self, content: list) -> list[dict]:
+        """Message parts, text that follows text joined to it: a literal could else hide in the seam."""
+        parts = []
+        for part in map(self._part, content):
+            if part["type"] == "text" and parts and parts[-1]["type"] == "text":
+                parts[-1]["text"] = self._as_text(parts[-1]["text"] + part["text"])
+            else:
+                parts.append(part)
+        return parts
+
+    def _part(self, part: dict | str) -> dict:
         """One message part in the form that template and loader read."""
-        part = {"type": "text", "text": part} if isinstance(part, str) else dict(part)
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        if not isinstance(part, dict):
+            raise ValueError(f"A message part is a {type(part).__name__}; it must be a dict with a 'type', or a string.")
         kind = part.get("type")
         if kind == "text":
-            part["text"] = self._as_text(part.get("text") or "")
-            return part
+            return {"type": "text", "text": self._as_text(part.get("text") or "")}
         if kind not in MODALITIES:
             raise ValueError(f"A message part has the type {kind!r}; known are text, {', '.join(MODALITIES)}.")
-        sources = [part[key] for key in (kind, *SOURCE_KEYS) if part.get(key) is not None]
+        sources = {key: part[key] for key in (kind, *SOURCE_KEYS) if part.get(key) is not None}
         if len(sources) > 1:
             raise ValueError(f"A part of type {kind!r} names {len(sources)} sources; give one of {(kind, *SOURCE_KEYS)}.")
-        if sources and kind in ("audio", "speech") and "sampling_rate" in part:
-            sources = [{"array": sources[0], "sampling_rate": part["sampling_rate"]}]
-        return {"type": self._ear(kind), "source": sources[0] if sources else None}
+        source = next(iter(sources.values()), None)
+        if "base64" in sources:
+            source = _from_base64(source)
+        elif part.get("sampling_rate") is not None and not isinstance(source, str | Path | bytes | dict | None):
+            source = {"array": source, "sampling_rate": part["sampling_rate"]}
+        return {"type": self._ear(kind), "source": source}
 
     def _as_text(self, text: str) -> str:
         """Text in which a literal `<image>` is ordinary text."""
@@ -435,19 +455,20 @@ def _load_image(source: Any):
     """An RGB picture from a path, URL, base64 text, bytes, array or PIL image."""
     from PIL import Image
 
-    name = f"'{source}'" if isinstance(source, str | Path) and len(str(source)) < 200 else "the given data"
+    if isinstance(source, dict):  # `datasets` with decode=False
+        source = source.get("bytes") or source.get("path")
+    name = f"'{str(source)[:200]}'" if isinstance(source, str | Path) else "the given data"
     try:
         if isinstance(source, Path):
             source = str(source)
         if isinstance(source, bytes):
-            from io import BytesIO
-
             source = Image.open(BytesIO(source))
-        elif isinstance(source, dict):  # `datasets` with decode=False
-            return _load_image(source.get("bytes") or source.get("path"))
         elif hasattr(source, "__array__") and not isinstance(source, Image.Image):
             source = _array_to_image(np.asarray(source))
-        return load_image(source)
+        image = load_image(source)
+        if 0 in image.size:
+            raise ValueError(f"it has {image.width} x {image.height} pixels")
+        return image
     except Exception as error:
         raise ValueError(f"Picture {name} could not be read ({error}); is it a complete image file?") from error
 
@@ -459,6 +480,8 @@ def _array_to_image(array: np.ndarray):
     if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     if array.dtype.kind == "f":
+        if not np.isfinite(array).all():
+            raise ValueError("it holds NaN or infinite values")
         array = (array * 255).round() if array.max(initial=0.0) <= 1.0 else array
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
@@ -467,10 +490,18 @@ def _array_to_image(array: np.ndarray):
 
 def _load_frames(source: Any, num_frames: int) -> list:
     """`num_frames` pictures, evenly spread over a video from its start; short videos repeat frames."""
+    if isinstance(source, dict):  # `datasets` with decode=False
+        source = source.get("bytes") or source.get("path")
+    if isinstance(source, bytes):
+        # The decoders' own reading from memory is not the same for all of them.
+        with tempfile.NamedTemporaryFile(suffix=".video") as file:
+            file.write(source)
+            file.flush()
+            return _load_frames(file.name, num_frames)
     if isinstance(source, Path):
         source = str(source)
     if not isinstance(source, str):
-        frames = list(source)
+        frames = [] if source is None else list(source)
         if not frames:
             raise ValueError("A video has 0 frames; remove it or check how it was cut.")
         return [_load_image(frames[index]) for index in _even_indices(len(frames), num_frames)]
@@ -478,12 +509,11 @@ def _load_frames(source: Any, num_frames: int) -> list:
     if not source.startswith(("http://", "https://")) and not Path(source).is_file():
         raise ValueError(f"Video file '{source}' does not exist; check the path.")
     try:
-        frames = _decode_video(source, lambda metadata, **_: _even_indices(metadata.total_num_frames, num_frames))
+        return [_array_to_image(frame) for frame in _decode_video(source, num_frames)]
     except ImportError:
         raise
     except Exception as error:
         raise ValueError(f"Video '{source}' could not be read ({error}); is it a complete video file?") from error
-    return [_array_to_image(frame) for frame in frames]
 
 
 def _even_indices(total: int, wanted: int) -> np.ndarray:
@@ -493,14 +523,19 @@ def _even_indices(total: int, wanted: int) -> np.ndarray:
     return np.arange(wanted) * total // wanted
 
 
-def _decode_video(source: str, sample_indices: Callable) -> np.ndarray:
-    """`(frames, height, width, 3)` through decord, or PyAV where decord is missing."""
+def _decode_video(source: str, num_frames: int) -> np.ndarray:
+    """`(num_frames, height, width, 3)` through decord, or PyAV where decord is missing."""
     try:
         import decord  # noqa: F401
 
         backend = "decord"
     except ImportError:
         backend = "pyav"
+
+    def sample_indices(metadata: Any, **_) -> np.ndarray:
+        # Some containers (Matroska) do not say how many frames they hold.
+        return _even_indices(metadata.total_num_frames or _count_frames(source), num_frames)
+
     try:
         frames, metadata = load_video(source, backend=backend, sample_indices_fn=sample_indices)
     except ImportError as error:
@@ -508,6 +543,24 @@ def _decode_video(source: str, sample_indices: Callable) -> np.ndarray:
     # PyAV gives every frame once; short videos ask for some twice.
     wanted = np.asarray(metadata.frames_indices)
     return frames if len(frames) == len(wanted) else frames[np.searchsorted(np.unique(wanted), wanted)]
+
+
+def _count_frames(source: str) -> int:
+    """Frames of a video, by decoding it."""
+    try:
+        import av
+    except ImportError:
+        return 0
+    with av.open(source) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def _from_base64(text: str) -> bytes:
+    """The bytes behind base64 text, with or without a `data:` prefix."""
+    try:
+        return base64.b64decode(text.rpartition(",")[2], validate=True)
+    except ValueError as error:
+        raise ValueError(f"A part's 'base64' is no valid base64 ({error}).") from error
 
 
 __all__ = ["UniMoEProcessor"]

@@ -1,0 +1,201 @@
+"""
+Writes the demo's data set: PNG, MP4 and WAV files, and JSON lines of conversations about them.
+
+    python examples/demo/make_data.py outputs/demo/data
+
+One file per stage (`stage1.jsonl`, `stage2_<expert>.jsonl`, `stage3.jsonl`) and `test.jsonl`, whose rows also carry
+`task` and `answer`. Paths are relative to the folder.
+"""
+
+import json
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import world
+from tqdm import tqdm
+
+
+TRAIN_FILES = {"image": 1400, "video": 900, "audio": 900, "speech": 1200}
+TEST_QUESTIONS = 240  # of each task
+
+CAPTION_PROMPTS = {
+    "image": "Describe the picture.",
+    "video": "Describe the video.",
+    "audio": "Describe the sound.",
+    "speech": "What is said?",
+}
+COLOUR, SHAPE = "What colour is it?", "What shape is it?"
+MOTION, SOUND, WORD = "How does it move?", "What do you hear?", "Which word is spoken?"
+SHAPE_AND_SOUND = "Name the shape and the sound."
+MOTION_AND_SOUND = "Name the motion and the sound."
+EXPERTS = {"vision": ("image", "video"), "audio": ("audio",), "speech": ("speech",)}
+
+
+def draw_facts(kind: str, split: str, rng: np.random.Generator) -> dict:
+    """What a clip of a kind is to show."""
+
+    def coloured(others: tuple[str, ...]) -> tuple[str, str]:
+        """A colour and something else, as a pair of the split."""
+        while True:
+            colour, other = int(rng.integers(8)), int(rng.integers(len(others)))
+            if split == "train" and rng.random() < 0.3:
+                return world.GREY, others[other]
+            if world.pair_split(colour, other) == split:
+                return list(world.COLOURS)[colour], others[other]
+
+    if kind == "image":
+        colour, shape = coloured(world.SHAPES)
+        return {"colour": colour, "shape": shape}
+    if kind == "video":
+        colour, motion = coloured(world.MOTIONS)
+        return {"colour": colour, "shape": world.SHAPES[rng.integers(8)], "motion": motion}
+    if kind == "audio":
+        return {"sound": str(rng.choice(world.SOUNDS))}
+    if kind == "question":
+        about = str(rng.choice(list(world.SPOKEN_QUESTIONS)))
+        return {"about": about, "text": str(rng.choice(world.SPOKEN_QUESTIONS[about])), **draw_voice(split, rng)}
+    return {"text": str(rng.choice(world.WORDS)), **draw_voice(split, rng)}
+
+
+def draw_voice(split: str, rng: np.random.Generator) -> dict:
+    """Voice, speed and pitch of a split."""
+    train = split == "train"
+    return {
+        "voice": str(rng.choice(world.TRAIN_VOICES if train else world.TEST_VOICES)),
+        "speed": int(rng.choice(world.TRAIN_SPEEDS if train else world.TEST_SPEEDS)),
+        "pitch": int(rng.choice(world.TRAIN_PITCHES if train else world.TEST_PITCHES)),
+    }
+
+
+def make_clip(job: tuple[str, str, dict, str, int]) -> None:
+    """Writes one file."""
+    kind, split, facts, path, seed = job
+    rng = np.random.default_rng(seed)
+    if kind == "image":
+        Path(path).write_bytes(world.png_bytes(world.picture(world.tint(facts["colour"], rng), facts["shape"], split, rng)))
+    elif kind == "video":
+        world.write_mp4(path, world.video(world.tint(facts["colour"], rng), facts["shape"], facts["motion"], split, rng))
+    elif kind == "audio":
+        soundfile.write(path, world.sound(facts["sound"], split, rng), world.RATE)
+    else:
+        soundfile.write(path, *world.speech(facts["text"], facts["voice"], facts["speed"], facts["pitch"]))
+
+
+class Recorder:
+    """Collects the files to write; gives each a path and hands out the conversation part for it."""
+
+    def __init__(self, folder: Path, split: str, seed: int):
+        self.folder, self.split, self.rng, self.jobs = folder, split, np.random.default_rng(seed), []
+
+    def clip(self, kind: str, facts: dict | None = None) -> tuple[dict, dict]:
+        """A new file: its facts and its message part."""
+        facts = draw_facts(kind, self.split, self.rng) if facts is None else facts
+        part_type = "speech" if kind == "question" else kind
+        suffix = {"image": "png", "video": "mp4"}.get(kind, "wav")
+        path = f"{self.split}/{kind}/{len(self.jobs):05d}.{suffix}"
+        (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+        self.jobs.append((kind, self.split, facts, str(self.folder / path), int(self.rng.integers(2**31))))
+        return facts, {"type": part_type, "path": path}
+
+
+def row(parts: list[dict], question: str | None, answer: str, **extra: str) -> dict:
+    """A conversation: media, question, answer."""
+    content = [*parts, *([{"type": "text", "text": question}] if question else [])]
+    return {
+        "messages": [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ],
+        **extra,
+    }
+
+
+def caption(kind: str, facts: dict) -> str:
+    """All that a clip shows, in words."""
+    return facts["text"] if kind in ("speech", "question") else " ".join(facts.values())
+
+
+def single_question(kind: str, facts: dict, rng: np.random.Generator) -> tuple[str, str]:
+    """A question about one clip, and its answer."""
+    if kind == "image":
+        return (COLOUR, facts["colour"]) if rng.random() < 0.5 else (SHAPE, facts["shape"])
+    return {
+        "video": lambda: (MOTION, facts["motion"]),
+        "audio": lambda: (SOUND, facts["sound"]),
+        "speech": lambda: (WORD, facts["text"]),
+    }[kind]()
+
+
+def mixed_row(task: str, image: tuple, video: tuple, audio: tuple, question: tuple) -> dict:
+    """A question that needs two clips; each argument is a clip's facts and part."""
+    if task == "image+speech":
+        return row([image[1], question[1]], None, image[0][question[0]["about"]], task=task)
+    if task == "image+audio":
+        return row([image[1], audio[1]], SHAPE_AND_SOUND, f"{image[0]['shape']} {audio[0]['sound']}", task=task)
+    return row([video[1], audio[1]], MOTION_AND_SOUND, f"{video[0]['motion']} {audio[0]['sound']}", task=task)
+
+
+MIXED = ("image+speech", "image+audio", "video+audio")
+
+
+def plan(folder: Path, seed: int) -> tuple[dict[str, list[dict]], list[tuple]]:
+    """All rows of all JSON files, and the files to write."""
+    train = Recorder(folder, "train", seed)
+    clips = {kind: [train.clip(kind) for _ in range(count)] for kind, count in TRAIN_FILES.items()}
+    clips["question"] = [train.clip("question") for _ in range(TRAIN_FILES["speech"] // 2)]
+    rng = train.rng
+
+    rows = {"stage1": [], "stage3": []}
+    for kind, made in clips.items():
+        prompt = CAPTION_PROMPTS["speech" if kind == "question" else kind]
+        rows["stage1"] += [row([part], prompt, caption(kind, facts)) for facts, part in made]
+    for expert, kinds in EXPERTS.items():
+        rows[f"stage2_{expert}"] = [
+            row([part], *single_question(kind, facts, rng)) for kind in kinds for facts, part in clips[kind]
+        ]
+
+    def any_clip(kind: str) -> tuple[dict, dict]:
+        return clips[kind][rng.integers(len(clips[kind]))]
+
+    for expert in EXPERTS:
+        rows["stage3"] += rows[f"stage2_{expert}"]
+    for task in MIXED:
+        rows["stage3"] += [
+            mixed_row(task, any_clip("image"), any_clip("video"), any_clip("audio"), any_clip("question"))
+            for _ in range(1200)
+        ]
+
+    test = Recorder(folder, "test", seed + 1)
+    rows["test"] = []
+    for kind in TRAIN_FILES:
+        for _ in range(TEST_QUESTIONS):
+            facts, part = test.clip(kind)
+            question, answer = single_question(kind, facts, test.rng)
+            rows["test"].append(row([part], question, answer, task=kind))
+    for task in MIXED:
+        kinds = {"image+speech": ("image", "question"), "image+audio": ("image", "audio"), "video+audio": ("video", "audio")}
+        for _ in range(TEST_QUESTIONS):
+            made = {kind: test.clip(kind) for kind in kinds[task]}
+            blank = ({}, {})
+            rows["test"].append(mixed_row(task, *(made.get(kind, blank) for kind in ("image", "video", "audio", "question"))))
+    for name, made in rows.items():
+        if name != "test":
+            rng.shuffle(made)
+    return rows, train.jobs + test.jobs
+
+
+def main(folder: str, seed: int = 0) -> None:
+    """Writes everything; the JSON files come last, so that a broken run leaves none."""
+    root = Path(folder)
+    rows, jobs = plan(root, seed)
+    with ProcessPoolExecutor() as pool:
+        list(tqdm(pool.map(make_clip, jobs, chunksize=64), total=len(jobs), desc="media files", unit="file"))
+    for name, made in rows.items():
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in made))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

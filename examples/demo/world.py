@@ -1,0 +1,256 @@
+"""
+The small world of the demo: what its pictures, videos, sounds and voices look and sound like.
+
+Every generator takes the attributes to show and a random generator for everything else. `split` decides which values
+of the nuisances (positions, speeds, pitches, voices) and which attribute pairs belong to training and which to testing;
+the two never overlap.
+"""
+
+import ctypes
+import math
+from functools import cache
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+
+COLOURS = {
+    "red": (225, 40, 40),
+    "green": (40, 190, 60),
+    "blue": (50, 80, 235),
+    "yellow": (235, 220, 50),
+    "purple": (160, 50, 200),
+    "cyan": (60, 215, 220),
+    "white": (240, 240, 240),
+    "orange": (245, 140, 30),
+}
+# Only in training, with every shape: it teaches that a shape is the same in any colour.
+GREY = "grey"
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "star", "bar", "diamond")
+MOTIONS = ("still", "sideways", "vertical", "rising", "falling", "circling", "growing", "blinking")
+SOUNDS = ("beep", "siren", "drum", "bell", "buzz", "wind", "whistle", "rain", "clock", "engine")
+WORDS = ("apple", "bridge", "cloud", "doctor", "engine", "forest", "guitar", "hammer", "island", "jungle")
+SPOKEN_QUESTIONS = {
+    "colour": ("what colour is it", "tell me the colour", "which colour do you see"),
+    "shape": ("what shape is it", "name the shape please", "which form has the thing"),
+}
+
+SIDE = 32  # pixels of pictures and frames
+FRAMES = 8
+RATE = 16000
+SECONDS = 2  # of every sound, and of the model's windows
+
+# Accent + timbre, as espeak-ng names them. No test timbre is ever trained on.
+TRAIN_VOICES = (
+    "en-us+m1",
+    "en-us+m3",
+    "en-us+m7",
+    "en-us+f2",
+    "en-us+f4",
+    "en+m2",
+    "en+m4",
+    "en+f1",
+    "en-gb-scotland+m1",
+    "en-gb-x-rp+f2",
+    "en-gb-x-rp+m3",
+    "en-029+f4",
+)
+TEST_VOICES = ("en-us+m5", "en-us+f3", "en+m5", "en+f3", "en+m6")
+TRAIN_SPEEDS, TEST_SPEEDS = (130, 150, 170, 190), (140, 160, 180)  # words per minute
+TRAIN_PITCHES, TEST_PITCHES = (35, 50, 65), (42, 58)  # espeak's scale of 0 to 99
+
+
+def pair_split(first: int, second: int) -> str:
+    """Which split a pair of attribute indices belongs to: a quarter of all pairs is never trained on."""
+    return "test" if (second - first) % 4 == 2 else "train"
+
+
+def position(split: str, rng: np.random.Generator, low: int = 9, high: int = 23) -> tuple[int, int]:
+    """A centre in pixels; every fifth lattice point is never trained on."""
+    while True:
+        x, y = (int(value) for value in rng.integers(low, high + 1, 2))
+        if ((x + 2 * y) % 5 == 0) == (split == "test"):
+            return x, y
+
+
+def level(split: str, rng: np.random.Generator) -> float:
+    """A nuisance of sounds in [0, 1]; two of nine bands are never trained on."""
+    band = rng.choice([2, 6] if split == "test" else [0, 1, 3, 4, 5, 7, 8])
+    return float((band + rng.random()) / 9)
+
+
+def _background(rng: np.random.Generator) -> np.ndarray:
+    shade = rng.integers(0, 60)
+    return np.clip(rng.normal(shade, 8, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
+
+
+def _paint(canvas: Image.Image, shape: str, colour: tuple | int, x: float, y: float, radius: float) -> None:
+    draw = ImageDraw.Draw(canvas)
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if shape == "circle":
+        draw.ellipse(box, fill=colour)
+    elif shape == "ring":
+        draw.ellipse(box, outline=colour, width=3)
+    elif shape == "square":
+        draw.rectangle(box, fill=colour)
+    elif shape == "bar":
+        draw.rectangle((x - radius, y - radius / 3, x + radius, y + radius / 3), fill=colour)
+    elif shape == "cross":
+        draw.rectangle((x - radius, y - 1.5, x + radius, y + 1.5), fill=colour)
+        draw.rectangle((x - 1.5, y - radius, x + 1.5, y + radius), fill=colour)
+    else:
+        corners = {"triangle": (3, 1.0), "diamond": (4, 1.0), "star": (10, 0.4)}[shape]
+        count, inner = corners
+        points = []
+        for corner in range(count):
+            reach = radius * (inner if corner % 2 and shape == "star" else 1.0)
+            angle = 2 * math.pi * corner / count - math.pi / 2
+            points.append((x + reach * math.cos(angle), y + reach * math.sin(angle)))
+        draw.polygon(points, fill=colour)
+
+
+def tint(colour: str, rng: np.random.Generator) -> np.ndarray:
+    """`(3,)` a shade of a named colour; greys vary the most."""
+    if colour == GREY:
+        return rng.integers(80, 200) + rng.integers(-30, 31, 3)
+    return np.clip(np.array(COLOURS[colour]) + rng.normal(0, 8, 3), 0, 255)
+
+
+def scene(
+    tint: np.ndarray, shape: str, x: float, y: float, radius: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """`(SIDE, SIDE, 3)` uint8: one shape on a noisy ground; and `(SIDE, SIDE)` bool: where it is."""
+    canvas, mask = Image.fromarray(_background(rng)), Image.new("L", (SIDE, SIDE))
+    _paint(canvas, shape, tuple(int(value) for value in tint), x, y, radius)
+    _paint(mask, shape, 255, x, y, radius)
+    return np.asarray(canvas), np.asarray(mask) > 0
+
+
+def picture(tint: np.ndarray, shape: str, split: str, rng: np.random.Generator) -> np.ndarray:
+    """`(SIDE, SIDE, 3)` uint8: a scene whose position belongs to the split."""
+    return scene(tint, shape, *position(split, rng), rng.uniform(6.0, 8.5), rng)[0]
+
+
+def video(tint: np.ndarray, shape: str, motion: str, split: str, rng: np.random.Generator) -> np.ndarray:
+    """`(FRAMES, SIDE, SIDE, 3)` uint8: a shape that moves in one of eight ways, each recognisable without the order."""
+    ground, tint = _background(rng), tuple(int(value) for value in tint)
+    x, y = position(split, rng, 13, 19)
+    reach, radius, phase = rng.uniform(7.5, 9.5), rng.uniform(4.5, 5.5), rng.uniform(0, 2 * math.pi)
+    frames = []
+    for frame in range(FRAMES):
+        time = 2 * frame / (FRAMES - 1) - 1  # from -1 to 1
+        dx, dy, size = {
+            "still": (0, 0, radius),
+            "sideways": (time * reach, 0, radius),
+            "vertical": (0, time * reach, radius),
+            "rising": (time * reach, -time * reach, radius),
+            "falling": (time * reach, time * reach, radius),
+            "circling": (
+                reach * math.cos(phase + math.pi * time),
+                reach * math.sin(phase + math.pi * time),
+                radius,
+            ),
+            "growing": (0, 0, radius + (time + 1) * 4.5),
+            "blinking": (0, 0, radius if frame % 2 == 0 else 0),
+        }[motion]
+        canvas = Image.fromarray(ground)
+        if size:
+            _paint(canvas, shape, tint, x + dx, y + dy, size)
+        frames.append(np.asarray(canvas))
+    return np.stack(frames)
+
+
+def sound(kind: str, split: str, rng: np.random.Generator) -> np.ndarray:
+    """`(RATE * SECONDS,)` float32: a sound event over faint noise; pitch or pace comes from [`level`]."""
+    time = np.arange(RATE * SECONDS) / RATE
+    at = level(split, rng)
+    noise = rng.normal(0, 1, len(time))
+    pitch = 300 * 4**at
+
+    def pulses(rate: float, decay: float) -> np.ndarray:
+        return np.exp(-decay * ((time + rng.random() / rate) % (1 / rate)))
+
+    def coloured(low: float, high: float) -> np.ndarray:
+        spectrum = np.fft.rfft(noise)
+        frequency = np.fft.rfftfreq(len(time), 1 / RATE)
+        band = np.fft.irfft(spectrum * ((frequency > low) & (frequency < high)), len(time))
+        return band / (band.std() + 1e-9)
+
+    wave = {
+        "beep": lambda: np.sin(2 * np.pi * pitch * time) * ((time * (2 + 2 * at)) % 1 < 0.5),
+        "siren": lambda: np.sin(2 * np.pi * np.cumsum(600 + 350 * np.sin(2 * np.pi * (0.8 + at) * time)) / RATE),
+        "drum": lambda: np.sin(2 * np.pi * (70 + 50 * at) * time) * pulses(2 + 2 * at, 18),
+        "bell": lambda: (
+            sum(np.sin(2 * np.pi * pitch * ratio * time) / (k + 1) for k, ratio in enumerate((1, 2.76, 5.4)))
+            * np.exp(-2.5 * time)
+        ),
+        "buzz": lambda: np.sign(np.sin(2 * np.pi * (90 + 120 * at) * time)) * 0.6,
+        "wind": lambda: coloured(80, 500 + 500 * at) * (0.6 + 0.4 * np.sin(2 * np.pi * (0.4 + 0.4 * at) * time)) * 0.5,
+        "whistle": lambda: np.sin(2 * np.pi * (1500 + 1800 * at) * time + 6 * np.sin(2 * np.pi * 6 * time)),
+        "rain": lambda: coloured(2500, 7500) * (0.35 + 0.1 * at) * (rng.random(len(time)) < 0.3 + 0.5 * at),
+        "clock": lambda: coloured(1500, 5000) * pulses(3 + 3 * at, 120) * 0.8,
+        "engine": lambda: (
+            sum(np.sin(2 * np.pi * (35 + 30 * at) * k * time) / k for k in range(1, 12)) * (0.6 + 0.4 * coloured(5, 20))
+        ),
+    }[kind]()
+    wave = wave / (np.abs(wave).max() + 1e-9) * rng.uniform(0.3, 0.9) + rng.normal(0, 0.003, len(time))
+    return np.clip(wave, -1, 1).astype(np.float32)
+
+
+@cache
+def _espeak() -> tuple[ctypes.CDLL, bytearray]:
+    """The synthesiser, and the buffer that its callback fills; one per process."""
+    import espeakng_loader
+
+    library = ctypes.CDLL(espeakng_loader.get_library_path())
+    buffer = bytearray()
+    callback_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+
+    def collect(samples, count, _) -> int:
+        if samples and count > 0:
+            buffer.extend(ctypes.string_at(samples, 2 * count))
+        return 0
+
+    library.collect = callback_type(collect)  # kept alive with the library
+    synchronous = 2  # AUDIO_OUTPUT_SYNCHRONOUS: samples to the callback, in this thread, none to a sound card
+    rate = library.espeak_Initialize(synchronous, 0, str(espeakng_loader.get_data_path()).encode(), 0)
+    if rate <= 0:
+        raise RuntimeError(f"espeak-ng could not start (code {rate}).")
+    library.espeak_SetSynthCallback(library.collect)
+    library.rate = rate
+    return library, buffer
+
+
+def speech(text: str, voice: str, speed: int, pitch: int) -> tuple[np.ndarray, int]:
+    """`(num_samples,)` int16 and its rate: `text` spoken by espeak-ng."""
+    library, buffer = _espeak()
+    buffer.clear()
+    if library.espeak_SetVoiceByName(voice.encode()) != 0:
+        raise ValueError(f"espeak-ng has no voice '{voice}'.")
+    for parameter, value in ((1, speed), (3, pitch)):  # espeakRATE, espeakPITCH
+        library.espeak_SetParameter(parameter, value, 0)
+    data = text.encode()
+    library.espeak_Synth(data, len(data) + 1, 0, 0, 0, 1, None, None)  # 1: text is UTF-8
+    return np.frombuffer(bytes(buffer), dtype=np.int16), library.rate
+
+
+def png_bytes(pixels: np.ndarray) -> bytes:
+    """A picture as a PNG file's contents."""
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
+
+
+def write_mp4(path: str, frames: np.ndarray) -> None:
+    """Frames as an H.264 file of 8 frames per second, each pixel doubled so that chroma survives."""
+    import av
+
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"crf": "14", "preset": "ultrafast"})
+        stream.width = stream.height = 2 * SIDE
+        stream.pix_fmt = "yuv420p"
+        for pixels in frames:
+            frame = av.VideoFrame.from_ndarray(pixels.repeat(2, axis=0).repeat(2, axis=1), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))

@@ -1,0 +1,93 @@
+# /// script
+# dependencies = ["uni-moe-hf[train]"]
+# ///
+"""
+Stage 1: join an LLM and encoders, and train the connectors between them on captions and transcripts.
+
+accelerate launch examples/train_stage1_connectors.py \
+    --config examples/configs/stage1_connectors.yaml \
+    --llm lmsys/vicuna-7b-v1.5 \
+    --vision_tower openai/clip-vit-large-patch14-336 \
+    --speech_tower openai/whisper-small \
+    --dataset_name data/captions.jsonl \
+    --output_dir outputs/stage1
+
+Leaves a dense Uni-MoE with trained connectors in `output_dir`.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoTokenizer
+from trl import ScriptArguments, SFTConfig, SFTTrainer, TrlParser
+
+from uni_moe_hf import UniMoEDataCollator, build_model, build_processor, load_rows, prepare_stage
+from uni_moe_hf.stages import stage_table
+
+
+@dataclass
+class PartsArguments:
+    llm: str = field(metadata={"help": "Llama to start from, Hub id or folder."})
+    vision_tower: str | None = field(default=None, metadata={"help": "CLIP or another vision backbone."})
+    speech_tower: str | None = field(default=None, metadata={"help": "Whisper."})
+    audio_tower: str | None = field(default=None, metadata={"help": "BEATs, as saved by this package."})
+    num_speech_query_tokens: int = field(default=50, metadata={"help": "Tokens of a window of speech."})
+    num_audio_query_tokens: int = field(default=50, metadata={"help": "Tokens of a window of sound."})
+    audio_connector_config: dict | str | None = field(
+        default=None, metadata={"help": "Fields of the Q-Former, as JSON; the released size by default."}
+    )
+    media_root: str | None = field(default=None, metadata={"help": "Folder that paths in the data start from."})
+    max_tokens: int | None = field(default=2048, metadata={"help": "Longest row, media included."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.audio_connector_config, str):
+            self.audio_connector_config = json.loads(self.audio_connector_config)
+
+
+def main(script_args: ScriptArguments, training_args: SFTConfig, parts: PartsArguments) -> None:
+    ################
+    # Model & processor
+    ################
+    model = build_model(
+        parts.llm,
+        vision_tower=parts.vision_tower,
+        speech_tower=parts.speech_tower,
+        audio_tower=parts.audio_tower,
+        num_speech_query_tokens=parts.num_speech_query_tokens,
+        num_audio_query_tokens=parts.num_audio_query_tokens,
+        audio_connector_config=parts.audio_connector_config,
+    )
+    processor = build_processor(model.config, AutoTokenizer.from_pretrained(parts.llm))
+    prepare_stage(model, "connectors")
+
+    ################
+    # Data
+    ################
+    dataset = load_rows(script_args.dataset_name, script_args.dataset_train_split)
+    media_root = parts.media_root or Path(script_args.dataset_name).parent
+    collator = UniMoEDataCollator(processor, max_length=parts.max_tokens, media_root=media_root)
+
+    ################
+    # Training
+    ################
+    trainer = SFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=dataset,
+        processing_class=processor,
+        data_collator=collator,
+    )
+    trainer.accelerator.print(stage_table(trainer.model, training_args.learning_rate))
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+def parse(args: list[str] | None = None) -> tuple[ScriptArguments, SFTConfig, PartsArguments]:
+    return TrlParser((ScriptArguments, SFTConfig, PartsArguments)).parse_args_and_config(args)
+
+
+if __name__ == "__main__":
+    main(*parse())

@@ -1,0 +1,82 @@
+# /// script
+# dependencies = ["uni-moe-hf[train]"]
+# ///
+"""
+Stage 2, once per expert: LoRA on the feed-forward layers of the dense model, and the modality's projector.
+
+accelerate launch examples/train_stage2_experts.py \
+    --config examples/configs/stage2_experts.yaml \
+    --model_name_or_path outputs/stage1 \
+    --modalities speech \
+    --dataset_name data/speech_questions.jsonl \
+    --output_dir outputs/stage2/speech
+
+Leaves trainer checkpoints and the adapter in `output_dir`, and in `output_dir/expert` an ordinary PEFT adapter of the
+plain LLM with the projector beside it.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoProcessor
+from trl import ScriptArguments, SFTConfig, SFTTrainer, TrlParser
+
+from uni_moe_hf import (
+    UniMoEDataCollator,
+    UniMoEForConditionalGeneration,
+    export_expert,
+    load_rows,
+    prepare_stage,
+)
+from uni_moe_hf.stages import stage_table
+
+
+@dataclass
+class ExpertArguments:
+    model_name_or_path: str = field(metadata={"help": "What stage 1 left."})
+    modalities: list[str] = field(metadata={"help": "The expert's: image, video, audio, speech."})
+    media_root: str | None = field(default=None, metadata={"help": "Folder that paths in the data start from."})
+    max_tokens: int | None = field(default=2048, metadata={"help": "Longest row, media included."})
+
+
+def main(script_args: ScriptArguments, training_args: SFTConfig, expert: ExpertArguments) -> None:
+    ################
+    # Model & processor
+    ################
+    model = UniMoEForConditionalGeneration.from_pretrained(expert.model_name_or_path)
+    processor = AutoProcessor.from_pretrained(expert.model_name_or_path)
+    peft_config = prepare_stage(model, "experts", modalities=expert.modalities)
+
+    ################
+    # Data
+    ################
+    dataset = load_rows(script_args.dataset_name, script_args.dataset_train_split)
+    media_root = expert.media_root or Path(script_args.dataset_name).parent
+    collator = UniMoEDataCollator(processor, max_length=expert.max_tokens, media_root=media_root)
+
+    ################
+    # Training
+    ################
+    trainer = SFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=dataset,
+        processing_class=processor,
+        data_collator=collator,
+        peft_config=peft_config,
+    )
+    trainer.accelerator.print(stage_table(trainer.model, training_args.learning_rate))
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    if trainer.accelerator.is_main_process:
+        export_expert(training_args.output_dir, Path(training_args.output_dir) / "expert")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+def parse(args: list[str] | None = None) -> tuple[ScriptArguments, SFTConfig, ExpertArguments]:
+    return TrlParser((ScriptArguments, SFTConfig, ExpertArguments)).parse_args_and_config(args)
+
+
+if __name__ == "__main__":
+    main(*parse())

@@ -1,0 +1,279 @@
+"""Building models from parts, and growing experts from adapters."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import tiny_config, tiny_model, tiny_processor, tiny_tokenizer, tone
+from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, WhisperModel
+
+from uni_moe_hf import BeatsModel, UniMoEForConditionalGeneration
+from uni_moe_hf.composition import build_model, build_processor, export_expert, grow_experts
+from uni_moe_hf.stages import prepare_stage
+
+
+DENSE = {"mlp_layer_types": ["dense", "dense"]}
+
+
+def randomised(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """The same module with every trainable tensor moved, so that adapters differ from what they start as."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return module
+
+
+def train_expert(folder, modality: str, seed: int, **lora) -> tuple[str, torch.Tensor]:
+    """Saves a random stage-2 adapter; returns its folder and the logits of the dense model that carries it."""
+    model = tiny_model(DENSE)
+    wrapped = randomised(get_peft_model(model, prepare_stage(model, "experts", [modality], **lora)), seed).eval()
+    wrapped.save_pretrained(folder)
+    return str(folder), wrapped(input_ids=text_ids()).logits.detach()
+
+
+def text_ids() -> torch.Tensor:
+    return torch.arange(2, 42).reshape(2, 20)
+
+
+def parts():
+    config = tiny_config(DENSE)
+    torch.manual_seed(1)
+    text = {k: v for k, v in config.text_config.to_dict().items() if k in LlamaConfig().to_dict() and k != "model_type"}
+    return {
+        "llm": LlamaForCausalLM(LlamaConfig(**text)).eval(),
+        "vision_tower": CLIPVisionModel(config.vision_config).eval(),
+        "speech_tower": WhisperModel(config.speech_config).eval(),
+        "audio_tower": BeatsModel(config.audio_config).eval(),
+        "audio_connector_config": config.audio_connector_config.to_dict(),
+    }
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """Two adapters on one dense model, of different modalities and ranks, with the logits of each."""
+    root = tmp_path_factory.mktemp("experts")
+    return {
+        "image": train_expert(root / "image", "image", 1, r=8, lora_alpha=16),
+        "speech": train_expert(root / "speech", "speech", 2, r=16, lora_alpha=8),
+    }
+
+
+def only(model: UniMoEForConditionalGeneration, expert: int) -> UniMoEForConditionalGeneration:
+    """The model with every token routed to one expert alone."""
+    for module in model.modules():
+        if type(module).__name__ == "UniMoETopKRouter":
+            logits = torch.full((model.config.text_config.num_experts,), -1e4)
+            logits[expert] = 1e4
+            module.forward = lambda rows, logits=logits: (
+                logits.expand(len(rows), -1),
+                torch.tensor([[1.0, 0.0]]).expand(len(rows), -1),
+                torch.tensor([[expert, (expert + 1) % len(logits)]]).expand(len(rows), -1),
+            )
+    return model
+
+
+def test_a_composed_model_computes_what_its_parts_compute():
+    given = parts()
+    model = build_model(**given, num_speech_query_tokens=3, num_audio_query_tokens=5).eval()
+    assert not model.config.text_config.is_sparse
+    ids = text_ids()
+    torch.testing.assert_close(model(input_ids=ids).logits, given["llm"](input_ids=ids).logits, atol=1e-6, rtol=0)
+    pixels, mel, fbank = torch.randn(1, 3, 16, 16), torch.randn(1, 80, 100), torch.randn(1, 98, 128)
+    inner = model.model
+    for mine, theirs in (
+        (inner.vision_tower(pixels), given["vision_tower"](pixels)),
+        (inner.speech_tower(mel), given["speech_tower"].encoder(mel)),
+        (inner.audio_tower(fbank), given["audio_tower"](fbank)),
+    ):
+        torch.testing.assert_close(mine.last_hidden_state, theirs.last_hidden_state, atol=1e-6, rtol=0)
+
+
+def test_the_speech_connector_starts_as_whispers_decoder():
+    given = parts()
+    connector = build_model(**given, num_speech_query_tokens=3).model.speech_connector
+    for name, tensor in connector.decoder.state_dict().items():
+        assert torch.equal(tensor, given["speech_tower"].decoder.state_dict()[name]), name
+
+
+def test_parts_are_loaded_from_folders(tmp_path):
+    given = parts()
+    folders = {}
+    for name, part in given.items():
+        if name != "audio_connector_config":
+            part.save_pretrained(tmp_path / name)
+            folders[name] = str(tmp_path / name)
+    settings = {"audio_connector_config": given["audio_connector_config"], "num_speech_query_tokens": 3}
+    model = build_model(**folders, **settings).eval()
+    reference = given["llm"](input_ids=text_ids()).logits
+    torch.testing.assert_close(model(input_ids=text_ids()).logits, reference, atol=1e-6, rtol=0)
+
+
+def test_a_decoder_that_is_no_llama_is_refused():
+    config = MistralConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    with pytest.raises(ValueError, match="'mistral'.*'llama'"):
+        build_model(MistralForCausalLM(config))
+
+
+def test_a_speech_tower_that_is_no_whisper_is_refused():
+    given = parts()
+    with pytest.raises(ValueError, match="'clip_vision_model'.*'whisper'"):
+        build_model(given["llm"], speech_tower=given["vision_tower"])
+
+
+def test_placeholders_stand_behind_a_padded_embedding_table():
+    tokenizer = tiny_tokenizer()
+    config = tiny_config({"vocab_size": len(tokenizer) + 13})
+    processor = build_processor(config, tokenizer)
+    assert config.image_token_id == processor.image_token_id == config.text_config.vocab_size
+    assert config.speech_token_id == config.text_config.vocab_size + 3
+
+
+def test_windows_of_part_seconds_are_refused():
+    config = tiny_config()
+    config.speech_config.max_source_positions = 75
+    with pytest.raises(ValueError, match="75.*multiple of 50"):
+        tiny_processor(config)
+
+
+@pytest.mark.parametrize("name", ["image", "speech"])
+def test_each_adapter_becomes_an_expert_without_loss(experts, name):
+    model = grow_experts(tiny_model(DENSE), {"text": None, **{key: folder for key, (folder, _) in experts.items()}})
+    model = only(model.eval(), ["text", "image", "speech"].index(name))
+    torch.testing.assert_close(model(input_ids=text_ids()).logits, experts[name][1], atol=1e-4, rtol=1e-4)
+
+
+def test_an_expert_without_adapter_is_the_plain_network(experts):
+    plain = tiny_model(DENSE)(input_ids=text_ids()).logits
+    model = grow_experts(tiny_model(DENSE), {"text": None, "image": experts["image"][0]}).eval()
+    torch.testing.assert_close(only(model, 0)(input_ids=text_ids()).logits, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["image", "speech"])
+def test_own_bases_hold_the_merged_adapter_and_a_fresh_lora(experts, name):
+    folders = {key: folder for key, (folder, _) in experts.items()}
+    model = grow_experts(tiny_model(DENSE), folders, shared_base=False, lora_rank=8).eval()
+    assert model.config.text_config.expert_lora_rank == 8
+    assert all(not experts_.lora.gate_up_b.any() for experts_ in model._experts())
+    model = only(model, list(folders).index(name))
+    torch.testing.assert_close(model(input_ids=text_ids()).logits, experts[name][1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_grown_model_is_saved_and_loaded(experts, tmp_path):
+    model = grow_experts(tiny_model(DENSE), {"text": None, "image": experts["image"][0]}).eval()
+    model.save_pretrained(tmp_path)
+    loaded = UniMoEForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert loaded.config.text_config.expert_names == ["text", "image"]
+    assert torch.equal(loaded(input_ids=text_ids()).logits, model(input_ids=text_ids()).logits)
+
+
+def test_growing_only_even_layers_keeps_the_others_dense(experts):
+    model = grow_experts(tiny_model(DENSE), {"text": None, "image": experts["image"][0]}, layers="even")
+    assert model.config.text_config.mlp_layer_types == ["sparse", "dense"]
+    assert hasattr(model.model.language_model.layers[1].mlp, "gate_proj")
+
+
+def test_growing_brings_the_trained_projectors(experts):
+    model = grow_experts(tiny_model(DENSE), {key: folder for key, (folder, _) in experts.items()})
+    for modality, connector in (("image", "vision"), ("speech", "speech")):
+        tensors = load_file(f"{experts[modality][0]}/adapter_model.safetensors")
+        kept = {k[k.index(f"{connector}_connector") :]: v for k, v in tensors.items() if "projector" in k}
+        own = model.model.state_dict()
+        assert kept
+        assert all(torch.equal(own[name], tensor) for name, tensor in kept.items())
+
+
+def test_experts_that_disagree_about_a_projector_need_a_choice(experts, tmp_path):
+    other, _ = train_expert(tmp_path, "speech", 5, r=8)
+    folders = {"speech": experts["speech"][0], "long": other}
+    model = tiny_model(DENSE)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"'speech', 'long'.*different projectors for speech"):
+        grow_experts(model, folders)
+    assert not model.config.text_config.is_sparse
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    grown = grow_experts(model, folders, projectors={"speech": "long"})
+    key = "base_model.model.model.speech_connector.projector.weight"
+    chosen = load_file(f"{other}/adapter_model.safetensors")[key]
+    assert torch.equal(grown.model.speech_connector.projector.weight, chosen)
+
+
+def test_an_exported_expert_is_a_plain_adapter_of_the_plain_llm(experts, tmp_path, recwarn):
+    folder = export_expert(experts["image"][0], tmp_path / "expert")
+    dense = tiny_model(DENSE)
+    text = {k: v for k, v in dense.config.text_config.to_dict().items() if k in LlamaConfig().to_dict() and k != "model_type"}
+    llama = LlamaForCausalLM(LlamaConfig(**text)).eval()
+    llama.model.load_state_dict(dense.model.language_model.state_dict())
+    llama.lm_head.load_state_dict(dense.lm_head.state_dict())
+    wrapped = PeftModel.from_pretrained(llama, folder)
+    assert not [str(w.message) for w in recwarn if "missing" in str(w.message).lower()]
+    torch.testing.assert_close(wrapped(input_ids=text_ids()).logits, experts["image"][1], atol=1e-5, rtol=1e-5)
+    assert set(load_file(folder / "projector.safetensors")) == {
+        f"vision_connector.projector.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
+    }
+
+
+def test_growing_from_exported_experts_equals_growing_from_checkpoints(experts, tmp_path):
+    exported = {key: export_expert(folder, tmp_path / key) for key, (folder, _) in experts.items()}
+    torch.manual_seed(0)
+    first = grow_experts(tiny_model(DENSE), {key: folder for key, (folder, _) in experts.items()}).state_dict()
+    torch.manual_seed(0)
+    second = grow_experts(tiny_model(DENSE), exported).state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_a_sparse_model_cannot_grow_again(experts):
+    with pytest.raises(ValueError, match="already has 4 experts in 2 layers"):
+        grow_experts(tiny_model(), {"image": experts["image"][0]})
+
+
+def test_adapters_that_do_not_fit_are_refused(experts, tmp_path):
+    source = experts["image"][0]
+    config = json.loads(open(f"{source}/adapter_config.json").read())
+    tensors = load_file(f"{source}/adapter_model.safetensors")
+
+    def written(name: str, config: dict, tensors: dict) -> str:
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors")
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+        return str(tmp_path / name)
+
+    missing = {key: tensor for key, tensor in tensors.items() if "layers.1.mlp.up_proj.lora_A" not in key}
+    wide = {key: torch.nn.functional.pad(t, (0, 1)) if "lora_A" in key else t for key, t in tensors.items()}
+    alien = tensors | {"base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(1)}
+    cases = {
+        "missing": (config, missing, r"layer 1 `up_proj` is missing"),
+        "wide": (config, wide, r"\(8, 33\).*expected \(8, 32\)|expected \(8, 32\)"),
+        "alien": (config, alien, "neither MLP LoRA nor a projector"),
+        "dora": (config | {"use_dora": True}, tensors, "use_dora"),
+    }
+    for name, (settings, weights, message) in cases.items():
+        with pytest.raises(ValueError, match=message):
+            grow_experts(tiny_model(DENSE), {"image": written(name, settings, weights)}, num_experts_per_tok=1)
+    with pytest.raises(ValueError, match="adapter_config.json"):
+        grow_experts(tiny_model(DENSE), {"image": tmp_path / "nowhere"})
+
+
+def test_an_adapter_of_a_plain_llama_from_peft_can_become_an_expert(tmp_path):
+    dense = tiny_model(DENSE)
+    text = {k: v for k, v in dense.config.text_config.to_dict().items() if k in LlamaConfig().to_dict() and k != "model_type"}
+    llama = LlamaForCausalLM(LlamaConfig(**text)).eval()
+    llama.model.load_state_dict(dense.model.language_model.state_dict())
+    llama.lm_head.load_state_dict(dense.lm_head.state_dict())
+    config = LoraConfig(r=8, lora_alpha=4, target_modules=["gate_proj", "up_proj", "down_proj"], use_rslora=True)
+    wrapped = randomised(get_peft_model(llama, config), 3).eval()
+    wrapped.save_pretrained(tmp_path)
+    model = grow_experts(dense, {"text": None, "news": tmp_path}).eval()
+    logits = only(model, 1)(input_ids=text_ids()).logits
+    torch.testing.assert_close(logits, wrapped(input_ids=text_ids()).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_processor_of_a_composed_model_feeds_it():
+    config = tiny_config(DENSE)
+    processor = tiny_processor(config)
+    inputs = processor(text="<audio> what <speech>", audio=tone(), speech=tone(2.5), return_tensors="pt")
+    assert tiny_model(DENSE)(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]

@@ -1,0 +1,378 @@
+"""From rows to training batches: labels, both row formats, what is cut and what is skipped."""
+
+import base64
+import copy
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from tiny import film, picture, tiny_model, tiny_processor, tone, user
+
+from uni_moe_hf import UniMoEDataCollator, load_rows, row_to_messages
+
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. "
+)
+SYSTEM_LENGTH = 139  # tokens of f"<s> {SYSTEM}USER:" with the tiny tokenizer
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor(video_frames=4)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Paths of a picture, a sound and three frames."""
+    folder = tmp_path_factory.mktemp("files")
+    Image.fromarray(picture()).save(folder / "picture.png")
+    soundfile.write(folder / "sound.wav", tone(), 16000, subtype="FLOAT")
+    for number, frame in enumerate(film(frames=3)):
+        Image.fromarray(frame).save(folder / f"{number}.png")
+    return {
+        "image": str(folder / "picture.png"),
+        "sound": str(folder / "sound.wav"),
+        "frames": [str(folder / f"{number}.png") for number in range(3)],
+    }
+
+
+def row(*parts, answer: str = "yes") -> dict:
+    return {"messages": [*user(*parts), {"role": "assistant", "content": [{"type": "text", "text": answer}]}]}
+
+
+def original(question: str, answer: str = "yes", **files) -> dict:
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}], **files}
+
+
+def learned(processor, batch: dict) -> list[list[str]]:
+    """Tokens with a label, by row; each must be the label itself."""
+    assert torch.equal(batch["labels"][batch["labels"] != -100], batch["input_ids"][batch["labels"] != -100])
+    return [processor.tokenizer.convert_ids_to_tokens(labels[labels != -100]) for labels in batch["labels"]]
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+# ---- batches ----
+
+
+def test_only_answers_and_their_ends_are_learned(processor):
+    image, speech = {"type": "image", "image": picture()}, {"type": "speech", "speech": tone(1.5)}
+    long = row(image, "what is it", answer="a bird")
+    long["messages"] += row("is it", speech, answer="no")["messages"]
+    batch = UniMoEDataCollator(processor)([long, row("hello"), row(speech, answer="a bell")])
+    assert learned(processor, batch) == [
+        ["▁a", "▁bird", "</s>", "▁no", "</s>"],
+        ["▁yes", "</s>"],
+        ["▁a", "▁bell", "</s>"],
+    ]
+
+
+def test_a_batch_is_padded_on_the_right_and_holds_plain_model_inputs(processor):
+    batch = UniMoEDataCollator(processor)([row("hello"), row("what is it", {"type": "image", "image": picture()})])
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "pixel_values"}
+    short, long = batch["attention_mask"].sum(dim=1).tolist()
+    assert batch["attention_mask"][0].tolist() == [1] * short + [0] * (long - short)
+    assert batch["labels"][0, short:].eq(-100).all()
+    assert all(isinstance(value, torch.Tensor) for value in batch.values())
+
+
+def test_rows_of_any_modalities_share_a_batch_that_the_model_learns_from():
+    model = tiny_model()
+    processor = tiny_processor(model.config, video_frames=4)
+    rows = [
+        row({"type": "image", "image": picture()}, "what"),
+        row("hello"),
+        row({"type": "video", "video": film()}, {"type": "audio", "audio": tone(1.5)}),
+        row({"type": "speech", "speech": tone()}),
+    ]
+    batch = UniMoEDataCollator(processor)(rows)
+    singles = [UniMoEDataCollator(processor)([one]) for one in rows]
+    with torch.no_grad():
+        loss = model(**batch).loss
+        expected = [(model(**single).loss, (single["labels"] != -100).sum()) for single in singles]
+    # 1e-5: the same rows, summed in another order and beside padding, in float32.
+    mean = sum(one * count for one, count in expected) / sum(count for _, count in expected)
+    torch.testing.assert_close(loss, mean, rtol=1e-5, atol=1e-5)
+
+
+def test_media_in_an_answer_are_not_learned(processor):
+    answer = {"role": "assistant", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "yes"}]}
+    batch = UniMoEDataCollator(processor)([{"messages": [*user("hello"), answer]}])
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 4
+    assert not (batch["labels"] == processor.image_token_id).any()
+
+
+def test_the_rows_stay_as_they_were(processor, files):
+    rows = [row({"type": "image", "path": files["image"]}), original("<image>\nwhat", image=files["image"])]
+    before = copy.deepcopy(rows)
+    UniMoEDataCollator(processor)(rows)
+    assert rows == before
+
+
+@pytest.mark.parametrize("on_mixed_types", [None, "use_json"])
+def test_messages_may_come_from_a_stored_data_set(processor, files, on_mixed_types):
+    rows = [
+        row({"type": "image", "path": files["image"]}, "what"),
+        row({"type": "speech", "speech": files["sound"]}, "what"),
+        row({"type": "audio", "audio": tone(0.2, rate=8000).tolist(), "sampling_rate": 8000}),
+        row({"type": "audio", "path": files["sound"]}, answer="a bell"),
+        row("hello"),
+    ]
+    options = {} if on_mixed_types is None else {"on_mixed_types": on_mixed_types}
+    stored = datasets.Dataset.from_list(rows, **options)
+    if on_mixed_types is None:
+        assert "sampling_rate" in stored[0]["messages"][0]["content"][0]  # keys of other parts, filled with None
+    collate = UniMoEDataCollator(processor)
+    assert_same(collate([stored[index] for index in range(len(rows))]), collate(rows))
+
+
+# ---- the original format ----
+
+
+def test_original_records_become_messages_in_reading_order():
+    record = {
+        "conversations": [
+            {"from": "human", "value": "<image>\n<audio>\n<video>\nWhat is it?"},
+            {"from": "gpt", "value": "A bird."},
+            {"from": "human", "value": "And this?\n<audio>"},
+            {"from": "gpt", "value": "A bell."},
+        ],
+        "image": "a.png",
+        "voice": ["b.wav", "c.wav"],
+        "video": ["0.png", "1.png"],
+        "id": 7,
+    }
+    assert row_to_messages(record) == [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": "a.png"},
+                {"type": "speech", "speech": "b.wav"},
+                {"type": "video", "video": ["0.png", "1.png"]},
+                {"type": "text", "text": "What is it?"},
+            ],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "A bird."}]},
+        {"role": "user", "content": [{"type": "text", "text": "And this?"}, {"type": "speech", "speech": "c.wav"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A bell."}]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("question", "rendered"),
+    [
+        ("<image>\n<audio>\n<video>\nwhat", "<image>\n<speech>\n<video>\nwhat"),
+        ("what\n<image>", "what\n<image>"),
+        ("<image>\n\nwhat", "<image>\n\nwhat"),
+        ("hello", "hello"),
+        ("a\nb", "a\nb"),
+    ],
+)
+def test_original_records_render_as_the_original_prompts(processor, question, rendered):
+    names = {"<image>": ("image", "a.png"), "<audio>": ("voice", ["b.wav"]), "<video>": ("video", ["0.png"])}
+    files = dict(value for placeholder, value in names.items() if placeholder in question)
+    prompt = processor.apply_chat_template(row_to_messages(original(question, **files)))
+    assert prompt == f"{SYSTEM}USER: {rendered} ASSISTANT: yes</s>"
+
+
+def test_both_formats_give_the_same_batch(processor, files):
+    record = original(
+        "<image>\n<audio>\n<video>\nwhat", image=files["image"], voice=[files["sound"]], video=files["frames"]
+    )
+    parts = [
+        {"type": "image", "path": files["image"]},
+        {"type": "speech", "path": files["sound"]},
+        {"type": "video", "video": film(frames=3)},
+    ]
+    collate = UniMoEDataCollator(processor)
+    assert_same(collate([record]), collate([row(*parts, "what")]))
+
+
+def test_the_caller_says_what_voice_files_are(processor, files):
+    record = original("<audio>\nwhat", voice=files["sound"])
+    as_speech, as_sound = (UniMoEDataCollator(processor, voice=kind)([record]) for kind in ("speech", "audio"))
+    assert "input_features" in as_speech and "input_values" not in as_speech
+    assert "input_values" in as_sound and "input_features" not in as_sound
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (original("<image>\nwhat"), "1 <image> in its conversation but 0 such files"),
+        (original("what", image="a.png"), "0 <image> in its conversation but 1 such files"),
+        (original("<audio>\n<audio>", voice=["a.wav"]), "2 <audio> in its conversation but 1 such files"),
+        (original("<video> <video>", video=["0.png", "1.png"]), "2 <video> in its conversation but 1 such files"),
+        ({"text": "hello"}, r"needs 'messages' or 'conversations', got the keys \['text'\]"),
+        ({"messages": None, "conversations": None}, "needs 'messages' or 'conversations'"),
+    ],
+)
+def test_records_that_do_not_add_up_are_refused(record, message):
+    with pytest.raises(ValueError, match=message):
+        row_to_messages(record)
+
+
+# ---- files of rows, folders of media ----
+
+
+def write_rows(file: Path, rows: list[dict]) -> None:
+    lines = [json.dumps(one, ensure_ascii=False) for one in rows]
+    file.write_text(f"[{','.join(lines)}]" if file.suffix == ".json" else "\n".join(lines) + "\n", encoding="utf-8")
+
+
+ROW_FILES = {
+    "messages": [row({"type": "image", "path": "a.png"}, "what", answer="ein Vöglein"), row("hello")],
+    "original": [
+        original("hello"),
+        original("<image>\nwhat", image="a.png"),
+        original("<image>\n<audio>", image="a.png", voice=["b.wav"]),
+        original("<video>", video=["0.png", "1.png"]),
+    ],
+    "both formats": [row("hello"), original("<image>\nwhat", image="a.png")],
+    "odd separators inside": [row("a\u2028b\x85c\nd")],
+}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("rows", ROW_FILES.values(), ids=ROW_FILES)
+def test_rows_are_read_from_files_as_they_were_written(tmp_path, suffix, rows):
+    write_rows(tmp_path / f"rows{suffix}", rows)
+    loaded = load_rows(tmp_path / f"rows{suffix}")
+    assert [row_to_messages(one) for one in loaded] == [row_to_messages(one) for one in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("rows.json", None, "does not exist"),
+        ("rows.json", "[{]", "no valid json"),
+        ("rows.jsonl", '{"text": 1}\n{"text"', "no valid jsonl"),
+        ("rows.json", '{"messages": []}', "non-empty list of objects"),
+        ("rows.json", "[]", "non-empty list of objects"),
+        ("rows.jsonl", "1\n2", "non-empty list of objects"),
+    ],
+)
+def test_files_that_hold_no_rows_are_named(tmp_path, name, text, message):
+    if text is not None:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{tmp_path / name}.*{message}"):
+        load_rows(tmp_path / name)
+
+
+def test_relative_paths_start_at_the_media_root(processor, files, monkeypatch, tmp_path):
+    root = Path(files["image"]).parent
+    monkeypatch.chdir(tmp_path)
+    sound = "data:audio/wav;base64," + base64.b64encode(Path(files["sound"]).read_bytes()).decode()
+    rows = [
+        row({"type": "image", "path": "picture.png"}, {"type": "speech", "speech": "sound.wav"}),
+        row({"type": "video", "video": [f"{number}.png" for number in range(3)]}),
+        row(
+            {"type": "image", "path": files["image"]},
+            {"type": "audio", "url": sound},
+            {"type": "audio", "audio": tone()},
+        ),
+        row({"type": "image", "image": {"path": "picture.png", "bytes": None}}),
+        original(
+            "<image>\n<audio>\n<video>", image="picture.png", voice="sound.wav", video=["0.png", "1.png", "2.png"]
+        ),
+    ]
+    found = UniMoEDataCollator(processor, media_root=str(root))(rows)
+    monkeypatch.chdir(root)
+    assert_same(found, UniMoEDataCollator(processor)(rows))
+
+
+def test_a_media_root_leaves_everything_else_as_it_is(processor, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": ["hello"]}, {"role": "assistant", "content": "yes"}]}]
+    collate = UniMoEDataCollator(processor, media_root=tmp_path)
+    assert_same(collate(rows), UniMoEDataCollator(processor)(rows))
+    with pytest.raises(ValueError, match="part"):
+        collate([row(None)])
+
+
+# ---- too long, unreadable ----
+
+
+@pytest.mark.parametrize("max_length", [SYSTEM_LENGTH + 4, SYSTEM_LENGTH + 7, 10_000])
+def test_a_row_that_is_too_long_loses_the_end_of_its_text(processor, max_length):
+    rows = [row("hello"), row("hello", answer="it is a red bird"), row("is it")]
+    whole = UniMoEDataCollator(processor)(rows)
+    collate = UniMoEDataCollator(processor, max_length=max_length)
+    assert_same(collate(rows), {name: value[:, :max_length] for name, value in whole.items()})
+    assert not collate.skipped
+
+
+def test_a_row_is_skipped_where_its_media_would_be_cut(processor):
+    image = {"type": "image", "image": picture()}
+    late = row("what is this red bird what is it", image)
+    early = row(image, answer="a " * 20)
+    collate = UniMoEDataCollator(processor, max_length=SYSTEM_LENGTH + 10)
+    batch = collate([late, row("hello"), early])
+    assert collate.skipped == {"media beyond max_length": 1}
+    whole = UniMoEDataCollator(processor)([row("hello"), early])
+    cut = {name: whole[name][:, : SYSTEM_LENGTH + 10] for name in ("input_ids", "attention_mask", "labels")}
+    assert_same(batch, {**whole, **cut})
+    assert batch["pixel_values"].shape[0] == 1
+
+
+def test_media_that_end_exactly_at_the_limit_are_kept(processor):
+    both = [row({"type": "image", "image": picture()}, answer="yes it is"), row("hello")]
+    whole = UniMoEDataCollator(processor)(both)
+    answer = (whole["labels"][0] != -100).nonzero()[0].item()
+    last = (whole["input_ids"][0] == processor.image_token_id).nonzero()[-1].item()
+
+    collate = UniMoEDataCollator(processor, max_length=answer + 1)
+    assert collate(both)["input_ids"].shape == (2, answer + 1)
+    assert not collate.skipped
+    for max_length, reason in ((last + 1, "answer beyond max_length"), (last, "media beyond max_length")):
+        collate = UniMoEDataCollator(processor, max_length=max_length)
+        with pytest.raises(ValueError, match=f"No row of this batch of 1 can be used: .*{reason}"):
+            collate(both[:1])
+        assert collate.skipped == {reason: 1}
+
+
+def test_unreadable_rows_stop_the_training_by_default(processor, tmp_path):
+    with pytest.raises(ValueError, match="nothing.png"):
+        UniMoEDataCollator(processor)([row("hello"), row({"type": "image", "path": str(tmp_path / "nothing.png")})])
+
+
+BROKEN = {
+    "missing file": row({"type": "image", "path": "/nothing.png"}),
+    "NaN": row({"type": "speech", "speech": np.array([np.nan])}),
+    "no source": row({"type": "video"}),
+    "no part": row(None),
+    "unknown type": row({"type": "smell", "path": "a"}),
+    "roles do not alternate": {"messages": user("hello") + user("hello")},
+    "base64 is no audio": row({"type": "audio", "base64": "UklG" * 200}),
+    "counts differ": original("<image>\nwhat"),
+    "neither format": {"text": "hello"},
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+def test_unreadable_rows_are_skipped_and_counted_on_request(processor, broken):
+    with pytest.raises(ValueError):
+        UniMoEDataCollator(processor)([row("hello"), broken])
+    collate = UniMoEDataCollator(processor, skip_unreadable=True)
+    assert_same(
+        collate([row("hello"), broken, row("is it")]), UniMoEDataCollator(processor)([row("hello"), row("is it")])
+    )
+    collate([broken, row("hello")])
+    assert collate.skipped == {"unreadable": 2}
+
+
+def test_a_batch_without_a_usable_row_is_an_error(processor):
+    collate = UniMoEDataCollator(processor, skip_unreadable=True)
+    broken = [BROKEN["missing file"], BROKEN["NaN"]]
+    with pytest.raises(ValueError, match="No row of this batch of 2 can be used: {'unreadable': 2}"):
+        collate(broken)
+    assert collate.skipped.total() == 2

@@ -1,0 +1,242 @@
+"""What each stage trains, by exact names, and that training it changes nothing else."""
+
+import pytest
+import soundfile
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from PIL import Image
+from tiny import film, picture, tiny_config, tiny_model, tiny_processor, tone
+from trl import SFTConfig, SFTTrainer
+
+from uni_moe_hf import UniMoEDataCollator, UniMoEForConditionalGeneration
+from uni_moe_hf.stages import prepare_stage, stage_table
+
+
+DENSE = {"mlp_layer_types": ["dense", "dense"]}
+LAYERS = [f"model.language_model.layers.{index}" for index in range(2)]
+
+
+def trainable(model: torch.nn.Module) -> set[str]:
+    """Names of trainable tensors without what PEFT puts into them."""
+    names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return {name.removeprefix("base_model.model.").replace(".default", "").replace(".modules_to_save", "") for name in names}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def media(tmp_path_factory):
+    """Files that the rows name."""
+    folder = tmp_path_factory.mktemp("media")
+    for index in range(2):
+        Image.fromarray(picture(index)).save(folder / f"{index}.png")
+        soundfile.write(folder / f"{index}.wav", tone(pitch=200 + 100 * index), 16000)
+    for index, frame in enumerate(film()):
+        Image.fromarray(frame).save(folder / f"frame{index}.png")
+    Rows.folder = folder
+
+
+class Rows:
+    """Where the rows' files are."""
+
+    folder = None
+
+
+def rows(count: int = 8) -> list[dict]:
+    """A row of each modality, of several, and of none, in turn."""
+    files = [
+        [{"type": "image", "path": "0.png"}],
+        [{"type": "speech", "path": "0.wav"}],
+        [{"type": "audio", "path": "1.wav"}],
+        [{"type": "video", "video": [f"frame{index}.png" for index in range(5)]}],
+        [],
+        [{"type": "image", "path": "1.png"}, {"type": "audio", "path": "0.wav"}, {"type": "speech", "path": "1.wav"}],
+    ]
+    made = []
+    for index in range(count):
+        content = [*files[index % len(files)], {"type": "text", "text": "what is it"}]
+        answer = [{"type": "text", "text": ("a bird", "bell", "red")[index % 3]}]
+        made.append({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]})
+    return made
+
+
+def trainer(model, folder, peft_config=None, **overrides) -> SFTTrainer:
+    args = SFTConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=overrides.pop("gradient_checkpointing", False),
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        max_steps=overrides.pop("max_steps", 4),
+        save_strategy=overrides.pop("save_strategy", "no"),
+        logging_steps=1,
+        report_to="none",
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        seed=3,
+        disable_tqdm=True,
+        **overrides,
+    )
+    processor = tiny_processor(model.config)
+    return SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(rows(), on_mixed_types="use_json"),
+        processing_class=processor,
+        data_collator=UniMoEDataCollator(processor, media_root=Rows.folder),
+        peft_config=peft_config,
+    )
+
+
+def test_stage_1_trains_all_connectors_and_nothing_else():
+    model = tiny_model(DENSE)
+    assert prepare_stage(model, "connectors") is None
+    names = {name for name, _ in model.named_parameters() if "_connector." in name}
+    assert trainable(model) == names
+    assert {name.split(".")[1] for name in names} == {"vision_connector", "speech_connector", "audio_connector"}
+
+
+def test_stage_1_of_one_modality_trains_one_connector():
+    model = tiny_model(DENSE)
+    prepare_stage(model, "connectors", ["audio"])
+    assert {name.split(".")[1] for name in trainable(model)} == {"audio_connector"}
+
+
+def test_stage_2_trains_mlp_lora_and_the_modalitys_projector():
+    model = tiny_model(DENSE)
+    wrapped = get_peft_model(model, prepare_stage(model, "experts", ["speech"]))
+    lora = {
+        f"{layer}.mlp.{name}_proj.lora_{side}.weight" for layer in LAYERS for name in ("gate", "up", "down") for side in "AB"
+    }
+    projector = {f"model.speech_connector.projector.{kind}" for kind in ("weight", "bias")}
+    assert trainable(wrapped) == lora | projector
+    assert wrapped.peft_config["default"].r == 64
+    assert wrapped.peft_config["default"].lora_alpha == 16
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_stage_3_trains_attention_lora_expert_lora_routers_and_projectors(shared):
+    model = tiny_model({"shared_expert_base": shared})
+    wrapped = get_peft_model(model, prepare_stage(model, "moe"))
+    attention = {f"{layer}.self_attn.{name}_proj.lora_{side}.weight" for layer in LAYERS for name in "qkvo" for side in "AB"}
+    mixture = {f"{layer}.mlp.gate.weight" for layer in LAYERS} | {
+        f"{layer}.mlp.experts.lora.{name}" for layer in LAYERS for name in ("gate_up_a", "gate_up_b", "down_a", "down_b")
+    }
+    projectors = {f"model.{ear}_connector.projector.{kind}" for ear in ("speech", "audio") for kind in ("weight", "bias")}
+    projectors |= {f"model.vision_connector.projector.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
+    assert trainable(wrapped) == attention | mixture | projectors
+    assert wrapped.peft_config["default"].r == 8
+
+
+@pytest.mark.parametrize(
+    ("stage", "text", "message"),
+    [
+        ("connectors", None, "starts from a dense model but this one is sparse"),
+        ("experts", None, "starts from a dense model but this one is sparse"),
+        ("moe", DENSE, "starts from a sparse model but this one is dense"),
+        ("fourth", DENSE, "no stage 'fourth'"),
+    ],
+)
+def test_a_stage_from_the_wrong_parent_is_refused(stage, text, message):
+    with pytest.raises(ValueError, match=message):
+        prepare_stage(tiny_model(text), stage)
+
+
+def test_a_modality_without_tower_cannot_be_trained():
+    with pytest.raises(ValueError, match=r"no tower for \['speech'\]"):
+        prepare_stage(tiny_model(DENSE, without=("speech",)), "experts", ["speech"])
+
+
+def test_the_table_counts_every_parameter_once():
+    model = tiny_model(DENSE)
+    prepare_stage(model, "connectors")
+    table = stage_table(model, 2e-5)
+    counted = sum(int(cell.replace(",", "")) for line in table.splitlines()[1:] for cell in line[26:].split()[:2])
+    assert counted == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("stage", ["connectors", "experts", "moe"])
+def test_plain_sft_trainer_trains_what_the_stage_names_and_nothing_else(stage, tmp_path):
+    model = tiny_model(None if stage == "moe" else DENSE)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sft = trainer(model, tmp_path, prepare_stage(model, stage), max_steps=6)
+    names = trainable(sft.model)
+    sft.train()
+    after = sft.model.merge_and_unload().state_dict() if stage != "connectors" else sft.model.state_dict()
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    touched = {name.replace(".lora_A", "").replace(".lora_B", "") for name in names}
+    assert changed <= touched
+    # What saw no token may stay; connectors, projectors and attention all did.
+    assert {name for name in touched if "projector" in name or "self_attn" in name} <= changed
+    assert all(torch.isfinite(tensor).all() for tensor in after.values())
+
+
+def test_a_stage_1_checkpoint_resumes_to_the_very_same_weights(tmp_path):
+    def run(folder, **overrides):
+        model = tiny_model(DENSE)
+        prepare_stage(model, "connectors")
+        return trainer(model, folder, save_strategy="steps", save_steps=2, **overrides)
+
+    whole = run(tmp_path / "whole")
+    whole.train()
+    half = run(tmp_path / "half", max_steps=4)
+    half.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, half.model.state_dict()[name]), name
+
+
+def test_a_stage_3_checkpoint_resumes_to_the_very_same_weights_and_loads_with_peft(tmp_path):
+    def run(folder):
+        model = tiny_model({"shared_expert_base": True, "expert_lora_dropout": 0.1})
+        return trainer(model, folder, prepare_stage(model, "moe"), save_strategy="steps", save_steps=2)
+
+    whole = run(tmp_path / "whole")
+    whole.train()
+    half = run(tmp_path / "half")
+    half.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, half.model.state_dict()[name]), name
+
+    inputs = tiny_processor()(text="<image> what", images=picture(), return_tensors="pt")
+    trained = whole.model.eval()(**inputs).logits
+    parent = tiny_model({"shared_expert_base": True, "expert_lora_dropout": 0.1})
+    loaded = PeftModel.from_pretrained(parent, tmp_path / "whole/checkpoint-4").eval()
+    torch.testing.assert_close(loaded(**inputs).logits, trained, atol=1e-6, rtol=0)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(merged(**inputs).logits, trained, atol=1e-4, rtol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    again = UniMoEForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(again(**inputs).logits, merged(**inputs).logits, atol=1e-6, rtol=0)
+
+
+def test_training_loss_equals_the_models_own_loss(tmp_path):
+    model = tiny_model({"router_aux_loss_coef": 0.1}, seed=4)
+    processor = tiny_processor(model.config)
+    batch = UniMoEDataCollator(processor, media_root=Rows.folder)(rows(6))
+    own = model(**batch, output_router_logits=True)
+    sft = trainer(model, tmp_path, prepare_stage(model, "moe"))
+    sft.model.eval()
+    loss = sft.compute_loss(sft.model, dict(batch))
+    torch.testing.assert_close(loss, own.loss, atol=1e-5, rtol=1e-5)
+    assert own.aux_loss > 0
+
+
+def test_gradient_checkpointing_does_not_change_a_stage(tmp_path):
+    def run(folder, checkpointing):
+        model = tiny_model({"shared_expert_base": True})
+        sft = trainer(model, folder, prepare_stage(model, "moe", lora_dropout=0.0), gradient_checkpointing=checkpointing)
+        sft.train()
+        return sft.model.state_dict()
+
+    plain, checkpointed = run(tmp_path / "a", False), run(tmp_path / "b", True)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(tensor, checkpointed[name], atol=1e-5, rtol=1e-5)
+
+
+def test_a_text_only_model_has_no_projectors_to_train():
+    config = tiny_config(without=("vision", "speech", "audio"))
+    model = UniMoEForConditionalGeneration(config)
+    names = trainable(get_peft_model(model, prepare_stage(model, "moe")))
+    assert names
+    assert not any("connector" in name for name in names)
