@@ -1,0 +1,165 @@
+"""The example scripts run from parts to a merged model on tiny files, and the demo's data keep their promises."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from PIL import Image
+from test_composition import parts
+from tiny import picture, tiny_tokenizer, tone, user
+from transformers import AutoModel, AutoProcessor
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TINY = (
+    "--use_cpu --bf16 false --gradient_checkpointing false --max_steps 2 --per_device_train_batch_size 2 "
+    "--gradient_accumulation_steps 1 --save_strategy no --report_to none --disable_tqdm true"
+).split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def import_paths():
+    """Examples are scripts, not a package."""
+    added = [str(EXAMPLES), str(EXAMPLES / "demo")]
+    sys.path[:0] = added
+    yield
+    for path in added:
+        sys.path.remove(path)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """Tiny parts as folders, and a data set of files."""
+    root = tmp_path_factory.mktemp("examples")
+    given = parts()
+    for name, part in given.items():
+        if name != "audio_connector_config":
+            part.save_pretrained(root / name)
+    tiny_tokenizer().save_pretrained(root / "llm")
+    (root / "qformer.json").write_text(json.dumps(given["audio_connector_config"]))
+    (root / "media").mkdir()
+    Image.fromarray(picture()).save(root / "media/a.png")
+    soundfile.write(root / "media/a.wav", tone(), 16000)
+    rows = []
+    for part in ({"type": "image", "path": "media/a.png"}, {"type": "speech", "path": "media/a.wav"}, {"type": "audio", "path": "media/a.wav"}):
+        rows += [{"messages": [*user(part, "what"), {"role": "assistant", "content": [{"type": "text", "text": "a bird"}]}]}] * 2
+    (root / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return root
+
+
+def run(script: str, config: str, *args: str) -> None:
+    module = importlib.import_module(script)
+    module.main(*module.parse(["--config", str(EXAMPLES / "configs" / config), *args, *TINY]))
+
+
+def test_the_three_scripts_lead_from_parts_to_a_merged_model(workplace):
+    data = ["--dataset_name", str(workplace / "rows.jsonl")]
+    towers = [word for name in ("vision_tower", "speech_tower", "audio_tower") for word in (f"--{name}", str(workplace / name))]
+    run(
+        "train_stage1_connectors",
+        "stage1_connectors.yaml",
+        *data,
+        *towers,
+        *("--llm", str(workplace / "llm"), "--output_dir", str(workplace / "stage1")),
+        *("--num_speech_query_tokens", "3", "--num_audio_query_tokens", "5"),
+        *("--audio_connector_config", (workplace / "qformer.json").read_text()),
+    )
+    stage1 = ["--model_name_or_path", str(workplace / "stage1")]
+    for expert in ("image", "speech"):
+        folder = str(workplace / "stage2" / expert)
+        run("train_stage2_experts", "stage2_experts.yaml", *data, *stage1, "--modalities", expert, "--output_dir", folder)
+    experts = [f"{name}={workplace / 'stage2' / name / 'expert'}" for name in ("image", "speech")]
+    run(
+        "train_stage3_moe",
+        "stage3_moe.yaml",
+        *data,
+        *stage1,
+        *("--experts", "text=", *experts, "--output_dir", str(workplace / "stage3")),
+    )
+    merged = workplace / "stage3/merged"
+    model = AutoModel.from_pretrained(merged, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(merged, trust_remote_code=True)
+    assert model.config.text_config.expert_names == ["text", "image", "speech"]
+    chat = user({"type": "image", "path": str(workplace / "media/a.png")}, "what")
+    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    with torch.no_grad():
+        assert torch.isfinite(model(**inputs).logits).all()
+    assert (workplace / "stage3/adapter_model.safetensors").is_file()
+    assert (workplace / "stage3/grown/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "batch"),
+    [("stage1_connectors", 2e-5, 32), ("stage2_experts", 4e-5, 16), ("stage3_moe", 4e-5, 8)],
+)
+def test_the_configs_hold_the_papers_numbers_and_what_our_collator_needs(name, rate, batch):
+    config = yaml.safe_load((EXAMPLES / "configs" / f"{name}.yaml").read_text())
+    assert config["learning_rate"] == rate
+    assert config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] == batch
+    assert config["lr_scheduler_type"] == "cosine"
+    assert config["warmup_steps"] == 0.03
+    assert config["weight_decay"] == 0.0
+    assert config["remove_unused_columns"] is False
+    assert config["dataset_kwargs"] == {"skip_prepare_dataset": True}
+    assert config["max_length"] is None
+
+
+def test_every_config_belongs_to_a_script_and_says_how_it_is_run():
+    for config in (EXAMPLES / "configs").glob("*.yaml"):
+        script = EXAMPLES / f"train_{config.stem}.py"
+        assert f"--config examples/configs/{config.name}" in script.read_text(), config.name
+
+
+def test_the_demos_test_set_shares_no_attribute_pair_voice_or_nuisance_with_training(tmp_path):
+    make_data, world = importlib.import_module("make_data"), importlib.import_module("world")
+    rows, jobs = make_data.plan(tmp_path, 0)
+    seen = {"train": set(), "test": set()}
+    voices = {"train": set(), "test": set()}
+    for kind, split, facts, _, _ in jobs:
+        if kind in ("image", "video"):
+            seen[split].add((kind, facts["colour"], facts["shape" if kind == "image" else "motion"]))
+        if "voice" in facts:
+            voices[split] |= {facts["voice"], facts["voice"].partition("+")[2] or facts["voice"]} if split == "test" else {facts["voice"]}
+    assert not seen["train"] & seen["test"]
+    assert not voices["train"] & voices["test"]
+    timbres = {voice.partition("+")[2] for voice in voices["train"]}
+    assert not timbres & {voice.partition("+")[2] for voice in voices["test"] if "+" in voice}
+    assert not set(world.TRAIN_SPEEDS) & set(world.TEST_SPEEDS)
+
+    paths = {split: {path for _, at, _, path, _ in jobs if at == split} for split in seen}
+    assert not paths["train"] & paths["test"]
+    tasks = [row["task"] for row in rows["test"]]
+    for task in ("image", "video", "audio", "speech", *make_data.MIXED):
+        answers = {row["messages"][1]["content"][0]["text"] for row in rows["test"] if row["task"] == task}
+        assert tasks.count(task) >= 200
+        assert len(answers) >= 8
+    assert len({seed for *_, seed in jobs}) > 0.99 * len(jobs)
+
+
+def test_the_demos_generators_keep_training_positions_and_levels_apart():
+    world = importlib.import_module("world")
+    rng = np.random.default_rng(0)
+    spots = {split: {world.position(split, rng) for _ in range(500)} for split in ("train", "test")}
+    assert not spots["train"] & spots["test"]
+    bands = {split: {int(world.level(split, rng) * 9) for _ in range(500)} for split in ("train", "test")}
+    assert bands["test"] == {2, 6}
+    assert not bands["train"] & bands["test"]
+
+
+def test_the_demos_control_swaps_media_within_a_task_and_keeps_the_question():
+    evaluate = importlib.import_module("evaluate")
+    tasks = ["a"] * 5 + ["b"] * 3
+    prompts = [user({"type": "image", "path": f"{index}.png"}, f"question {index}") for index in range(8)]
+    swapped = evaluate.swapped(prompts, tasks)
+    for index, prompt in enumerate(swapped):
+        media, question = prompt[0]["content"]
+        other = int(media["path"].partition(".")[0])
+        assert question["text"] == f"question {index}"
+        assert other != index
+        assert tasks[other] == tasks[index]

@@ -1,0 +1,67 @@
+"""Every Python block of the README runs as printed, with tiny models where the demo would have left its own."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peft import get_peft_model
+from tiny import tiny_model, tiny_processor
+
+from uni_moe_hf.composition import export_expert
+from uni_moe_hf.stages import prepare_stage
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder as it is after `make demo`, but tiny."""
+    root = tmp_path_factory.mktemp("workplace")
+    shutil.copytree(ROOT / "examples/media", root / "examples/media")
+    demo = root / "outputs/demo"
+    dense = {"mlp_layer_types": ["dense", "dense"]}
+    for name, text in (("model", None), ("stage1", dense)):
+        model = tiny_model(text)
+        model.save_pretrained(demo / name)
+        tiny_processor(model.config).save_pretrained(demo / name)
+    for name, modality in (("vision", "image"), ("speech", "speech")):
+        model = tiny_model(dense)
+        get_peft_model(model, prepare_stage(model, "experts", [modality])).save_pretrained(demo / "stage2" / name)
+        export_expert(demo / "stage2" / name, demo / "stage2" / name / "expert")
+    return root
+
+
+def test_the_readme_has_blocks_to_run():
+    assert len(BLOCKS) >= 3
+    assert max(len(line) for block in BLOCKS for line in block.splitlines()) <= 130
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_a_block_of_the_readme_runs_as_printed(block, workplace):
+    run = subprocess.run([sys.executable, "-c", block], cwd=workplace, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
+def test_commands_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"`?make ([a-z-]+)", README)) - {"are"}:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    for path in re.findall(r"examples/[\w/.]+\.(?:py|yaml|png|wav)", README):
+        assert (ROOT / path).is_file(), path
+
+
+def test_the_tree_of_the_readme_names_every_module():
+    for module in (ROOT / "uni_moe_hf").glob("*.py"):
+        if module.name != "__init__.py":
+            assert re.search(rf"^    {module.name} ", README, flags=re.MULTILINE), module.name
+
+
+def test_ci_runs_the_readmes_test_command():
+    script = (ROOT / ".ci/run").read_text()
+    assert "\nmake test\n" in script
