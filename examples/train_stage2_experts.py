@@ -35,6 +35,8 @@ from uni_moe_hf.stages import stage_table
 class ExpertArguments:
     model_name_or_path: str = field(metadata={"help": "What stage 1 left."})
     modalities: list[str] = field(metadata={"help": "The expert's: image, video, audio, speech."})
+    lora_r: int = field(default=64, metadata={"help": "Rank of the expert."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of the expert; products are scaled by alpha / rank."})
     media_root: str | None = field(default=None, metadata={"help": "Folder that paths in the data start from."})
     max_tokens: int | None = field(default=2048, metadata={"help": "Longest row, media included."})
 
@@ -45,7 +47,8 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, expert: ExpertA
     ################
     model = UniMoEForConditionalGeneration.from_pretrained(expert.model_name_or_path)
     processor = AutoProcessor.from_pretrained(expert.model_name_or_path)
-    peft_config = prepare_stage(model, "experts", modalities=expert.modalities)
+    lora = {"r": expert.lora_r, "lora_alpha": expert.lora_alpha}
+    peft_config = prepare_stage(model, "experts", modalities=expert.modalities, **lora)
 
     ################
     # Data

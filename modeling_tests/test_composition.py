@@ -7,7 +7,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_model, tiny_processor, tiny_tokenizer, tone
-from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, WhisperModel
+from transformers import (
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    WhisperModel,
+)
 
 from uni_moe_hf import BeatsModel, UniMoEForConditionalGeneration
 from uni_moe_hf.composition import build_model, build_processor, export_expert, grow_experts
@@ -42,7 +49,9 @@ def text_ids() -> torch.Tensor:
 def parts():
     config = tiny_config(DENSE)
     torch.manual_seed(1)
-    text = {k: v for k, v in config.text_config.to_dict().items() if k in LlamaConfig().to_dict() and k != "model_type"}
+    text = {
+        k: v for k, v in config.text_config.to_dict().items() if k in LlamaConfig().to_dict() and k != "model_type"
+    }
     return {
         "llm": LlamaForCausalLM(LlamaConfig(**text)).eval(),
         "vision_tower": CLIPVisionModel(config.vision_config).eval(),
@@ -113,7 +122,9 @@ def test_parts_are_loaded_from_folders(tmp_path):
 
 
 def test_a_decoder_that_is_no_llama_is_refused():
-    config = MistralConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    config = MistralConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
+    )
     with pytest.raises(ValueError, match="'mistral'.*'llama'"):
         build_model(MistralForCausalLM(config))
 
@@ -204,7 +215,11 @@ def test_experts_that_disagree_about_a_projector_need_a_choice(experts, tmp_path
 def test_an_exported_expert_is_a_plain_adapter_of_the_plain_llm(experts, tmp_path, recwarn):
     folder = export_expert(experts["image"][0], tmp_path / "expert")
     dense = tiny_model(DENSE)
-    text = {k: v for k, v in dense.config.text_config.to_dict().items() if k in LlamaConfig().to_dict() and k != "model_type"}
+    text = {
+        k: v
+        for k, v in dense.config.text_config.to_dict().items()
+        if k in LlamaConfig().to_dict() and k != "model_type"
+    }
     llama = LlamaForCausalLM(LlamaConfig(**text)).eval()
     llama.model.load_state_dict(dense.model.language_model.state_dict())
     llama.lm_head.load_state_dict(dense.lm_head.state_dict())
@@ -260,7 +275,11 @@ def test_adapters_that_do_not_fit_are_refused(experts, tmp_path):
 
 def test_an_adapter_of_a_plain_llama_from_peft_can_become_an_expert(tmp_path):
     dense = tiny_model(DENSE)
-    text = {k: v for k, v in dense.config.text_config.to_dict().items() if k in LlamaConfig().to_dict() and k != "model_type"}
+    text = {
+        k: v
+        for k, v in dense.config.text_config.to_dict().items()
+        if k in LlamaConfig().to_dict() and k != "model_type"
+    }
     llama = LlamaForCausalLM(LlamaConfig(**text)).eval()
     llama.model.load_state_dict(dense.model.language_model.state_dict())
     llama.lm_head.load_state_dict(dense.lm_head.state_dict())

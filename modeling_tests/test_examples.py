@@ -47,8 +47,14 @@ def workplace(tmp_path_factory) -> Path:
     Image.fromarray(picture()).save(root / "media/a.png")
     soundfile.write(root / "media/a.wav", tone(), 16000)
     rows = []
-    for part in ({"type": "image", "path": "media/a.png"}, {"type": "speech", "path": "media/a.wav"}, {"type": "audio", "path": "media/a.wav"}):
-        rows += [{"messages": [*user(part, "what"), {"role": "assistant", "content": [{"type": "text", "text": "a bird"}]}]}] * 2
+    for part in (
+        {"type": "image", "path": "media/a.png"},
+        {"type": "speech", "path": "media/a.wav"},
+        {"type": "audio", "path": "media/a.wav"},
+    ):
+        rows += [
+            {"messages": [*user(part, "what"), {"role": "assistant", "content": [{"type": "text", "text": "a bird"}]}]}
+        ] * 2
     (root / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return root
 
@@ -60,7 +66,11 @@ def run(script: str, config: str, *args: str) -> None:
 
 def test_the_three_scripts_lead_from_parts_to_a_merged_model(workplace):
     data = ["--dataset_name", str(workplace / "rows.jsonl")]
-    towers = [word for name in ("vision_tower", "speech_tower", "audio_tower") for word in (f"--{name}", str(workplace / name))]
+    towers = [
+        word
+        for name in ("vision_tower", "speech_tower", "audio_tower")
+        for word in (f"--{name}", str(workplace / name))
+    ]
     run(
         "train_stage1_connectors",
         "stage1_connectors.yaml",
@@ -73,7 +83,16 @@ def test_the_three_scripts_lead_from_parts_to_a_merged_model(workplace):
     stage1 = ["--model_name_or_path", str(workplace / "stage1")]
     for expert in ("image", "speech"):
         folder = str(workplace / "stage2" / expert)
-        run("train_stage2_experts", "stage2_experts.yaml", *data, *stage1, "--modalities", expert, "--output_dir", folder)
+        run(
+            "train_stage2_experts",
+            "stage2_experts.yaml",
+            *data,
+            *stage1,
+            "--modalities",
+            expert,
+            "--output_dir",
+            folder,
+        )
     experts = [f"{name}={workplace / 'stage2' / name / 'expert'}" for name in ("image", "speech")]
     run(
         "train_stage3_moe",
@@ -119,17 +138,25 @@ def test_every_config_belongs_to_a_script_and_says_how_it_is_run():
 def test_the_demos_test_set_shares_no_attribute_pair_voice_or_nuisance_with_training(tmp_path):
     make_data, world = importlib.import_module("make_data"), importlib.import_module("world")
     rows, jobs = make_data.plan(tmp_path, 0)
+
+    def held_out(colour: str, shape: str) -> bool:
+        return world.pair_split(list(world.COLOURS).index(colour), world.SHAPES.index(shape)) == "test"
+
     seen = {"train": set(), "test": set()}
     voices = {"train": set(), "test": set()}
     for kind, split, facts, _, _ in jobs:
-        if kind in ("image", "video"):
-            seen[split].add((kind, facts["colour"], facts["shape" if kind == "image" else "motion"]))
+        if kind == "image":
+            seen[split].add((facts["colour"], facts["shape"]))
+        if kind == "video":
+            shown = {(facts[name], facts["shape"]) for name in ("first", "second")}
+            seen[split] |= shown if split == "train" else {pair for pair in shown if held_out(*pair)}
+            assert split == "train" or any(held_out(*pair) for pair in shown)
         if "voice" in facts:
-            voices[split] |= {facts["voice"], facts["voice"].partition("+")[2] or facts["voice"]} if split == "test" else {facts["voice"]}
+            voices[split].add(facts["voice"])
     assert not seen["train"] & seen["test"]
     assert not voices["train"] & voices["test"]
-    timbres = {voice.partition("+")[2] for voice in voices["train"]}
-    assert not timbres & {voice.partition("+")[2] for voice in voices["test"] if "+" in voice}
+    timbres = {split: {voice.partition("+")[2] for voice in names} for split, names in voices.items()}
+    assert not timbres["train"] & timbres["test"]
     assert not set(world.TRAIN_SPEEDS) & set(world.TEST_SPEEDS)
 
     paths = {split: {path for _, at, _, path, _ in jobs if at == split} for split in seen}

@@ -52,9 +52,22 @@ def test_the_wheel_imports_in_an_environment_without_extras(wheel, tmp_path):
     # The requirements are linked, not installed: tests run offline and torch is large.
     for entry in SITE.iterdir():
         name = entry.name.lower()
-        if not name.startswith((*EXTRAS, "uni_moe", "__editable__", "_", "uni-moe")) or name.startswith(("_cffi", "_soundfile")):
+        if not name.startswith((*EXTRAS, "uni_moe", "__editable__", "_", "uni-moe")) or name.startswith(
+            ("_cffi", "_soundfile")
+        ):
             (site / entry.name).symlink_to(entry)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(site),
+        str(wheel),
+    ]
     subprocess.run(pip, check=True)
     check = f"""
 import importlib.util, uni_moe_hf

@@ -276,7 +276,7 @@ def test_the_final_message_can_be_left_open(processor, text):
     ],
 )
 def test_roles_that_do_not_alternate_are_refused(processor, conversation, number, role):
-    with pytest.raises(Exception, match=f"must alternate.* message {number} has the role '{role}'"):
+    with pytest.raises(Exception, match=f"must alternate.* message {number} is by '{role}'"):
         processor.apply_chat_template(conversation)
 
 

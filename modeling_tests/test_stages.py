@@ -20,7 +20,10 @@ LAYERS = [f"model.language_model.layers.{index}" for index in range(2)]
 def trainable(model: torch.nn.Module) -> set[str]:
     """Names of trainable tensors without what PEFT puts into them."""
     names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return {name.removeprefix("base_model.model.").replace(".default", "").replace(".modules_to_save", "") for name in names}
+    return {
+        name.removeprefix("base_model.model.").replace(".default", "").replace(".modules_to_save", "")
+        for name in names
+    }
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,7 +110,10 @@ def test_stage_2_trains_mlp_lora_and_the_modalitys_projector():
     model = tiny_model(DENSE)
     wrapped = get_peft_model(model, prepare_stage(model, "experts", ["speech"]))
     lora = {
-        f"{layer}.mlp.{name}_proj.lora_{side}.weight" for layer in LAYERS for name in ("gate", "up", "down") for side in "AB"
+        f"{layer}.mlp.{name}_proj.lora_{side}.weight"
+        for layer in LAYERS
+        for name in ("gate", "up", "down")
+        for side in "AB"
     }
     projector = {f"model.speech_connector.projector.{kind}" for kind in ("weight", "bias")}
     assert trainable(wrapped) == lora | projector
@@ -119,12 +125,20 @@ def test_stage_2_trains_mlp_lora_and_the_modalitys_projector():
 def test_stage_3_trains_attention_lora_expert_lora_routers_and_projectors(shared):
     model = tiny_model({"shared_expert_base": shared})
     wrapped = get_peft_model(model, prepare_stage(model, "moe"))
-    attention = {f"{layer}.self_attn.{name}_proj.lora_{side}.weight" for layer in LAYERS for name in "qkvo" for side in "AB"}
-    mixture = {f"{layer}.mlp.gate.weight" for layer in LAYERS} | {
-        f"{layer}.mlp.experts.lora.{name}" for layer in LAYERS for name in ("gate_up_a", "gate_up_b", "down_a", "down_b")
+    attention = {
+        f"{layer}.self_attn.{name}_proj.lora_{side}.weight" for layer in LAYERS for name in "qkvo" for side in "AB"
     }
-    projectors = {f"model.{ear}_connector.projector.{kind}" for ear in ("speech", "audio") for kind in ("weight", "bias")}
-    projectors |= {f"model.vision_connector.projector.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
+    mixture = {f"{layer}.mlp.gate.weight" for layer in LAYERS} | {
+        f"{layer}.mlp.experts.lora.{name}"
+        for layer in LAYERS
+        for name in ("gate_up_a", "gate_up_b", "down_a", "down_b")
+    }
+    projectors = {
+        f"model.{ear}_connector.projector.{kind}" for ear in ("speech", "audio") for kind in ("weight", "bias")
+    }
+    projectors |= {
+        f"model.vision_connector.projector.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
+    }
     assert trainable(wrapped) == attention | mixture | projectors
     assert wrapped.peft_config["default"].r == 8
 
@@ -225,7 +239,9 @@ def test_training_loss_equals_the_models_own_loss(tmp_path):
 def test_gradient_checkpointing_does_not_change_a_stage(tmp_path):
     def run(folder, checkpointing):
         model = tiny_model({"shared_expert_base": True})
-        sft = trainer(model, folder, prepare_stage(model, "moe", lora_dropout=0.0), gradient_checkpointing=checkpointing)
+        sft = trainer(
+            model, folder, prepare_stage(model, "moe", lora_dropout=0.0), gradient_checkpointing=checkpointing
+        )
         sft.train()
         return sft.model.state_dict()
 

@@ -35,7 +35,9 @@ def tiny_tokenizer() -> LlamaTokenizer:
                 merges.append((left, character))
             left += character
             vocab.setdefault(left, len(vocab))
-    return LlamaTokenizer(vocab=vocab, merges=merges, unk_token="<unk>", bos_token="<s>", eos_token="</s>", add_bos_token=True)
+    return LlamaTokenizer(
+        vocab=vocab, merges=merges, unk_token="<unk>", bos_token="<s>", eos_token="</s>", add_bos_token=True
+    )
 
 
 def tiny_config(text: dict | None = None, without: tuple[str, ...] = (), **fields) -> UniMoEConfig:
@@ -90,7 +92,9 @@ def tiny_config(text: dict | None = None, without: tuple[str, ...] = (), **field
     )
 
 
-def tiny_model(text: dict | None = None, without: tuple[str, ...] = (), seed: int = 0, **fields) -> UniMoEForConditionalGeneration:
+def tiny_model(
+    text: dict | None = None, without: tuple[str, ...] = (), seed: int = 0, **fields
+) -> UniMoEForConditionalGeneration:
     """A random model in evaluation mode whose LoRA experts differ from each other and from their bases."""
     torch.manual_seed(seed)
     model = UniMoEForConditionalGeneration(tiny_config(text, without, **fields)).eval()

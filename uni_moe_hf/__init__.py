@@ -26,7 +26,6 @@ from .pipeline_uni_moe import AnyToTextPipeline
 from .processing_uni_moe import UniMoEProcessor
 
 
-
 __version__ = "0.1.0"
 
 AutoConfig.register("uni_moe", UniMoEConfig, exist_ok=True)

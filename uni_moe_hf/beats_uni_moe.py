@@ -71,7 +71,8 @@ class BeatsAttention(nn.Module):
         """
         shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
         query, key, value = (
-            projection(hidden_states).view(shape).transpose(1, 2) for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(hidden_states).view(shape).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # (W, A, T, D / A)
         gates = self.grep_linear(query).unflatten(-1, (2, 4)).sum(dim=-1).sigmoid()  # (W, A, T, 2)
         update, reset = gates.chunk(2, dim=-1)  # (W, A, T, 1)
@@ -237,8 +238,8 @@ class BeatsModel(PreTrainedModel):
                 1 = valid, 0 = padding (BEATs' own polarity is the opposite).
 
         Returns:
-            [`BaseModelOutput`] with `last_hidden_state` `(num_windows, frames // 16 * num_mel_bins // 16, hidden_size)`,
-            time-major.
+            [`BaseModelOutput`] with `last_hidden_state` `(num_windows, frames // 16 * num_mel_bins // 16,
+            hidden_size)`, time-major.
 
         Raises:
             ValueError: `input_values` has another number of mel bins, or fewer frames than one patch.

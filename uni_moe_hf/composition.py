@@ -1,7 +1,7 @@
 """
 Building Uni-MoE models: from pretrained parts to a dense model, from PEFT adapters to a mixture of experts.
 
-Memory note: growing moves the decoder's own feed-forward modules into the mixture, nothing is copied that can be shared.
+Growing moves the decoder's own feed-forward modules into the mixture: nothing is copied that can be shared.
 """
 
 import json
@@ -337,8 +337,8 @@ def grow_experts(
         The same model, with sparse layers.
 
     Raises:
-        ValueError: the model is sparse already, an adapter does not fit, or experts disagree about a projector. Nothing
-            has been changed then.
+        ValueError: the model is sparse already, an adapter does not fit, or experts disagree about a projector.
+            Nothing has been changed then.
 
     Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.3.
     """
@@ -348,7 +348,9 @@ def grow_experts(
             f"The model already has {config.num_experts} experts in {config.mlp_layer_types.count('sparse')} layers; "
             "experts are grown from a dense model."
         )
-    adapters = {name: None if folder is None else read_expert(name, folder, config) for name, folder in experts.items()}
+    adapters = {
+        name: None if folder is None else read_expert(name, folder, config) for name, folder in experts.items()
+    }
     given = [adapter for adapter in adapters.values() if adapter is not None]
     chosen = _choose_projectors(model, given, projectors or {})
     if shared_base and given:
@@ -377,7 +379,9 @@ def grow_experts(
 
 
 def _layer_types(layers: str | list[int], num_layers: int) -> list[str]:
-    indices = {"all": range(num_layers), "even": range(0, num_layers, 2)}.get(layers) if isinstance(layers, str) else layers
+    indices = (
+        {"all": range(num_layers), "even": range(0, num_layers, 2)}.get(layers) if isinstance(layers, str) else layers
+    )
     if indices is None or not all(0 <= index < num_layers for index in indices):
         raise ValueError(f"`layers={layers!r}` must be 'all', 'even' or indices below the {num_layers} layers.")
     return ["sparse" if index in indices else "dense" for index in range(num_layers)]
@@ -390,8 +394,8 @@ def _choose_projectors(
     for modality, name in choices.items():
         if modality not in CONNECTORS or name not in {adapter.name for adapter in adapters}:
             raise ValueError(
-                f"`projectors` maps {modality!r} to {name!r}; keys are of {list(CONNECTORS)}, values of the experts with "
-                f"an adapter, {[adapter.name for adapter in adapters]}."
+                f"`projectors` maps {modality!r} to {name!r}; keys are of {list(CONNECTORS)}, values of the experts "
+                f"with an adapter, {[adapter.name for adapter in adapters]}."
             )
     choices = {CONNECTORS[modality]: name for modality, name in choices.items()}
     own = model.model.state_dict()
@@ -430,7 +434,9 @@ def _grown_block(
     for module in (block.gate, block.experts, block.experts.lora):
         if module is not None:
             for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=weight.device, dtype=weight.dtype)))
+                setattr(
+                    module, name, nn.Parameter(torch.empty_like(parameter, device=weight.device, dtype=weight.dtype))
+                )
     for module in block.modules():
         if module is not mlp and not isinstance(module, nn.Linear):
             init_weights(module)
@@ -448,7 +454,11 @@ def _grown_block(
                 merged = getattr(mlp, f"{name}_proj").weight.float()
                 if adapter is not None:
                     merged = merged + adapter.scaling * (factors[name, "B"] @ factors[name, "A"])
-                target = block.experts.down_proj[expert] if name == "down" else block.experts.gate_up_proj[expert].chunk(2)[row]
+                target = (
+                    block.experts.down_proj[expert]
+                    if name == "down"
+                    else block.experts.gate_up_proj[expert].chunk(2)[row]
+                )
                 target.copy_(merged)
     return block
 

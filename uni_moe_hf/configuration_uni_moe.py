@@ -47,7 +47,8 @@ class BeatsConfig(PreTrainedConfig):
         dropout, attention_dropout, activation_dropout (`float`, *optional*, defaults to 0.0): Used in training only.
 
     Raises:
-        StrictDataclassError: (its cause is a `ValueError`) `hidden_size` is not a multiple of `num_attention_heads`, or `num_mel_bins` of `patch_size`.
+        StrictDataclassError: (caused by a `ValueError`) `hidden_size` is not a multiple of `num_attention_heads`, or
+            `num_mel_bins` of `patch_size`.
 
     Source: BEATs (https://huggingface.co/papers/2212.09058), section 2, and the `cfg` of its published checkpoints.
     """
@@ -105,7 +106,8 @@ class UniMoETextConfig(LlamaConfig):
         output_router_logits (`bool`, *optional*, defaults to `False`): Whether outputs carry the router logits.
 
     Raises:
-        StrictDataclassError: (its cause is a `ValueError`) `mlp_layer_types`, `expert_names` or `num_experts_per_tok` contradicts the other fields.
+        StrictDataclassError: (caused by a `ValueError`) `mlp_layer_types`, `expert_names` or `num_experts_per_tok`
+            contradicts the other fields.
 
     Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.2; `*/model/moe/` of the original code.
     """
@@ -192,8 +194,8 @@ class UniMoEConfig(PreTrainedConfig):
         vision_feature_layer (`int`, *optional*, defaults to -2): Hidden state of the vision tower that is read.
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`): `"default"` drops the first (CLS)
             token, `"full"` keeps all.
-        image_seq_length (`int`, *optional*): Tokens of an image; `(image_size // patch_size) ** 2` by default, one more
-            with `"full"` (a backbone without a CLS token needs the number given).
+        image_seq_length (`int`, *optional*): Tokens of an image; `(image_size // patch_size) ** 2` by default, one
+            more with `"full"` (a backbone without a CLS token needs the number given).
         video_pooling (`str`, *optional*, defaults to `"mean"`): `"mean"` averages the projected frames as in the
             original, `"none"` keeps the tokens of every frame.
         num_speech_query_tokens, num_audio_query_tokens (`int`, *optional*, defaults to 50): Tokens of each window of
@@ -201,7 +203,8 @@ class UniMoEConfig(PreTrainedConfig):
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`): Activation of the vision connector.
 
     Raises:
-        StrictDataclassError: (its cause is a `ValueError`) a placeholder id is used twice or lies inside the vocabulary, or connector and tower disagree.
+        StrictDataclassError: (caused by a `ValueError`) a placeholder id is used twice or lies inside the vocabulary,
+            or connector and tower disagree.
 
     Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.1.
 

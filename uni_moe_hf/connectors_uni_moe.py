@@ -49,7 +49,8 @@ class SpeechConnector(nn.Module):
     Queries attend causally to each other and fully to the encoder's output, as in the original. Its size is that of
     the decoder half of `speech_config`.
 
-    Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.1; `Uni_MoE_speech/model/audio_aligner@f5e82dd`.
+    Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.1;
+    `Uni_MoE_speech/model/audio_aligner@f5e82dd`.
     """
 
     def __init__(self, config: UniMoEConfig):
@@ -81,7 +82,8 @@ class AudioConnector(nn.Module):
 
     The Q-Former attends to all BEATs tokens of a window, padding included, as in the original.
 
-    Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.1; `Uni_MoE_audio/model/audio_aligner@f5e82dd`.
+    Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.1;
+    `Uni_MoE_audio/model/audio_aligner@f5e82dd`.
     """
 
     def __init__(self, config: UniMoEConfig):

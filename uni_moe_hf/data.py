@@ -29,10 +29,10 @@ class UniMoEDataCollator:
         processor ([`UniMoEProcessor`]): Of the model.
         max_length (`int`, *optional*): Longest row in tokens, media included. A longer row loses its end, unless media
             would be cut: then the row is skipped.
-        skip_unreadable (`bool`, *optional*, defaults to `False`): Whether rows that cannot be processed are skipped and
-            counted instead of stopping the training.
+        skip_unreadable (`bool`, *optional*, defaults to `False`): Whether rows that cannot be processed are skipped
+            and counted instead of stopping the training.
         voice (`str`, *optional*, defaults to `"speech"`): What the original format's `voice` files are.
-        media_root (`str` or `Path`, *optional*): Folder that relative paths start from; the working directory by default.
+        media_root (`str` or `Path`, *optional*): Folder that relative paths start from; else the working directory.
 
     Attributes:
         skipped (`Counter`): Why rows were skipped, and how often, in this process.
@@ -61,7 +61,8 @@ class UniMoEDataCollator:
             rows (`list[dict]`): Each with `messages`, or in the original format (see [`row_to_messages`]).
 
         Returns:
-            Model inputs as [`UniMoEProcessor.__call__`] makes them, with `labels` `(B, T)`, -100 where nothing is learned.
+            Model inputs as [`UniMoEProcessor.__call__`] makes them, with `labels` `(B, T)`, -100 where nothing is
+            learned.
 
         Raises:
             ValueError: a row cannot be processed (unless `skip_unreadable`), or no row of the batch is left.
@@ -133,8 +134,8 @@ class UniMoEDataCollator:
             labels = labels.masked_fill(labels == token_id, -100)
         if not (silent := (labels != -100).any(dim=1)).all():
             raise ValueError(
-                f"Row {int((~silent).nonzero()[0])} of a batch of {len(conversations)} has no assistant text to learn; "
-                "remove it, or check that the chat template marks answers with `generation`."
+                f"Row {int((~silent).nonzero()[0])} of a batch of {len(conversations)} has no assistant text to "
+                "learn; remove it, or check that the chat template marks answers with `generation`."
             )
         return {**batch, "labels": labels}
 

@@ -114,7 +114,9 @@ class UniMoELoraExperts(nn.Module):
         if self.shared_base:
             self.base = LlamaMLP(config)
         else:
-            self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * config.intermediate_size, self.hidden_size))
+            self.gate_up_proj = nn.Parameter(
+                torch.empty(self.num_experts, 2 * config.intermediate_size, self.hidden_size)
+            )
             self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_size, config.intermediate_size))
 
         self.lora_rank = config.expert_lora_rank

@@ -129,7 +129,9 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
                     f"{self.chunk_length} s, but at most {max_windows} are allowed; cut it, or raise "
                     f"`max_{kind}_windows` of the feature extractor."
                 )
-            windows += [clip[start : start + self.n_samples] for start in range(0, count * self.n_samples, self.n_samples)]
+            windows += [
+                clip[start : start + self.n_samples] for start in range(0, count * self.n_samples, self.n_samples)
+            ]
         return windows
 
     @cached_property
@@ -199,7 +201,8 @@ def check_waveform(waveform: Any) -> np.ndarray:
     waveform = np.asarray(waveform)
     if waveform.dtype.kind in "iu" and waveform.size:
         raise ValueError(
-            f"A waveform must hold floats in [-1, 1], got {waveform.dtype}; divide by {np.iinfo(waveform.dtype).max + 1}."
+            f"A waveform must hold floats in [-1, 1], got {waveform.dtype}; "
+            f"divide by {np.iinfo(waveform.dtype).max + 1}."
         )
     if waveform.ndim == 2 and waveform.size:
         waveform = waveform.mean(axis=int(np.argmin(waveform.shape)))
@@ -213,9 +216,9 @@ def check_waveform(waveform: Any) -> np.ndarray:
     with np.errstate(over="ignore"):
         waveform = waveform.astype(np.float32)
     if not np.isfinite(waveform).all():
+        bad = int((~np.isfinite(waveform)).sum())
         raise ValueError(
-            f"A waveform of {waveform.size} samples holds {int((~np.isfinite(waveform)).sum())} NaN or infinite values; "
-            "repair or remove the clip."
+            f"A waveform of {waveform.size} samples holds {bad} NaN or infinite values; repair or remove the clip."
         )
     return waveform
 

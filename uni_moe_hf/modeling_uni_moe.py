@@ -58,8 +58,8 @@ class UniMoEModelOutputWithPast(ModelOutput):
         past_key_values ([`Cache`], *optional*): Keys and values of all layers.
         hidden_states, attentions (`tuple(torch.Tensor)`, *optional*): Of each layer, when asked for.
         router_logits (`tuple(torch.Tensor)`, *optional*): `(B * T, num_experts)` of each sparse layer, when asked for.
-        image_hidden_states, video_hidden_states, audio_hidden_states, speech_hidden_states (`torch.Tensor`, *optional*):
-            Connector outputs, `(clips or windows, tokens, H)`.
+        image_hidden_states, video_hidden_states, audio_hidden_states, speech_hidden_states (`torch.Tensor`):
+            Connector outputs, `(clips or windows, tokens, H)`; `None` where there was no input.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -190,12 +190,7 @@ class UniMoEPreTrainedModel(PreTrainedModel):
         text_config.expert_lora_rank, text_config.shared_expert_base = 0, False
 
     def unmerge_expert_lora(self) -> None:
-        """
-        Undoes [`merge_expert_lora`] in the same process: bit-exact with a shared base, else within rounding.
-
-        Raises:
-            ValueError: nothing was merged in this process.
-        """
+        """Undoes [`merge_expert_lora`] in the same process, as [`UniMoELoraExperts.unmerge_lora`] does."""
         if getattr(self, "_unmerged_config", None) is None:
             raise ValueError("Expert LoRA was not merged in this process, so it cannot be unmerged.")
         for experts in self._experts():
@@ -225,7 +220,7 @@ class UniMoEModel(UniMoEPreTrainedModel):
         if modality not in self.config.modalities:
             raise ValueError(
                 f"`{argument}` were passed but this model has no tower for {modality} (it takes text"
-                f"{''.join(', ' + name for name in self.config.modalities)}); remove them or load a model that has one."
+                f"{''.join(', ' + name for name in self.config.modalities)}); remove them or load another model."
             )
 
     @merge_with_config_defaults
@@ -275,8 +270,8 @@ class UniMoEModel(UniMoEPreTrainedModel):
         self._require("video", "pixel_values_videos")
         if pixel_values_videos.dim() != 5:
             raise ValueError(
-                f"`pixel_values_videos` has shape {tuple(pixel_values_videos.shape)}, expected (num_videos, frames, 3, "
-                "height, width); pictures go into `pixel_values`."
+                f"`pixel_values_videos` has shape {tuple(pixel_values_videos.shape)}, expected (num_videos, frames, "
+                "3, height, width); pictures go into `pixel_values`."
             )
         num_videos = pixel_values_videos.shape[0]
         outputs = self.get_image_features(pixel_values_videos.flatten(0, 1), return_dict=True, **kwargs)
@@ -321,7 +316,9 @@ class UniMoEModel(UniMoEPreTrainedModel):
         outputs = self.audio_tower(input_values, input_values_mask, return_dict=True, **kwargs)
         return _pooled(outputs, self.audio_connector(outputs.last_hidden_state))
 
-    def get_placeholder_mask(self, input_ids: torch.Tensor, modality: str, features: torch.Tensor | None) -> torch.Tensor:
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor, modality: str, features: torch.Tensor | None
+    ) -> torch.Tensor:
         """
         Args:
             input_ids (`torch.Tensor` of shape `(B, T)`): With placeholders.
@@ -394,7 +391,9 @@ class UniMoEModel(UniMoEPreTrainedModel):
         if pixel_values_videos is not None:
             features["video"] = self.get_video_features(pixel_values_videos, return_dict=True).pooler_output
         if input_values is not None:
-            features["audio"] = self.get_audio_features(input_values, input_values_mask, return_dict=True).pooler_output
+            features["audio"] = self.get_audio_features(
+                input_values, input_values_mask, return_dict=True
+            ).pooler_output
         if input_features is not None:
             features["speech"] = self.get_speech_features(input_features, return_dict=True).pooler_output
 
@@ -459,7 +458,8 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
 
     >>> model = AutoModel.from_pretrained("checkpoint", trust_remote_code=True)
     >>> processor = AutoProcessor.from_pretrained("checkpoint", trust_remote_code=True)
-    >>> chat = [{"role": "user", "content": [{"type": "image", "path": "cat.png"}, {"type": "text", "text": "What is it?"}]}]
+    >>> parts = [{"type": "image", "path": "cat.png"}, {"type": "text", "text": "What is it?"}]
+    >>> chat = [{"role": "user", "content": parts}]
     >>> inputs = processor.apply_chat_template(
     ...     chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     ... )

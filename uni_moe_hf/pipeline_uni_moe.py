@@ -17,7 +17,8 @@ class AnyToTextPipeline(ImageTextToTextPipeline):
     >>> from transformers import pipeline
 
     >>> pipe = pipeline("any-to-text", model="checkpoint", trust_remote_code=True)
-    >>> chat = [{"role": "user", "content": [{"type": "audio", "path": "bell.wav"}, {"type": "text", "text": "What is it?"}]}]
+    >>> parts = [{"type": "audio", "path": "bell.wav"}, {"type": "text", "text": "What is it?"}]
+    >>> chat = [{"role": "user", "content": parts}]
     >>> pipe(chat, max_new_tokens=20, return_full_text=False)[0]["generated_text"]
     ```
     """
@@ -60,8 +61,8 @@ class AnyToTextPipeline(ImageTextToTextPipeline):
         is_raw = isinstance(text, str) or isinstance(text[0], str)
         if media and not is_raw:
             raise ValueError(
-                f"Got {', '.join(media)} beside a conversation; put media into the conversation's parts, or pass a raw "
-                "prompt with one placeholder per clip as `text`."
+                f"Got {', '.join(media)} beside a conversation; put media into the conversation's parts, or pass a "
+                "raw prompt with one placeholder per clip as `text`."
             )
         if media:
             return Pipeline.__call__(self, {"text": text, **media}, **kwargs)

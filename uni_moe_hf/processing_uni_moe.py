@@ -42,7 +42,8 @@ VICUNA_CHAT_TEMPLATE = """\
     {%- if content is string -%}{{ content }}
     {%- else -%}
         {%- for part in content -%}
-            {%- if not loop.first and (part['type'] != 'text' or content[loop.index0 - 1]['type'] != 'text') -%}{{ '\\n' }}{%- endif -%}
+            {%- set after_text = not loop.first and content[loop.index0 - 1]['type'] == 'text' -%}
+            {%- if not loop.first and not (after_text and part['type'] == 'text') -%}{{ '\\n' }}{%- endif -%}
             {%- if part['type'] == 'text' -%}{{ part['text'] }}{%- else -%}{{ '<' + part['type'] + '>' }}{%- endif -%}
         {%- endfor -%}
     {%- endif -%}
@@ -51,12 +52,14 @@ VICUNA_CHAT_TEMPLATE = """\
     {{- render(messages[0]['content']) + ' ' -}}
     {%- set turns = messages[1:] -%}
 {%- else -%}
-    {{- "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions. " -}}
+    {{- "A chat between a curious user and an artificial intelligence assistant. " -}}
+    {{- "The assistant gives helpful, detailed, and polite answers to the user's questions. " -}}
     {%- set turns = messages -%}
 {%- endif -%}
 {%- for message in turns -%}
     {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
-        {{- raise_exception("Roles must alternate user, assistant, user, ... after an optional system message, but message " + loop.index|string + " has the role '" + message['role'] + "'.") -}}
+        {%- set order = "Roles must alternate user, assistant, user, ... after an optional system message" -%}
+        {{- raise_exception(order + ", but message " + loop.index|string + " is by '" + message['role'] + "'.") -}}
     {%- endif -%}
     {%- if message['role'] == 'user' -%}
         {{- 'USER: ' + render(message['content']) -}}
@@ -94,7 +97,8 @@ class UniMoEProcessor(ProcessorMixin):
     Example:
 
     ```python
-    >>> chat = [{"role": "user", "content": [{"type": "image", "path": "cat.png"}, {"type": "text", "text": "What is it?"}]}]
+    >>> parts = [{"type": "image", "path": "cat.png"}, {"type": "text", "text": "What is it?"}]
+    >>> chat = [{"role": "user", "content": parts}]
     >>> inputs = processor.apply_chat_template(
     ...     chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     ... )
@@ -163,7 +167,7 @@ class UniMoEProcessor(ProcessorMixin):
             videos (path, URL, array `(frames, height, width, 3)`, or a list of these, *optional*): Videos.
             audio (path, URL, waveform, `{"array", "sampling_rate"}`, or a list of these, *optional*): Sound.
             speech (as `audio`, *optional*): Spoken language.
-            kwargs: For the tokenizer and the image processor (`padding`, `return_tensors`, ...), sorted by the library;
+            kwargs: For tokenizer and image processor (`padding`, `return_tensors`, ...), sorted by the library;
                 `return_mm_token_type_ids=True` adds 0 text, 1 image, 2 video, 3 audio, 4 speech for each token.
 
         Returns:
@@ -250,8 +254,8 @@ class UniMoEProcessor(ProcessorMixin):
     def _check_modality(self, modality: str, count: int) -> None:
         if modality not in self.modalities:
             raise ValueError(
-                f"Got {count} {modality} clip{'s' * (count != 1)} but this model has no tower for {modality} (it takes "
-                f"text{''.join(', ' + name for name in self.modalities)}); remove them or load a model that has one."
+                f"Got {count} {modality} clip{'s' * (count != 1)} but this model has no tower for {modality} (it "
+                f"takes text{''.join(', ' + name for name in self.modalities)}); remove them or load another model."
             )
 
     # ---- placeholders ----
@@ -371,7 +375,9 @@ class UniMoEProcessor(ProcessorMixin):
         """One message part in the form that template and loader read."""
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         if not isinstance(part, dict):
-            raise ValueError(f"A message part is a {type(part).__name__}; it must be a dict with a 'type', or a string.")
+            raise ValueError(
+                f"A message part is a {type(part).__name__}; it must be a dict with a 'type', or a string."
+            )
         kind = part.get("type")
         if kind == "text":
             return {"type": "text", "text": self._as_text(part.get("text") or "")}
@@ -379,7 +385,9 @@ class UniMoEProcessor(ProcessorMixin):
             raise ValueError(f"A message part has the type {kind!r}; known are text, {', '.join(MODALITIES)}.")
         sources = {key: part[key] for key in (kind, *SOURCE_KEYS) if part.get(key) is not None}
         if len(sources) > 1:
-            raise ValueError(f"A part of type {kind!r} names {len(sources)} sources; give one of {(kind, *SOURCE_KEYS)}.")
+            raise ValueError(
+                f"A part of type {kind!r} names {len(sources)} sources; give one of {(kind, *SOURCE_KEYS)}."
+            )
         source = next(iter(sources.values()), None)
         if "base64" in sources:
             source = _from_base64(source)
@@ -425,7 +433,9 @@ class UniMoEProcessor(ProcessorMixin):
 def _remove_literal_marks(tokenizer) -> None:
     """Teaches a fast tokenizer's normaliser to drop [`LITERAL_MARK`]; saved with it, done once."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or (backend.normalizer is not None and backend.normalizer.normalize_str(LITERAL_MARK) in ("", "▁")):
+    if backend is None or (
+        backend.normalizer is not None and backend.normalizer.normalize_str(LITERAL_MARK) in ("", "▁")
+    ):
         return
     from tokenizers import normalizers
 
@@ -539,7 +549,9 @@ def _decode_video(source: str, num_frames: int) -> np.ndarray:
     try:
         frames, metadata = load_video(source, backend=backend, sample_indices_fn=sample_indices)
     except ImportError as error:
-        raise ImportError("Reading video files needs decord or PyAV: `pip install decord` or `pip install av`.") from error
+        raise ImportError(
+            "Reading video files needs decord or PyAV: `pip install decord` or `pip install av`."
+        ) from error
     # PyAV gives every frame once; short videos ask for some twice.
     wanted = np.asarray(metadata.frames_indices)
     return frames if len(frames) == len(wanted) else frames[np.searchsorted(np.unique(wanted), wanted)]

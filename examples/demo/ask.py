@@ -33,5 +33,8 @@ for line in (root / "data/test.jsonl").read_text().splitlines():
             part["path"] = str(root / "data" / part["path"])
     answer = pipe(chat, max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"].strip()
     media = ", ".join(Path(part["path"]).name for part in chat[0]["content"] if "path" in part)
-    question = next((part["text"] for part in chat[0]["content"] if part["type"] == "text"), "(asked in the recording)")
-    print(f"{row['task']:<14} {media:<24} {question:<32} -> {answer}   (expected: {row['messages'][1]['content'][0]['text']})")
+    question = next(
+        (part["text"] for part in chat[0]["content"] if part["type"] == "text"), "(asked in the recording)"
+    )
+    expected = row["messages"][1]["content"][0]["text"]
+    print(f"{row['task']:<14} {media:<24} {question:<34} -> {answer:<20} (expected: {expected})")

@@ -18,8 +18,8 @@ def evaluate(model_folder: Path, data: Path, control: bool, batch_size: int = 48
         control (`bool`): Whether every question gets the media of another row of its task.
 
     Returns:
-        `dict`: per task `questions`, `classes`, `accuracy` (exact match, greedy) and `chance`, the accuracy of answering
-        with the answer of another row drawn at random.
+        `dict`: per task `questions`, `classes`, `accuracy` (exact match, greedy) and `chance`, the accuracy of
+        answering with the answer of another row drawn at random.
     """
     model = AutoModel.from_pretrained(model_folder, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(model_folder, trust_remote_code=True)

@@ -18,7 +18,9 @@ import world
 from tqdm import tqdm
 
 
-TRAIN_FILES = {"image": 1400, "video": 900, "audio": 900, "speech": 1200}
+TRAIN_FILES = {"image": 4000, "video": 1600, "audio": 1000, "speech": 1200}
+EXPERT_ROWS = 0.6  # share of the training files that a stage-2 expert sees
+MIXED_ROWS = 1000  # of each mixed task in stage 3, beside 400 of each single modality
 TEST_QUESTIONS = 240  # of each task
 
 CAPTION_PROMPTS = {
@@ -28,30 +30,34 @@ CAPTION_PROMPTS = {
     "speech": "What is said?",
 }
 COLOUR, SHAPE = "What colour is it?", "What shape is it?"
-MOTION, SOUND, WORD = "How does it move?", "What do you hear?", "Which word is spoken?"
+COLOURS, SOUND, WORD = "Which two colours does it take?", "What do you hear?", "Which word is spoken?"
 SHAPE_AND_SOUND = "Name the shape and the sound."
-MOTION_AND_SOUND = "Name the motion and the sound."
+COLOURS_AND_SOUND = "Name both colours and the sound."
 EXPERTS = {"vision": ("image", "video"), "audio": ("audio",), "speech": ("speech",)}
 
 
 def draw_facts(kind: str, split: str, rng: np.random.Generator) -> dict:
     """What a clip of a kind is to show."""
 
-    def coloured(others: tuple[str, ...]) -> tuple[str, str]:
-        """A colour and something else, as a pair of the split."""
+    def thing() -> dict:
+        """Colour and shape, as a pair of the split."""
         while True:
-            colour, other = int(rng.integers(8)), int(rng.integers(len(others)))
-            if split == "train" and rng.random() < 0.3:
-                return world.GREY, others[other]
-            if world.pair_split(colour, other) == split:
-                return list(world.COLOURS)[colour], others[other]
+            colour, shape = int(rng.integers(8)), int(rng.integers(8))
+            if split == "train" and rng.random() < 0.4:
+                return {"colour": world.GREY, "shape": world.SHAPES[shape]}
+            if world.pair_split(colour, shape) == split:
+                return {"colour": list(world.COLOURS)[colour], "shape": world.SHAPES[shape]}
 
     if kind == "image":
-        colour, shape = coloured(world.SHAPES)
-        return {"colour": colour, "shape": shape}
+        return thing()
     if kind == "video":
-        colour, motion = coloured(world.MOTIONS)
-        return {"colour": colour, "shape": world.SHAPES[rng.integers(8)], "motion": motion}
+        while True:
+            facts, other = thing(), int(rng.integers(8))
+            allowed = split == "test" or world.pair_split(other, world.SHAPES.index(facts["shape"])) == "train"
+            name = list(world.COLOURS)[other]
+            if allowed and name != facts["colour"] != world.GREY:
+                first, second = sorted((facts["colour"], name))
+                return {"first": first, "second": second, "shape": facts["shape"]}
     if kind == "audio":
         return {"sound": str(rng.choice(world.SOUNDS))}
     if kind == "question":
@@ -75,9 +81,13 @@ def make_clip(job: tuple[str, str, dict, str, int]) -> None:
     kind, split, facts, path, seed = job
     rng = np.random.default_rng(seed)
     if kind == "image":
-        Path(path).write_bytes(world.png_bytes(world.picture(world.tint(facts["colour"], rng), facts["shape"], split, rng)))
+        Path(path).write_bytes(
+            world.png_bytes(world.picture(world.tint(facts["colour"], rng), facts["shape"], split, rng))
+        )
     elif kind == "video":
-        world.write_mp4(path, world.video(world.tint(facts["colour"], rng), facts["shape"], facts["motion"], split, rng))
+        tints = [world.tint(facts[name], rng) for name in ("first", "second")]
+        rng.shuffle(tints)
+        world.write_mp4(path, world.video(*tints, facts["shape"], split, rng))
     elif kind == "audio":
         soundfile.write(path, world.sound(facts["sound"], split, rng), world.RATE)
     else:
@@ -121,9 +131,10 @@ def caption(kind: str, facts: dict) -> str:
 def single_question(kind: str, facts: dict, rng: np.random.Generator) -> tuple[str, str]:
     """A question about one clip, and its answer."""
     if kind == "image":
-        return (COLOUR, facts["colour"]) if rng.random() < 0.5 else (SHAPE, facts["shape"])
+        about_colour = rng.random() < 0.5 and facts["colour"] != world.GREY
+        return (COLOUR, facts["colour"]) if about_colour else (SHAPE, facts["shape"])
     return {
-        "video": lambda: (MOTION, facts["motion"]),
+        "video": lambda: (COLOURS, f"{facts['first']} {facts['second']}"),
         "audio": lambda: (SOUND, facts["sound"]),
         "speech": lambda: (WORD, facts["text"]),
     }[kind]()
@@ -135,7 +146,8 @@ def mixed_row(task: str, image: tuple, video: tuple, audio: tuple, question: tup
         return row([image[1], question[1]], None, image[0][question[0]["about"]], task=task)
     if task == "image+audio":
         return row([image[1], audio[1]], SHAPE_AND_SOUND, f"{image[0]['shape']} {audio[0]['sound']}", task=task)
-    return row([video[1], audio[1]], MOTION_AND_SOUND, f"{video[0]['motion']} {audio[0]['sound']}", task=task)
+    answer = f"{video[0]['first']} {video[0]['second']} {audio[0]['sound']}"
+    return row([video[1], audio[1]], COLOURS_AND_SOUND, answer, task=task)
 
 
 MIXED = ("image+speech", "image+audio", "video+audio")
@@ -154,18 +166,20 @@ def plan(folder: Path, seed: int) -> tuple[dict[str, list[dict]], list[tuple]]:
         rows["stage1"] += [row([part], prompt, caption(kind, facts)) for facts, part in made]
     for expert, kinds in EXPERTS.items():
         rows[f"stage2_{expert}"] = [
-            row([part], *single_question(kind, facts, rng)) for kind in kinds for facts, part in clips[kind]
+            row([part], *single_question(kind, facts, rng))
+            for kind in kinds
+            for facts, part in clips[kind][: int(EXPERT_ROWS * len(clips[kind]))]
         ]
 
     def any_clip(kind: str) -> tuple[dict, dict]:
         return clips[kind][rng.integers(len(clips[kind]))]
 
-    for expert in EXPERTS:
-        rows["stage3"] += rows[f"stage2_{expert}"]
+    for kind in TRAIN_FILES:
+        rows["stage3"] += [row([part], *single_question(kind, facts, rng)) for facts, part in clips[kind][-400:]]
     for task in MIXED:
         rows["stage3"] += [
             mixed_row(task, any_clip("image"), any_clip("video"), any_clip("audio"), any_clip("question"))
-            for _ in range(1200)
+            for _ in range(MIXED_ROWS)
         ]
 
     test = Recorder(folder, "test", seed + 1)
@@ -176,11 +190,17 @@ def plan(folder: Path, seed: int) -> tuple[dict[str, list[dict]], list[tuple]]:
             question, answer = single_question(kind, facts, test.rng)
             rows["test"].append(row([part], question, answer, task=kind))
     for task in MIXED:
-        kinds = {"image+speech": ("image", "question"), "image+audio": ("image", "audio"), "video+audio": ("video", "audio")}
+        kinds = {
+            "image+speech": ("image", "question"),
+            "image+audio": ("image", "audio"),
+            "video+audio": ("video", "audio"),
+        }
         for _ in range(TEST_QUESTIONS):
             made = {kind: test.clip(kind) for kind in kinds[task]}
             blank = ({}, {})
-            rows["test"].append(mixed_row(task, *(made.get(kind, blank) for kind in ("image", "video", "audio", "question"))))
+            rows["test"].append(
+                mixed_row(task, *(made.get(kind, blank) for kind in ("image", "video", "audio", "question")))
+            )
     for name, made in rows.items():
         if name != "test":
             rng.shuffle(made)

@@ -50,9 +50,11 @@ def pretrain(folder: Path, names: list[str]) -> None:
 
 def stage1(root: Path) -> None:
     args = f"--config {CONFIGS / 'stage1_connectors.yaml'} --dataset_name {root / 'data/stage1.jsonl'}"
-    args += f" --output_dir {root / 'stage1'} --learning_rate 2e-3 --num_train_epochs 2"
+    args += f" --output_dir {root / 'stage1'} --learning_rate 2e-3 --num_train_epochs 1"
     args += f" --llm {root / 'parts/llm'} --num_speech_query_tokens 8 --num_audio_query_tokens 8"
-    args += "".join(f" --{tower} {root / 'parts' / tower}" for tower in ("vision_tower", "speech_tower", "audio_tower"))
+    args += "".join(
+        f" --{tower} {root / 'parts' / tower}" for tower in ("vision_tower", "speech_tower", "audio_tower")
+    )
     qformer = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
     options = ["--audio_connector_config", json.dumps(qformer)]
     train_stage1_connectors.main(*train_stage1_connectors.parse(args.split() + options + TINY))
@@ -60,7 +62,7 @@ def stage1(root: Path) -> None:
 
 def stage2(root: Path, expert: str) -> None:
     args = f"--config {CONFIGS / 'stage2_experts.yaml'} --dataset_name {root / f'data/stage2_{expert}.jsonl'}"
-    args += f" --output_dir {root / 'stage2' / expert} --learning_rate 1e-3 --num_train_epochs 2"
+    args += f" --output_dir {root / 'stage2' / expert} --learning_rate 1e-3 --num_train_epochs 1 --lora_r 16"
     args += f" --model_name_or_path {root / 'stage1'} --modalities {' '.join(EXPERTS[expert])}"
     train_stage2_experts.main(*train_stage2_experts.parse(args.split() + TINY))
 
@@ -68,7 +70,7 @@ def stage2(root: Path, expert: str) -> None:
 def stage3(root: Path) -> None:
     args = f"--config {CONFIGS / 'stage3_moe.yaml'} --dataset_name {root / 'data/stage3.jsonl'}"
     args += f" --output_dir {root / 'stage3'} --learning_rate 1e-3 --num_train_epochs 1"
-    args += f" --model_name_or_path {root / 'stage1'} --experts text= "
+    args += f" --model_name_or_path {root / 'stage1'} --layers even --experts text= "
     args += " ".join(f"{name}={root / 'stage2' / name / 'expert'}" for name in EXPERTS)
     train_stage3_moe.main(*train_stage3_moe.parse(args.split() + TINY))
 

@@ -2,8 +2,8 @@
 The small world of the demo: what its pictures, videos, sounds and voices look and sound like.
 
 Every generator takes the attributes to show and a random generator for everything else. `split` decides which values
-of the nuisances (positions, speeds, pitches, voices) and which attribute pairs belong to training and which to testing;
-the two never overlap.
+of the nuisances (positions, speeds, pitches, voices) and which attribute pairs belong to training and which to
+testing; the two never overlap.
 """
 
 import ctypes
@@ -28,7 +28,6 @@ COLOURS = {
 # Only in training, with every shape: it teaches that a shape is the same in any colour.
 GREY = "grey"
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star", "bar", "diamond")
-MOTIONS = ("still", "sideways", "vertical", "rising", "falling", "circling", "growing", "blinking")
 SOUNDS = ("beep", "siren", "drum", "bell", "buzz", "wind", "whistle", "rain", "clock", "engine")
 WORDS = ("apple", "bridge", "cloud", "doctor", "engine", "forest", "guitar", "hammer", "island", "jungle")
 SPOKEN_QUESTIONS = {
@@ -62,8 +61,8 @@ TRAIN_PITCHES, TEST_PITCHES = (35, 50, 65), (42, 58)  # espeak's scale of 0 to 9
 
 
 def pair_split(first: int, second: int) -> str:
-    """Which split a pair of attribute indices belongs to: a quarter of all pairs is never trained on."""
-    return "test" if (second - first) % 4 == 2 else "train"
+    """Which split a pair of colour and shape belongs to: every colour has a shape that it is never trained with."""
+    return "test" if (second - first) % 8 == 2 else "train"
 
 
 def position(split: str, rng: np.random.Generator, low: int = 9, high: int = 23) -> tuple[int, int]:
@@ -85,7 +84,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     return np.clip(rng.normal(shade, 8, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
 
 
-def _paint(canvas: Image.Image, shape: str, colour: tuple | int, x: float, y: float, radius: float) -> None:
+def _paint(canvas: Image.Image, shape: str, colour: tuple, x: float, y: float, radius: float) -> None:
     draw = ImageDraw.Draw(canvas)
     box = (x - radius, y - radius, x + radius, y + radius)
     if shape == "circle":
@@ -113,50 +112,29 @@ def _paint(canvas: Image.Image, shape: str, colour: tuple | int, x: float, y: fl
 def tint(colour: str, rng: np.random.Generator) -> np.ndarray:
     """`(3,)` a shade of a named colour; greys vary the most."""
     if colour == GREY:
-        return rng.integers(80, 200) + rng.integers(-30, 31, 3)
+        return rng.integers(80, 160) + rng.integers(-25, 26, 3)
     return np.clip(np.array(COLOURS[colour]) + rng.normal(0, 8, 3), 0, 255)
 
 
-def scene(
-    tint: np.ndarray, shape: str, x: float, y: float, radius: float, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """`(SIDE, SIDE, 3)` uint8: one shape on a noisy ground; and `(SIDE, SIDE)` bool: where it is."""
-    canvas, mask = Image.fromarray(_background(rng)), Image.new("L", (SIDE, SIDE))
-    _paint(canvas, shape, tuple(int(value) for value in tint), x, y, radius)
-    _paint(mask, shape, 255, x, y, radius)
-    return np.asarray(canvas), np.asarray(mask) > 0
-
-
 def picture(tint: np.ndarray, shape: str, split: str, rng: np.random.Generator) -> np.ndarray:
-    """`(SIDE, SIDE, 3)` uint8: a scene whose position belongs to the split."""
-    return scene(tint, shape, *position(split, rng), rng.uniform(6.0, 8.5), rng)[0]
+    """`(SIDE, SIDE, 3)` uint8: one shape somewhere on a noisy ground."""
+    canvas = Image.fromarray(_background(rng))
+    _paint(canvas, shape, tuple(int(value) for value in tint), *position(split, rng), rng.uniform(6.0, 8.5))
+    return np.asarray(canvas)
 
 
-def video(tint: np.ndarray, shape: str, motion: str, split: str, rng: np.random.Generator) -> np.ndarray:
-    """`(FRAMES, SIDE, SIDE, 3)` uint8: a shape that moves in one of eight ways, each recognisable without the order."""
-    ground, tint = _background(rng), tuple(int(value) for value in tint)
-    x, y = position(split, rng, 13, 19)
-    reach, radius, phase = rng.uniform(7.5, 9.5), rng.uniform(4.5, 5.5), rng.uniform(0, 2 * math.pi)
+def video(first: np.ndarray, second: np.ndarray, shape: str, split: str, rng: np.random.Generator) -> np.ndarray:
+    """`(FRAMES, SIDE, SIDE, 3)` uint8: a drifting shape that changes its tint halfway; no frame shows both."""
+    ground, radius = _background(rng), rng.uniform(6.0, 8.5)
+    x, y = position(split, rng, 11, 21)
+    dx, dy = rng.uniform(-2, 2, 2)
+    change = rng.integers(3, 6)
     frames = []
     for frame in range(FRAMES):
-        time = 2 * frame / (FRAMES - 1) - 1  # from -1 to 1
-        dx, dy, size = {
-            "still": (0, 0, radius),
-            "sideways": (time * reach, 0, radius),
-            "vertical": (0, time * reach, radius),
-            "rising": (time * reach, -time * reach, radius),
-            "falling": (time * reach, time * reach, radius),
-            "circling": (
-                reach * math.cos(phase + math.pi * time),
-                reach * math.sin(phase + math.pi * time),
-                radius,
-            ),
-            "growing": (0, 0, radius + (time + 1) * 4.5),
-            "blinking": (0, 0, radius if frame % 2 == 0 else 0),
-        }[motion]
         canvas = Image.fromarray(ground)
-        if size:
-            _paint(canvas, shape, tint, x + dx, y + dy, size)
+        tint = tuple(int(value) for value in (first if frame < change else second))
+        along = 2 * frame / (FRAMES - 1) - 1  # from -1 to 1
+        _paint(canvas, shape, tint, x + along * dx, y + along * dy, radius)
         frames.append(np.asarray(canvas))
     return np.stack(frames)
 
@@ -191,7 +169,8 @@ def sound(kind: str, split: str, rng: np.random.Generator) -> np.ndarray:
         "rain": lambda: coloured(2500, 7500) * (0.35 + 0.1 * at) * (rng.random(len(time)) < 0.3 + 0.5 * at),
         "clock": lambda: coloured(1500, 5000) * pulses(3 + 3 * at, 120) * 0.8,
         "engine": lambda: (
-            sum(np.sin(2 * np.pi * (35 + 30 * at) * k * time) / k for k in range(1, 12)) * (0.6 + 0.4 * coloured(5, 20))
+            sum(np.sin(2 * np.pi * (35 + 30 * at) * k * time) / k for k in range(1, 12))
+            * (0.6 + 0.4 * coloured(5, 20))
         ),
     }[kind]()
     wave = wave / (np.abs(wave).max() + 1e-9) * rng.uniform(0.3, 0.9) + rng.normal(0, 0.003, len(time))
