@@ -259,6 +259,8 @@ def load_waveform(source: Any, sampling_rate: int = 16000) -> np.ndarray:
             raise ValueError(f"Audio file {name} is empty (0 bytes).")
     try:
         waveform = _decode(source, sampling_rate)
+    except ImportError:
+        raise
     except Exception as error:
         raise ValueError(f"Audio from {name} could not be read ({error}); is it a complete audio file?") from error
     if len(waveform) == 0:

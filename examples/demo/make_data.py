@@ -18,9 +18,9 @@ import world
 from tqdm import tqdm
 
 
-TRAIN_FILES = {"image": 4000, "video": 1600, "audio": 1000, "speech": 1200}
+TRAIN_FILES = {"image": 4000, "video": 2600, "audio": 900, "speech": 1100}
 EXPERT_ROWS = 0.6  # share of the training files that a stage-2 expert sees
-MIXED_ROWS = 1000  # of each mixed task in stage 3, beside 400 of each single modality
+MIXED_ROWS = 1300  # of each mixed task in stage 3, beside 250 of each single modality
 TEST_QUESTIONS = 240  # of each task
 
 CAPTION_PROMPTS = {
@@ -39,23 +39,25 @@ EXPERTS = {"vision": ("image", "video"), "audio": ("audio",), "speech": ("speech
 def draw_facts(kind: str, split: str, rng: np.random.Generator) -> dict:
     """What a clip of a kind is to show."""
 
-    def thing() -> dict:
-        """Colour and shape, as a pair of the split."""
+    def thing(grey: float, dots: float) -> dict:
+        """Colour and shape, as a pair of the split; in training some are grey shapes and some coloured dots."""
         while True:
             colour, shape = int(rng.integers(8)), int(rng.integers(8))
-            if split == "train" and rng.random() < 0.4:
-                return {"colour": world.GREY, "shape": world.SHAPES[shape]}
+            names = {"colour": list(world.COLOURS)[colour], "shape": world.SHAPES[shape]}
+            if split == "train" and (chance := rng.random()) < grey + dots:
+                return {**names, "colour": world.GREY} if chance < grey else {**names, "shape": world.DOTS}
             if world.pair_split(colour, shape) == split:
-                return {"colour": list(world.COLOURS)[colour], "shape": world.SHAPES[shape]}
+                return names
 
     if kind == "image":
-        return thing()
+        return thing(grey=0.45, dots=0.1)
     if kind == "video":
         while True:
-            facts, other = thing(), int(rng.integers(8))
-            allowed = split == "test" or world.pair_split(other, world.SHAPES.index(facts["shape"])) == "train"
-            name = list(world.COLOURS)[other]
-            if allowed and name != facts["colour"] != world.GREY:
+            facts, other = thing(grey=0.0, dots=0.5), int(rng.integers(8))
+            name, shape = list(world.COLOURS)[other], facts["shape"]
+            allowed = split == "test" or shape == world.DOTS
+            allowed = allowed or world.pair_split(other, world.SHAPES.index(shape)) == "train"
+            if allowed and name != facts["colour"]:
                 first, second = sorted((facts["colour"], name))
                 return {"first": first, "second": second, "shape": facts["shape"]}
     if kind == "audio":
@@ -131,7 +133,7 @@ def caption(kind: str, facts: dict) -> str:
 def single_question(kind: str, facts: dict, rng: np.random.Generator) -> tuple[str, str]:
     """A question about one clip, and its answer."""
     if kind == "image":
-        about_colour = rng.random() < 0.5 and facts["colour"] != world.GREY
+        about_colour = facts["shape"] == world.DOTS or (rng.random() < 0.5 and facts["colour"] != world.GREY)
         return (COLOUR, facts["colour"]) if about_colour else (SHAPE, facts["shape"])
     return {
         "video": lambda: (COLOURS, f"{facts['first']} {facts['second']}"),
@@ -157,7 +159,7 @@ def plan(folder: Path, seed: int) -> tuple[dict[str, list[dict]], list[tuple]]:
     """All rows of all JSON files, and the files to write."""
     train = Recorder(folder, "train", seed)
     clips = {kind: [train.clip(kind) for _ in range(count)] for kind, count in TRAIN_FILES.items()}
-    clips["question"] = [train.clip("question") for _ in range(TRAIN_FILES["speech"] // 2)]
+    clips["question"] = [train.clip("question") for _ in range(800)]
     rng = train.rng
 
     rows = {"stage1": [], "stage3": []}
@@ -175,7 +177,7 @@ def plan(folder: Path, seed: int) -> tuple[dict[str, list[dict]], list[tuple]]:
         return clips[kind][rng.integers(len(clips[kind]))]
 
     for kind in TRAIN_FILES:
-        rows["stage3"] += [row([part], *single_question(kind, facts, rng)) for facts, part in clips[kind][-400:]]
+        rows["stage3"] += [row([part], *single_question(kind, facts, rng)) for facts, part in clips[kind][-250:]]
     for task in MIXED:
         rows["stage3"] += [
             mixed_row(task, any_clip("image"), any_clip("video"), any_clip("audio"), any_clip("question"))

@@ -57,12 +57,12 @@ def fit(
     modules.eval()
 
 
-def vision_tower(folder: Path, steps: int = 800, batch: int = 96, pictures: int = 14000) -> None:
+def vision_tower(folder: Path, steps: int = 1000, batch: int = 96, pictures: int = 20000) -> None:
     """
     A CLIP-shaped vision model that names colour and shape from the layer that the connector will read.
 
-    Most pictures show shapes in grey: without them a tower learns which pairs of colour and shape exist, and is blind
-    to the pairs that are held out.
+    Most pictures show grey shapes or coloured dots: without them a tower learns which pairs of colour and shape exist,
+    and is blind to the pairs that are held out.
     """
     config = CLIPVisionConfig(
         hidden_size=WIDTH,
@@ -73,16 +73,14 @@ def vision_tower(folder: Path, steps: int = 800, batch: int = 96, pictures: int 
         patch_size=8,
     )
     tower = CLIPVisionModel(config)
-    heads = nn.ModuleList([nn.Linear(WIDTH, 9), nn.Linear(WIDTH, 8)])
     rng = np.random.default_rng(1)
-    colours = [*world.COLOURS, world.GREY]
+    colours, shapes = [*world.COLOURS, world.GREY], [*world.SHAPES, world.DOTS]
+    heads = nn.ModuleList([nn.Linear(WIDTH, len(colours)), nn.Linear(WIDTH, len(shapes))])
     pixels, targets = np.zeros((pictures, world.SIDE, world.SIDE, 3), np.uint8), np.zeros((pictures, 2), np.int64)
     for index in range(pictures):
-        shape = int(rng.integers(8))
-        allowed = [colour for colour in range(8) if world.pair_split(colour, shape) == "train"]
-        colour = 8 if rng.random() < 0.6 else int(rng.choice(allowed))
-        pixels[index] = world.picture(world.tint(colours[colour], rng), world.SHAPES[shape], "train", rng)
-        targets[index] = colour, shape
+        facts = make_data.draw_facts("image", "train", rng)
+        pixels[index] = world.picture(world.tint(facts["colour"], rng), facts["shape"], "train", rng)
+        targets[index] = colours.index(facts["colour"]), shapes.index(facts["shape"])
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
 
@@ -97,7 +95,7 @@ def vision_tower(folder: Path, steps: int = 800, batch: int = 96, pictures: int 
     tower.save_pretrained(folder)
 
 
-def speech_tower(folder: Path, steps: int = 300, batch: int = 48, recordings: int = 2000) -> None:
+def speech_tower(folder: Path, steps: int = 240, batch: int = 48, recordings: int = 2000) -> None:
     """A Whisper-shaped model whose encoder tells words and spoken questions apart."""
     config = WhisperConfig(
         d_model=WIDTH,
@@ -140,7 +138,7 @@ def speech_tower(folder: Path, steps: int = 300, batch: int = 48, recordings: in
     whisper.save_pretrained(folder)
 
 
-def audio_tower(folder: Path, steps: int = 200, batch: int = 48, recordings: int = 600) -> None:
+def audio_tower(folder: Path, steps: int = 130, batch: int = 48, recordings: int = 700) -> None:
     """A BEATs-shaped model that names sound events."""
     config = BeatsConfig(
         hidden_size=WIDTH,
@@ -226,7 +224,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def language_model(folder: Path, steps: int = 300, batch: int = 32) -> None:
+def language_model(folder: Path, steps: int = 260, batch: int = 32) -> None:
     """A Llama that answers questions about words in its prompt."""
     rng = np.random.default_rng(3)
     samples = text_samples(rng, 6000)

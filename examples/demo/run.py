@@ -37,7 +37,7 @@ CONFIGS = HERE.parent / "configs"
 # What a tiny model on a CPU needs instead of the paper's numbers.
 TINY = (
     "--use_cpu --bf16 false --gradient_checkpointing false --save_strategy no --report_to none --logging_steps 20 "
-    "--per_device_train_batch_size 32 --gradient_accumulation_steps 1 --dataloader_num_workers 2 --seed 0"
+    "--per_device_train_batch_size 32 --gradient_accumulation_steps 1 --dataloader_num_workers 1 --seed 0"
 ).split()
 EXPERTS = {"vision": ["image", "video"], "audio": ["audio"], "speech": ["speech"]}
 
@@ -62,14 +62,14 @@ def stage1(root: Path) -> None:
 
 def stage2(root: Path, expert: str) -> None:
     args = f"--config {CONFIGS / 'stage2_experts.yaml'} --dataset_name {root / f'data/stage2_{expert}.jsonl'}"
-    args += f" --output_dir {root / 'stage2' / expert} --learning_rate 1e-3 --num_train_epochs 1 --lora_r 16"
+    args += f" --output_dir {root / 'stage2' / expert} --learning_rate 1.5e-3 --num_train_epochs 1 --lora_r 16"
     args += f" --model_name_or_path {root / 'stage1'} --modalities {' '.join(EXPERTS[expert])}"
     train_stage2_experts.main(*train_stage2_experts.parse(args.split() + TINY))
 
 
 def stage3(root: Path) -> None:
     args = f"--config {CONFIGS / 'stage3_moe.yaml'} --dataset_name {root / 'data/stage3.jsonl'}"
-    args += f" --output_dir {root / 'stage3'} --learning_rate 1e-3 --num_train_epochs 1"
+    args += f" --output_dir {root / 'stage3'} --learning_rate 1.5e-3 --num_train_epochs 1"
     args += f" --model_name_or_path {root / 'stage1'} --layers even --experts text= "
     args += " ".join(f"{name}={root / 'stage2' / name / 'expert'}" for name in EXPERTS)
     train_stage3_moe.main(*train_stage3_moe.parse(args.split() + TINY))
@@ -134,6 +134,8 @@ def main() -> None:
     parser.add_argument("--control", action="store_true", help="ask an existing model with another row's media")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    # Half of the cores for arithmetic, the rest for the worker that reads media: more threads only get in its way.
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
     if args.control:
         if not (args.root / "model").is_dir():
             sys.exit(f"There is no model in '{args.root}'; run `make demo` first.")

@@ -25,8 +25,9 @@ COLOURS = {
     "white": (240, 240, 240),
     "orange": (245, 140, 30),
 }
-# Only in training, with every shape: it teaches that a shape is the same in any colour.
-GREY = "grey"
+# Only in training: grey comes with every shape and dots in every colour, which teaches that a shape is the same in any
+# colour and a colour the same on any shape.
+GREY, DOTS = "grey", "dots"
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star", "bar", "diamond")
 SOUNDS = ("beep", "siren", "drum", "bell", "buzz", "wind", "whistle", "rain", "clock", "engine")
 WORDS = ("apple", "bridge", "cloud", "doctor", "engine", "forest", "guitar", "hammer", "island", "jungle")
@@ -65,10 +66,10 @@ def pair_split(first: int, second: int) -> str:
     return "test" if (second - first) % 8 == 2 else "train"
 
 
-def position(split: str, rng: np.random.Generator, low: int = 9, high: int = 23) -> tuple[int, int]:
+def position(split: str, rng: np.random.Generator) -> tuple[int, int]:
     """A centre in pixels; every fifth lattice point is never trained on."""
     while True:
-        x, y = (int(value) for value in rng.integers(low, high + 1, 2))
+        x, y = (int(value) for value in rng.integers(11, 22, 2))
         if ((x + 2 * y) % 5 == 0) == (split == "test"):
             return x, y
 
@@ -95,15 +96,18 @@ def _paint(canvas: Image.Image, shape: str, colour: tuple, x: float, y: float, r
         draw.rectangle(box, fill=colour)
     elif shape == "bar":
         draw.rectangle((x - radius, y - radius / 3, x + radius, y + radius / 3), fill=colour)
+    elif shape == DOTS:
+        for angle in (0.3, 1.5, 2.8, 4.0, 5.2):
+            dot_x, dot_y = x + 0.75 * radius * math.cos(angle), y + 0.75 * radius * math.sin(angle)
+            draw.ellipse((dot_x - 2, dot_y - 2, dot_x + 2, dot_y + 2), fill=colour)
     elif shape == "cross":
         draw.rectangle((x - radius, y - 1.5, x + radius, y + 1.5), fill=colour)
         draw.rectangle((x - 1.5, y - radius, x + 1.5, y + radius), fill=colour)
     else:
-        corners = {"triangle": (3, 1.0), "diamond": (4, 1.0), "star": (10, 0.4)}[shape]
-        count, inner = corners
+        count = {"triangle": 3, "diamond": 4, "star": 10}[shape]
         points = []
         for corner in range(count):
-            reach = radius * (inner if corner % 2 and shape == "star" else 1.0)
+            reach = radius * (0.4 if corner % 2 and shape == "star" else 1.0)
             angle = 2 * math.pi * corner / count - math.pi / 2
             points.append((x + reach * math.cos(angle), y + reach * math.sin(angle)))
         draw.polygon(points, fill=colour)
@@ -119,14 +123,14 @@ def tint(colour: str, rng: np.random.Generator) -> np.ndarray:
 def picture(tint: np.ndarray, shape: str, split: str, rng: np.random.Generator) -> np.ndarray:
     """`(SIDE, SIDE, 3)` uint8: one shape somewhere on a noisy ground."""
     canvas = Image.fromarray(_background(rng))
-    _paint(canvas, shape, tuple(int(value) for value in tint), *position(split, rng), rng.uniform(6.0, 8.5))
+    _paint(canvas, shape, tuple(int(value) for value in tint), *position(split, rng), rng.uniform(7.5, 9.5))
     return np.asarray(canvas)
 
 
 def video(first: np.ndarray, second: np.ndarray, shape: str, split: str, rng: np.random.Generator) -> np.ndarray:
     """`(FRAMES, SIDE, SIDE, 3)` uint8: a drifting shape that changes its tint halfway; no frame shows both."""
-    ground, radius = _background(rng), rng.uniform(6.0, 8.5)
-    x, y = position(split, rng, 11, 21)
+    ground, radius = _background(rng), rng.uniform(7.5, 9.5)
+    x, y = position(split, rng)
     dx, dy = rng.uniform(-2, 2, 2)
     change = rng.integers(3, 6)
     frames = []
