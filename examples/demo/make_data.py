@@ -23,12 +23,6 @@ EXPERT_ROWS = 0.6  # share of the training files that a stage-2 expert sees
 MIXED_ROWS = 1300  # of each mixed task in stage 3, beside 250 of each single modality
 TEST_QUESTIONS = 240  # of each task
 
-CAPTION_PROMPTS = {
-    "image": "Describe the picture.",
-    "video": "Describe the video.",
-    "audio": "Describe the sound.",
-    "speech": "What is said?",
-}
 COLOUR, SHAPE = "What colour is it?", "What shape is it?"
 COLOURS, SOUND, WORD = "Which two colours does it take?", "What do you hear?", "Which word is spoken?"
 SHAPE_AND_SOUND = "Name the shape and the sound."
@@ -50,7 +44,7 @@ def draw_facts(kind: str, split: str, rng: np.random.Generator) -> dict:
                 return names
 
     if kind == "image":
-        return thing(grey=0.45, dots=0.1)
+        return thing(grey=0.45, dots=0.2)
     if kind == "video":
         while True:
             facts, other = thing(grey=0.0, dots=0.5), int(rng.integers(8))
@@ -125,9 +119,17 @@ def row(parts: list[dict], question: str | None, answer: str, **extra: str) -> d
     }
 
 
-def caption(kind: str, facts: dict) -> str:
-    """All that a clip shows, in words."""
-    return facts["text"] if kind in ("speech", "question") else " ".join(facts.values())
+def caption(kind: str, facts: dict, rng: np.random.Generator) -> tuple[str, str]:
+    """
+    A prompt for stage 1, and a caption or transcript. A picture's names one attribute: after "red", a model would
+    judge shapes by which ones it has seen in red.
+    """
+    if kind == "image":
+        attribute = str(rng.choice(["colour", "shape"]))
+        return f"Describe the {attribute}.", facts[attribute]
+    if kind == "video":
+        return "Describe the colours.", f"{facts['first']} {facts['second']}"
+    return ("Describe the sound.", facts["sound"]) if kind == "audio" else ("What is said?", facts["text"])
 
 
 def single_question(kind: str, facts: dict, rng: np.random.Generator) -> tuple[str, str]:
@@ -152,7 +154,9 @@ def mixed_row(task: str, image: tuple, video: tuple, audio: tuple, question: tup
     return row([video[1], audio[1]], COLOURS_AND_SOUND, answer, task=task)
 
 
-MIXED = ("image+speech", "image+audio", "video+audio")
+# Which clips a mixed task needs.
+CLIPS = {"image+speech": ("image", "question"), "image+audio": ("image", "audio"), "video+audio": ("video", "audio")}
+MIXED = tuple(CLIPS)
 
 
 def plan(folder: Path, seed: int) -> tuple[dict[str, list[dict]], list[tuple]]:
@@ -164,8 +168,7 @@ def plan(folder: Path, seed: int) -> tuple[dict[str, list[dict]], list[tuple]]:
 
     rows = {"stage1": [], "stage3": []}
     for kind, made in clips.items():
-        prompt = CAPTION_PROMPTS["speech" if kind == "question" else kind]
-        rows["stage1"] += [row([part], prompt, caption(kind, facts)) for facts, part in made]
+        rows["stage1"] += [row([part], *caption(kind, facts, rng)) for facts, part in made]
     for expert, kinds in EXPERTS.items():
         rows[f"stage2_{expert}"] = [
             row([part], *single_question(kind, facts, rng))
@@ -192,17 +195,10 @@ def plan(folder: Path, seed: int) -> tuple[dict[str, list[dict]], list[tuple]]:
             question, answer = single_question(kind, facts, test.rng)
             rows["test"].append(row([part], question, answer, task=kind))
     for task in MIXED:
-        kinds = {
-            "image+speech": ("image", "question"),
-            "image+audio": ("image", "audio"),
-            "video+audio": ("video", "audio"),
-        }
         for _ in range(TEST_QUESTIONS):
-            made = {kind: test.clip(kind) for kind in kinds[task]}
-            blank = ({}, {})
-            rows["test"].append(
-                mixed_row(task, *(made.get(kind, blank) for kind in ("image", "video", "audio", "question")))
-            )
+            made = {kind: test.clip(kind) for kind in CLIPS[task]}
+            needed = (made.get(kind, ({}, {})) for kind in ("image", "video", "audio", "question"))
+            rows["test"].append(mixed_row(task, *needed))
     for name, made in rows.items():
         if name != "test":
             rng.shuffle(made)

@@ -171,13 +171,8 @@ def text_samples(rng: np.random.Generator, count: int) -> list[list[dict]]:
     """
     Conversations in which words stand where media will stand: what a clip shows, repeated and shuffled.
 
-    Every third has a word of another kind among them, so that no word predicts another.
+    What is asked about a picture stands beside an unrelated word, so that no colour or shape predicts another.
     """
-    kinds = {
-        "image+speech": ("image", "question"),
-        "image+audio": ("image", "audio"),
-        "video+audio": ("video", "audio"),
-    }
     others = [*world.SOUNDS, *world.WORDS]
     samples = []
     for _ in range(count):
@@ -189,18 +184,20 @@ def text_samples(rng: np.random.Generator, count: int) -> list[list[dict]]:
             question = next((part["text"] for part in made[0]["content"] if part.get("text")), None)
             answer = made[1]["content"][0]["text"]
         elif task == "question" or rng.random() < 0.4:
-            question = make_data.CAPTION_PROMPTS["speech" if task == "question" else task]
-            answer = make_data.caption(task, facts[task])
+            question, answer = make_data.caption(task, facts[task], rng)
         else:
             question, answer = make_data.single_question(task, facts[task], rng)
-            if rng.random() < 0.5 and task == "image":
-                facts["image"] = {"shown": answer, "beside": str(rng.choice(others))}
         shown = []
-        for kind in kinds.get(task, (task,)):
-            words = make_data.caption(kind, facts[kind]).split()
-            if kind not in ("speech", "question"):
-                words = [str(word) for word in rng.permutation(words * int(rng.integers(1, 6)))]
-            shown.append(" ".join(words))
+        for kind in {"question": ("question",), **make_data.CLIPS}.get(task, (task,)):
+            if kind in ("speech", "question"):
+                shown.append(facts[kind]["text"])
+                continue
+            words = [facts["audio"]["sound"]]
+            if kind == "image":
+                words = [answer.split()[0], str(rng.choice(others))]
+            elif kind == "video":
+                words = [facts["video"]["first"], facts["video"]["second"], str(rng.choice(others))]
+            shown.append(" ".join(str(word) for word in rng.permutation(words * int(rng.integers(1, 6)))))
         prompt = "\n".join([*shown, question] if question else shown)
         samples.append([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])
     return samples
