@@ -171,7 +171,7 @@ def text_samples(rng: np.random.Generator, count: int) -> list[list[dict]]:
     """
     Conversations in which words stand where media will stand: what a clip shows, repeated and shuffled.
 
-    What is asked about a picture stands beside an unrelated word, so that no colour or shape predicts another.
+    What is asked about a picture or video stands beside an unrelated word: no colour or shape may predict another.
     """
     others = [*world.SOUNDS, *world.WORDS]
     samples = []
@@ -184,7 +184,7 @@ def text_samples(rng: np.random.Generator, count: int) -> list[list[dict]]:
             question = next((part["text"] for part in made[0]["content"] if part.get("text")), None)
             answer = made[1]["content"][0]["text"]
         elif task == "question" or rng.random() < 0.4:
-            question, answer = make_data.caption(task, facts[task], rng)
+            question, answer = make_data.caption(task, facts[task])
         else:
             question, answer = make_data.single_question(task, facts[task], rng)
         shown = []
@@ -193,10 +193,9 @@ def text_samples(rng: np.random.Generator, count: int) -> list[list[dict]]:
                 shown.append(facts[kind]["text"])
                 continue
             words = [facts["audio"]["sound"]]
-            if kind == "image":
-                words = [answer.split()[0], str(rng.choice(others))]
-            elif kind == "video":
-                words = [facts["video"]["first"], facts["video"]["second"], str(rng.choice(others))]
+            if kind in ("image", "video"):
+                told = answer.split() if question and question.startswith("Describe") else answer.split()[:1]
+                words = [*told, str(rng.choice(others))]
             shown.append(" ".join(str(word) for word in rng.permutation(words * int(rng.integers(1, 6)))))
         prompt = "\n".join([*shown, question] if question else shown)
         samples.append([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])

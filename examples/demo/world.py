@@ -127,18 +127,19 @@ def picture(tint: np.ndarray, shape: str, split: str, rng: np.random.Generator) 
     return np.asarray(canvas)
 
 
-def video(first: np.ndarray, second: np.ndarray, shape: str, split: str, rng: np.random.Generator) -> np.ndarray:
-    """`(FRAMES, SIDE, SIDE, 3)` uint8: a drifting shape that changes its tint halfway; no frame shows both."""
+def video(tint: np.ndarray, shape: str, split: str, rng: np.random.Generator) -> np.ndarray:
+    """`(FRAMES, SIDE, SIDE, 3)` uint8: a drifting shape that comes late or leaves early; some frames are empty."""
     ground, radius = _background(rng), rng.uniform(7.5, 9.5)
     x, y = position(split, rng)
     dx, dy = rng.uniform(-2, 2, 2)
-    change = rng.integers(3, 6)
+    missing = int(rng.integers(1, 4))
+    visible = range(missing, FRAMES) if rng.random() < 0.5 else range(FRAMES - missing)
     frames = []
     for frame in range(FRAMES):
         canvas = Image.fromarray(ground)
-        tint = tuple(int(value) for value in (first if frame < change else second))
         along = 2 * frame / (FRAMES - 1) - 1  # from -1 to 1
-        _paint(canvas, shape, tint, x + along * dx, y + along * dy, radius)
+        if frame in visible:
+            _paint(canvas, shape, tuple(int(value) for value in tint), x + along * dx, y + along * dy, radius)
         frames.append(np.asarray(canvas))
     return np.stack(frames)
 
