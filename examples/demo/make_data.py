@@ -18,8 +18,8 @@ import world
 from tqdm import tqdm
 
 
-TRAIN_FILES = {"image": 4000, "video": 2600, "audio": 900, "speech": 1100}
-EXPERT_ROWS = 0.6  # share of the training files that a stage-2 expert sees
+TRAIN_FILES = {"image": 4400, "video": 2200, "audio": 900, "speech": 1100}
+EXPERT_ROWS = 0.85  # share of the training files that a stage-2 expert sees
 MIXED_ROWS = 1300  # of each mixed task in stage 3, beside 250 of each single modality
 TEST_QUESTIONS = 240  # of each task
 
