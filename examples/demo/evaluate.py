@@ -19,7 +19,7 @@ def evaluate(model_folder: Path, data: Path, control: bool, batch_size: int = 48
 
     Returns:
         `dict`: per task `questions`, `classes`, `accuracy` (exact match, greedy) and `chance`, the accuracy of
-        answering with the answer of another row drawn at random.
+        answering with the answer of another row with the same written question, drawn at random.
     """
     model = AutoModel.from_pretrained(model_folder, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(model_folder, trust_remote_code=True)
@@ -45,15 +45,22 @@ def evaluate(model_folder: Path, data: Path, control: bool, batch_size: int = 48
         for row, text, answer in zip(rows[start:], texts, answers[start:], strict=False):
             right[row["task"]] += text.strip() == answer
 
+    # By task and written question: who knows nothing but the question can still tell a colour from a shape.
+    given: dict[str, dict[str, Counter[str]]] = {}
+    for row, answer in zip(rows, answers, strict=True):
+        question = next((part["text"] for part in row["messages"][0]["content"] if part["type"] == "text"), "")
+        given.setdefault(row["task"], {}).setdefault(question, Counter())[answer] += 1
     results = {}
-    for task in dict.fromkeys(row["task"] for row in rows):
-        given = Counter(answer for row, answer in zip(rows, answers, strict=True) if row["task"] == task)
-        total = given.total()
+    for task, questions in given.items():
+        total = sum(counts.total() for counts in questions.values())
+        hits = sum(
+            count * (count - 1) / (counts.total() - 1) for counts in questions.values() for count in counts.values()
+        )
         results[task] = {
             "questions": total,
-            "classes": len(given),
+            "classes": sum(len(counts) for counts in questions.values()),
             "accuracy": right[task] / total,
-            "chance": sum(count * (count - 1) for count in given.values()) / (total * (total - 1)),
+            "chance": hits / total,
         }
     return results
 

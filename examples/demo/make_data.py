@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 
 TRAIN_FILES = {"image": 4400, "video": 2200, "audio": 900, "speech": 1100}
-EXPERT_ROWS = 0.85  # share of the training files that a stage-2 expert sees
-MIXED_ROWS = 1300  # of each mixed task in stage 3, beside 250 of each single modality
+EXPERT_ROWS = 0.7  # share of the training files that a stage-2 expert sees
+MIXED_ROWS = {"image+speech": 2000, "image+audio": 950, "video+audio": 950}  # in stage 3, beside 250 of each modality
 TEST_QUESTIONS = 240  # of each task
 
 COLOUR, SHAPE = "What colour is it?", "What shape is it?"
@@ -35,9 +35,8 @@ def draw_facts(kind: str, split: str, rng: np.random.Generator) -> dict:
     while kind in ("image", "video"):
         colour, shape = int(rng.integers(8)), int(rng.integers(8))
         names = {"colour": list(world.COLOURS)[colour], "shape": world.SHAPES[shape]}
-        chance = rng.random()
-        if split == "train" and chance < 0.55:  # see `world.GREY`
-            return {**names, "colour": world.GREY} if chance < 0.5 else {**names, "shape": world.DOTS}
+        if split == "train" and rng.random() < 0.5:
+            return {**names, "colour": world.GREY}
         if world.pair_split(colour, shape) == split:
             return names
     if kind == "audio":
@@ -116,7 +115,7 @@ def single_question(kind: str, facts: dict, rng: np.random.Generator) -> tuple[s
     """A question about one clip, and its answer."""
     if kind in ("audio", "speech"):
         return (SOUND, facts["sound"]) if kind == "audio" else (WORD, facts["text"])
-    about_colour = facts["shape"] == world.DOTS or (rng.random() < 0.5 and facts["colour"] != world.GREY)
+    about_colour = rng.random() < 0.5 and facts["colour"] != world.GREY
     return (COLOUR, facts["colour"]) if about_colour else (SHAPE, facts["shape"])
 
 
@@ -158,7 +157,7 @@ def plan(folder: Path, seed: int) -> tuple[dict[str, list[dict]], list[tuple]]:
     for task in MIXED:
         rows["stage3"] += [
             mixed_row(task, any_clip("image"), any_clip("video"), any_clip("audio"), any_clip("question"))
-            for _ in range(MIXED_ROWS)
+            for _ in range(MIXED_ROWS[task])
         ]
 
     test = Recorder(folder, "test", seed + 1)

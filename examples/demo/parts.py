@@ -61,8 +61,8 @@ def vision_tower(folder: Path, steps: int = 1000, batch: int = 96, pictures: int
     """
     A CLIP-shaped vision model that names colour and shape from the layer that the connector will read.
 
-    Most pictures show grey shapes or coloured dots: without them a tower learns which pairs of colour and shape exist,
-    and is blind to the pairs that are held out.
+    Half of the pictures show grey shapes: without them a tower learns which pairs of colour and shape exist, and is
+    blind to the pairs that are held out.
     """
     config = CLIPVisionConfig(
         hidden_size=WIDTH,
@@ -74,13 +74,13 @@ def vision_tower(folder: Path, steps: int = 1000, batch: int = 96, pictures: int
     )
     tower = CLIPVisionModel(config)
     rng = np.random.default_rng(1)
-    colours, shapes = [*world.COLOURS, world.GREY], [*world.SHAPES, world.DOTS]
-    heads = nn.ModuleList([nn.Linear(WIDTH, len(colours)), nn.Linear(WIDTH, len(shapes))])
+    colours = [*world.COLOURS, world.GREY]
+    heads = nn.ModuleList([nn.Linear(WIDTH, len(colours)), nn.Linear(WIDTH, len(world.SHAPES))])
     pixels, targets = np.zeros((pictures, world.SIDE, world.SIDE, 3), np.uint8), np.zeros((pictures, 2), np.int64)
     for index in range(pictures):
         facts = make_data.draw_facts("image", "train", rng)
         pixels[index] = world.picture(world.tint(facts["colour"], rng), facts["shape"], "train", rng)
-        targets[index] = colours.index(facts["colour"]), shapes.index(facts["shape"])
+        targets[index] = colours.index(facts["colour"]), world.SHAPES.index(facts["shape"])
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
 
@@ -95,7 +95,7 @@ def vision_tower(folder: Path, steps: int = 1000, batch: int = 96, pictures: int
     tower.save_pretrained(folder)
 
 
-def speech_tower(folder: Path, steps: int = 240, batch: int = 48, recordings: int = 2000) -> None:
+def speech_tower(folder: Path, steps: int = 300, batch: int = 48, recordings: int = 2400) -> None:
     """A Whisper-shaped model whose encoder tells words and spoken questions apart."""
     config = WhisperConfig(
         d_model=WIDTH,
@@ -138,7 +138,7 @@ def speech_tower(folder: Path, steps: int = 240, batch: int = 48, recordings: in
     whisper.save_pretrained(folder)
 
 
-def audio_tower(folder: Path, steps: int = 130, batch: int = 48, recordings: int = 700) -> None:
+def audio_tower(folder: Path, steps: int = 170, batch: int = 48, recordings: int = 900) -> None:
     """A BEATs-shaped model that names sound events."""
     config = BeatsConfig(
         hidden_size=WIDTH,

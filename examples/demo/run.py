@@ -62,14 +62,14 @@ def stage1(root: Path) -> None:
 
 def stage2(root: Path, expert: str) -> None:
     args = f"--config {CONFIGS / 'stage2_experts.yaml'} --dataset_name {root / f'data/stage2_{expert}.jsonl'}"
-    args += f" --output_dir {root / 'stage2' / expert} --learning_rate 1.5e-3 --num_train_epochs 1 --lora_r 16"
+    args += f" --output_dir {root / 'stage2' / expert} --learning_rate 1e-3 --num_train_epochs 1 --lora_r 16"
     args += f" --model_name_or_path {root / 'stage1'} --modalities {' '.join(EXPERTS[expert])}"
     train_stage2_experts.main(*train_stage2_experts.parse(args.split() + TINY))
 
 
 def stage3(root: Path) -> None:
     args = f"--config {CONFIGS / 'stage3_moe.yaml'} --dataset_name {root / 'data/stage3.jsonl'}"
-    args += f" --output_dir {root / 'stage3'} --learning_rate 1.5e-3 --num_train_epochs 1"
+    args += f" --output_dir {root / 'stage3'} --learning_rate 1e-3 --num_train_epochs 1"
     args += f" --model_name_or_path {root / 'stage1'} --layers even --experts text= "
     args += " ".join(f"{name}={root / 'stage2' / name / 'expert'}" for name in EXPERTS)
     train_stage3_moe.main(*train_stage3_moe.parse(args.split() + TINY))

@@ -25,9 +25,8 @@ COLOURS = {
     "white": (240, 240, 240),
     "orange": (245, 140, 30),
 }
-# Only in training: grey comes with every shape and dots in every colour, which teaches that a shape is the same in any
-# colour and a colour the same on any shape.
-GREY, DOTS = "grey", "dots"
+# Only in training, with every shape: it teaches that a shape is the same in any colour.
+GREY = "grey"
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star", "bar", "diamond")
 SOUNDS = ("beep", "siren", "drum", "bell", "buzz", "wind", "whistle", "rain", "clock", "engine")
 WORDS = ("apple", "bridge", "cloud", "doctor", "engine", "forest", "guitar", "hammer", "island", "jungle")
@@ -69,7 +68,7 @@ def pair_split(first: int, second: int) -> str:
 def position(split: str, rng: np.random.Generator) -> tuple[int, int]:
     """A centre in pixels; every fifth lattice point is never trained on."""
     while True:
-        x, y = (int(value) for value in rng.integers(11, 22, 2))
+        x, y = (int(value) for value in rng.integers(12, 21, 2))
         if ((x + 2 * y) % 5 == 0) == (split == "test"):
             return x, y
 
@@ -96,10 +95,6 @@ def _paint(canvas: Image.Image, shape: str, colour: tuple, x: float, y: float, r
         draw.rectangle(box, fill=colour)
     elif shape == "bar":
         draw.rectangle((x - radius, y - radius / 3, x + radius, y + radius / 3), fill=colour)
-    elif shape == DOTS:
-        for angle in (0.3, 1.5, 2.8, 4.0, 5.2):
-            dot_x, dot_y = x + 0.75 * radius * math.cos(angle), y + 0.75 * radius * math.sin(angle)
-            draw.ellipse((dot_x - 2, dot_y - 2, dot_x + 2, dot_y + 2), fill=colour)
     elif shape == "cross":
         draw.rectangle((x - radius, y - 1.5, x + radius, y + 1.5), fill=colour)
         draw.rectangle((x - 1.5, y - radius, x + 1.5, y + radius), fill=colour)
@@ -123,13 +118,13 @@ def tint(colour: str, rng: np.random.Generator) -> np.ndarray:
 def picture(tint: np.ndarray, shape: str, split: str, rng: np.random.Generator) -> np.ndarray:
     """`(SIDE, SIDE, 3)` uint8: one shape somewhere on a noisy ground."""
     canvas = Image.fromarray(_background(rng))
-    _paint(canvas, shape, tuple(int(value) for value in tint), *position(split, rng), rng.uniform(7.5, 9.5))
+    _paint(canvas, shape, tuple(int(value) for value in tint), *position(split, rng), rng.uniform(9.0, 11.0))
     return np.asarray(canvas)
 
 
 def video(tint: np.ndarray, shape: str, split: str, rng: np.random.Generator) -> np.ndarray:
     """`(FRAMES, SIDE, SIDE, 3)` uint8: a drifting shape that comes late or leaves early; some frames are empty."""
-    ground, radius = _background(rng), rng.uniform(7.5, 9.5)
+    ground, radius = _background(rng), rng.uniform(9.0, 11.0)
     x, y = position(split, rng)
     dx, dy = rng.uniform(-2, 2, 2)
     missing = int(rng.integers(1, 4))
