@@ -136,7 +136,7 @@ def plan(folder: Path, seed: int) -> tuple[dict[str, list[dict]], list[tuple]]:
     """All rows of all JSON files, and the files to write."""
     train = Recorder(folder, "train", seed)
     clips = {kind: [train.clip(kind) for _ in range(count)] for kind, count in TRAIN_FILES.items()}
-    clips["question"] = [train.clip("question") for _ in range(800)]
+    clips["question"] = [train.clip("question") for _ in range(1400)]
     rng = train.rng
 
     rows = {"stage1": [], "stage3": []}
@@ -148,6 +148,7 @@ def plan(folder: Path, seed: int) -> tuple[dict[str, list[dict]], list[tuple]]:
             for kind in kinds
             for facts, part in clips[kind][: int(EXPERT_ROWS * len(clips[kind]))]
         ]
+    rows["stage2_speech"] += [row([part], *caption("question", facts)) for facts, part in clips["question"][:800]]
 
     def any_clip(kind: str) -> tuple[dict, dict]:
         return clips[kind][rng.integers(len(clips[kind]))]

@@ -27,7 +27,7 @@ COLOURS = {
 }
 # Only in training, with every shape: it teaches that a shape is the same in any colour.
 GREY = "grey"
-SHAPES = ("circle", "square", "triangle", "cross", "ring", "star", "bar", "diamond")
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "star", "bar", "dots")
 SOUNDS = ("beep", "siren", "drum", "bell", "buzz", "wind", "whistle", "rain", "clock", "engine")
 WORDS = ("apple", "bridge", "cloud", "doctor", "engine", "forest", "guitar", "hammer", "island", "jungle")
 SPOKEN_QUESTIONS = {
@@ -95,11 +95,15 @@ def _paint(canvas: Image.Image, shape: str, colour: tuple, x: float, y: float, r
         draw.rectangle(box, fill=colour)
     elif shape == "bar":
         draw.rectangle((x - radius, y - radius / 3, x + radius, y + radius / 3), fill=colour)
+    elif shape == "dots":
+        for dot_x in (x - 0.65 * radius, x + 0.65 * radius):
+            for dot_y in (y - 0.65 * radius, y + 0.65 * radius):
+                draw.ellipse((dot_x - 2.5, dot_y - 2.5, dot_x + 2.5, dot_y + 2.5), fill=colour)
     elif shape == "cross":
         draw.rectangle((x - radius, y - 1.5, x + radius, y + 1.5), fill=colour)
         draw.rectangle((x - 1.5, y - radius, x + 1.5, y + radius), fill=colour)
     else:
-        count = {"triangle": 3, "diamond": 4, "star": 10}[shape]
+        count = {"triangle": 3, "star": 10}[shape]
         points = []
         for corner in range(count):
             reach = radius * (0.4 if corner % 2 and shape == "star" else 1.0)
