@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 TRAIN_FILES = {"image": 4400, "video": 2200, "audio": 900, "speech": 1100}
 EXPERT_ROWS = 0.7  # share of the training files that a stage-2 expert sees
-MIXED_ROWS = {"image+speech": 2000, "image+audio": 950, "video+audio": 950}  # in stage 3, beside 250 of each modality
+MIXED_ROWS = {"image+speech": 3000, "image+audio": 600, "video+audio": 600}  # in stage 3, beside 250 of each modality
 TEST_QUESTIONS = 240  # of each task
 
 COLOUR, SHAPE = "What colour is it?", "What shape is it?"
