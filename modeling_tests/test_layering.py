@@ -23,7 +23,8 @@ DRAWING = {
     "beats_uni_moe": {"configuration_uni_moe"},
     "feature_extraction_uni_moe": {"configuration_uni_moe"},
     "pipeline_uni_moe": set(),
-    "modeling_uni_moe": {"configuration_uni_moe", "pipeline_uni_moe"} | MIDDLE,
+    "generation_uni_moe": {"configuration_uni_moe"},
+    "modeling_uni_moe": {"configuration_uni_moe", "generation_uni_moe", "pipeline_uni_moe"} | MIDDLE,
     "processing_uni_moe": {"configuration_uni_moe", "feature_extraction_uni_moe"},
 }
 TOOLS = {"composition", "stages", "data", "training", "conversion", "routing", "plotting", "cli"}

@@ -20,6 +20,7 @@ HUB_FILES = {
     "connectors_uni_moe.py",
     "expert_kernels_uni_moe.py",
     "experts_uni_moe.py",
+    "generation_uni_moe.py",
     "modeling_uni_moe.py",
     "pipeline_uni_moe.py",
 }

@@ -23,6 +23,17 @@ PIECES = [
     *"<>:.,'?!",
 ]
 
+MODALITIES = ("image", "video", "audio", "speech")
+TOWERS = ("vision", "audio", "speech")
+FEATURES = {
+    "image": "pixel_values",
+    "video": "pixel_values_videos",
+    "audio": "input_values",
+    "speech": "input_features",
+}
+# One of each, a repeated one, and text between, before and behind them.
+MIXED = ("image", 3, "audio", "speech", 2, "video", "image", 4)
+
 
 def tiny_tokenizer() -> LlamaTokenizer:
     """A Llama tokenizer of characters, bytes and a few merged words."""
@@ -133,3 +144,70 @@ def film(seed: int = 0, frames: int = 5) -> np.ndarray:
 def user(*parts: dict | str) -> list[dict]:
     """A conversation of one user message."""
     return [{"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}]
+
+
+def tokens_per_clip(config: UniMoEConfig, frames: int) -> dict[str, int]:
+    video = 4 if config.video_pooling == "mean" else 4 * frames
+    return {"image": 4, "video": video, "audio": 5, "speech": 3}
+
+
+def make_inputs(config: UniMoEConfig, *rows: tuple, padding: str = "left", frames: int = 2, seed: int = 0) -> dict:
+    """
+    Random model inputs. A row is a tuple of modalities, each one clip, and of numbers, each as many words; every clip
+    of sound is one window whose second half is padding.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    counts = dict.fromkeys(MODALITIES, 0)
+    ids = []
+    for row in rows:
+        ids.append([1])
+        for part in row:
+            if isinstance(part, str):
+                counts[part] += 1
+                ids[-1] += [getattr(config, f"{part}_token_id")] * tokens_per_clip(config, frames)[part]
+            else:
+                ids[-1] += torch.randint(3, config.text_config.vocab_size, (part,), generator=generator).tolist()
+    length = max(map(len, ids))
+    fills = [[0] * (length - len(row)) for row in ids]
+    masks = [[1] * len(row) for row in ids]
+    pairs = {"input_ids": ids, "attention_mask": masks}
+    inputs = {
+        name: torch.tensor([f + r if padding == "left" else r + f for f, r in zip(fills, rows_, strict=True)])
+        for name, rows_ in pairs.items()
+    }
+    shapes = {"image": (3, 16, 16), "video": (frames, 3, 16, 16), "audio": (98, 128), "speech": (80, 100)}
+    for modality, count in counts.items():
+        if count:
+            inputs[FEATURES[modality]] = torch.randn(count, *shapes[modality], generator=generator)
+    if counts["audio"]:
+        inputs["input_values_mask"] = (torch.arange(98) < 49).long().expand(counts["audio"], 98)
+    return inputs
+
+
+def rows_alone(inputs: dict, rows: tuple[tuple, ...]) -> list[dict]:
+    """Each row of a batch as an input of its own, without padding."""
+    used, alone = dict.fromkeys(MODALITIES, 0), []
+    for index, row in enumerate(rows):
+        valid = inputs["attention_mask"][index].bool()
+        single = {name: inputs[name][index : index + 1, valid] for name in ("input_ids", "attention_mask")}
+        for modality in MODALITIES:
+            clips = slice(used[modality], used[modality] + row.count(modality))
+            used[modality] = clips.stop
+            if clips.start < clips.stop:
+                single[FEATURES[modality]] = inputs[FEATURES[modality]][clips]
+                if modality == "audio":
+                    single["input_values_mask"] = inputs["input_values_mask"][clips]
+        alone.append(single)
+    return alone
+
+
+def labels_of(config: UniMoEConfig, inputs: dict) -> torch.Tensor:
+    """Every word that is neither placeholder nor padding."""
+    ids = inputs["input_ids"]
+    return ids.masked_fill((ids >= config.text_config.vocab_size) | (inputs["attention_mask"] == 0), -100)
+
+
+def assert_logits_equal(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Logits of tiny models are of the order of 1."""
+    assert expected.std() > 0.1
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)

@@ -208,6 +208,12 @@ class BeatsModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
             init.zeros_(module.bias)
 
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """As in the library; where others are asked for, sdpa: no other kernel adds a bias of its own per head."""
+        if requested_attention not in (None, "eager", "sdpa"):
+            requested_attention = "sdpa"
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
     def token_padding_mask(self, frame_mask: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """
         Which patch tokens are padding, in BEATs' own approximation: token i stands for the i-th run of frames.

@@ -1,10 +1,11 @@
 """Configuration of Uni-MoE: one text decoder, three optional towers, and how they are joined."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, Blip2QFormerConfig, LlamaConfig, PreTrainedConfig, WhisperConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 
 # In the order of `mm_token_type_ids`, counted from 1.
@@ -24,6 +25,9 @@ CUSTOM_PIPELINES = {
         "type": "multimodal",
     }
 }
+
+# `transformers serve` and the stock `any-to-any` pipeline look a model's type up here before its own code.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("uni_moe", "UniMoEForConditionalGeneration")
 
 
 @strict
@@ -135,6 +139,32 @@ class UniMoETextConfig(LlamaConfig):
         super().__post_init__(**kwargs)
 
     @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """
+        `dict[str, str]`: how tensor parallelism splits the layers that this model has.
+
+        Experts are split along their intermediate width, their LoRA with them; the block's output is summed once, so
+        the layers of a shared base run on their local part and do not sum. LoRA's unsplit factors get the gradient of
+        the local part only: this plan is for inference.
+        """
+        plan = {name: how for name, how in LlamaConfig.base_model_tp_plan.items() if ".mlp." not in name}
+        if "dense" in self.mlp_layer_types:
+            plan |= {name: how for name, how in LlamaConfig.base_model_tp_plan.items() if ".mlp." in name}
+        if not self.is_sparse:
+            return plan
+        experts = "layers.*.mlp.experts"
+        plan[experts] = "moe_tp_experts"
+        if self.shared_expert_base:
+            for name, how in (("gate_proj", "colwise"), ("up_proj", "colwise"), ("down_proj", "rowwise")):
+                plan |= {f"{experts}.base.{name}.weight": how, f"{experts}.base.{name}": "local_params"}
+        else:
+            plan |= {f"{experts}.gate_up_proj": "packed_colwise", f"{experts}.down_proj": "rowwise"}
+        if self.expert_lora_rank:
+            plan |= {f"{experts}.lora.gate_up_b": "packed_colwise", f"{experts}.lora.down_a": "rowwise"}
+            plan[f"{experts}.lora"] = "local_params"
+        return plan
+
+    @property
     def is_sparse(self) -> bool:
         """`bool`: whether any layer is a mixture of experts."""
         return "sparse" in self.mlp_layer_types
@@ -191,6 +221,8 @@ class UniMoEConfig(PreTrainedConfig):
             decoder; present exactly when `audio_config` is. `encoder_hidden_size` follows `audio_config.hidden_size`.
         image_token_id, video_token_id, audio_token_id, speech_token_id (`int`, *optional*): Placeholder ids. By
             default the four ids behind the vocabulary, in the order image, video, audio, speech.
+        base_vocab_size (`int`, *optional*): Where placeholder ids may begin; `text_config.vocab_size` by default,
+            which may grow past them later when the embedding table is resized for new words.
         vision_feature_layer (`int`, *optional*, defaults to -2): Hidden state of the vision tower that is read.
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`): `"default"` drops the first (CLS)
             token, `"full"` keeps all.
@@ -220,6 +252,7 @@ class UniMoEConfig(PreTrainedConfig):
     """
 
     model_type = "uni_moe"
+    base_model_fsdp_plan: ClassVar[dict[str, str]] = {}  # the decoder's is enough
     sub_configs_defaults = {
         "text_config": UniMoETextConfig,
         "vision_config": SubConfigSpec(
@@ -249,6 +282,7 @@ class UniMoEConfig(PreTrainedConfig):
     video_token_id: int | None = None
     audio_token_id: int | None = None
     speech_token_id: int | None = None
+    base_vocab_size: int | None = None
     vision_feature_layer: int = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     image_seq_length: int | None = None
@@ -271,9 +305,11 @@ class UniMoEConfig(PreTrainedConfig):
 
         if self.audio_config is not None:
             self.audio_connector_config.encoder_hidden_size = self.audio_config.hidden_size
+        if self.base_vocab_size is None:
+            self.base_vocab_size = self.text_config.vocab_size
         for offset, modality in enumerate(MODALITIES):
             if getattr(self, f"{modality}_token_id") is None:
-                setattr(self, f"{modality}_token_id", self.text_config.vocab_size + offset)
+                setattr(self, f"{modality}_token_id", self.base_vocab_size + offset)
         if self.image_seq_length is None and self.vision_config is not None:
             patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
             self.image_seq_length = patches + (self.vision_feature_select_strategy == "full")
@@ -299,12 +335,12 @@ class UniMoEConfig(PreTrainedConfig):
                 "pass `text_config.to_dict()` without its 'model_type', or use `composition.build_model`."
             )
         ids = {m: getattr(self, f"{m}_token_id") for m in MODALITIES}
-        vocab_size = self.text_config.vocab_size
+        vocab_size = self.base_vocab_size
         if len(set(ids.values())) < len(ids):
             raise ValueError(f"Placeholder ids must differ, got {ids}.")
         if inside := {modality: token_id for modality, token_id in ids.items() if token_id < vocab_size}:
             raise ValueError(
-                f"Placeholder ids {inside} lie inside the vocabulary (`vocab_size={vocab_size}`); "
+                f"Placeholder ids {inside} lie inside the vocabulary (`base_vocab_size={vocab_size}`); "
                 f"use ids of {vocab_size} or above, the embedding table is never resized for them."
             )
         if self.audio_config is None and self.audio_connector_config is not None:

@@ -8,10 +8,11 @@ Letters: B batch, T sequence, H hidden, N images, V videos, F frames, P patch to
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
@@ -33,21 +34,12 @@ from .beats_uni_moe import BeatsModel
 from .configuration_uni_moe import MODALITIES, UniMoEConfig, UniMoETextConfig
 from .connectors_uni_moe import AudioConnector, SpeechConnector, VisionConnector
 from .experts_uni_moe import UniMoEExpertLora, UniMoELoraExperts, UniMoESparseMoeBlock, UniMoETopKRouter
+from .generation_uni_moe import UniMoEGenerationMixin, joined
 from .pipeline_uni_moe import AnyToTextPipeline  # noqa: F401  saving a model ships every file imported here
 
 
 # The library looks for the literal `@use_experts_implementation` (it stands in experts_uni_moe.py) in this very file;
 # without it every model would be pinned to "eager".
-
-
-# Which modality's placeholders each media input belongs to.
-MEDIA_INPUTS = {
-    "pixel_values": "image",
-    "pixel_values_videos": "video",
-    "input_values": "audio",
-    "input_values_mask": "audio",
-    "input_features": "speech",
-}
 
 
 @dataclass
@@ -159,6 +151,11 @@ class UniMoEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    def init_parallel_plans(self) -> None:
+        """Towers are frozen, and not run where a batch lacks their modality: they are not sharded."""
+        super().init_parallel_plans()
+        self._fsdp_plan = {name: how for name, how in self._fsdp_plan.items() if "_tower." not in name}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -294,7 +291,7 @@ class UniMoEModel(UniMoEPreTrainedModel):
         """
         self._require("speech", "input_features")
         outputs = self.speech_tower(input_features.to(self.speech_tower.dtype), return_dict=True, **kwargs)
-        return _pooled(outputs, self.speech_connector(outputs.last_hidden_state))
+        return BaseModelOutputWithPooling(**outputs, pooler_output=self.speech_connector(outputs.last_hidden_state))
 
     @can_return_tuple
     def get_audio_features(
@@ -314,31 +311,59 @@ class UniMoEModel(UniMoEPreTrainedModel):
         """
         self._require("audio", "input_values")
         outputs = self.audio_tower(input_values, input_values_mask, return_dict=True, **kwargs)
-        return _pooled(outputs, self.audio_connector(outputs.last_hidden_state))
+        return BaseModelOutputWithPooling(**outputs, pooler_output=self.audio_connector(outputs.last_hidden_state))
 
-    def get_placeholder_mask(
-        self, input_ids: torch.Tensor, modality: str, features: torch.Tensor | None
-    ) -> torch.Tensor:
+    def encode_media(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        input_values_mask: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+    ) -> dict[str, BaseModelOutputWithPooling]:
+        """
+        Args:
+            pixel_values, pixel_values_videos, input_values, input_values_mask, input_features: As in [`forward`].
+
+        Returns:
+            `dict`: modality -> what `get_<modality>_features` returns, for those given; a `mm_encoder_outputs`.
+        """
+        given = {
+            "image": (pixel_values,),
+            "video": (pixel_values_videos,),
+            "audio": (input_values, input_values_mask),
+            "speech": (input_features,),
+        }
+        return {
+            modality: getattr(self, f"get_{modality}_features")(*inputs, return_dict=True)
+            for modality, inputs in given.items()
+            if inputs[0] is not None
+        }
+
+    def get_placeholder_masks(
+        self, input_ids: torch.Tensor, features: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """
         Args:
             input_ids (`torch.Tensor` of shape `(B, T)`): With placeholders.
-            modality (`str`): "image", "video", "audio" or "speech".
-            features (`torch.Tensor` of shape `(clips, tokens, H)`, *optional*): What is to stand there.
+            features (`dict[str, torch.Tensor]`): Modality -> what is to stand there, `(clips, tokens, H)`.
 
         Returns:
-            `torch.BoolTensor` of shape `(B, T, 1)`.
+            `dict[str, torch.BoolTensor]`: modality -> `(B, T)`, for all four.
 
         Raises:
             ValueError: as many placeholders as feature rows are needed; the message gives both counts.
         """
-        mask = input_ids == getattr(self.config, f"{modality}_token_id")
-        num_tokens, num_features = mask.sum(), 0 if features is None else features.shape[0] * features.shape[1]
-        torch_compilable_check(
-            num_tokens == num_features,
-            f"{modality.capitalize()} features and {modality} tokens do not match, tokens: {num_tokens}, "
-            f"features: {num_features}; use the model's processor, which expands one placeholder per clip.",
-        )
-        return mask.unsqueeze(-1)
+        masks = {modality: input_ids == getattr(self.config, f"{modality}_token_id") for modality in MODALITIES}
+        groups = [[modality] for modality in features]
+        # Absent ones are checked together: every check waits for the device, in every step of decoding.
+        groups += [absent] if (absent := [m for m in MODALITIES if m not in features]) else []
+        for group in groups:
+            num_tokens = torch.stack([masks[modality] for modality in group]).sum()
+            num_features = sum(features[m].shape[0] * features[m].shape[1] for m in group if m in features)
+            explain = partial(_mismatch, {modality: masks[modality] for modality in group}, num_features)
+            torch_compilable_check(num_tokens == num_features, explain)
+        return masks
 
     @can_return_tuple
     def forward(
@@ -354,6 +379,7 @@ class UniMoEModel(UniMoEPreTrainedModel):
         input_values: torch.Tensor | None = None,
         input_values_mask: torch.Tensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> UniMoEModelOutputWithPast:
@@ -373,6 +399,7 @@ class UniMoEModel(UniMoEPreTrainedModel):
             input_values_mask (`torch.Tensor` of shape `(num_windows, frames)`, *optional*): 1 = valid frame of sound.
             mm_token_type_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): 0 text, 1 image, 2 video, 3 audio, 4
                 speech. Has no influence on the result: placeholders are found by their ids.
+            mm_encoder_outputs (`dict`, *optional*): What [`encode_media`] returned, in place of the media themselves.
             use_cache (`bool`, *optional*): Whether to return `past_key_values`.
 
         Returns:
@@ -380,23 +407,13 @@ class UniMoEModel(UniMoEPreTrainedModel):
 
         Raises:
             ValueError: both or none of `input_ids` and `inputs_embeds`; media without `input_ids` or without a tower;
-                counts of placeholders and features that differ.
+                media and their encoder outputs together; counts of placeholders and features that differ.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either `input_ids` or `inputs_embeds`, not both and not neither.")
 
-        features = {}
-        if pixel_values is not None:
-            features["image"] = self.get_image_features(pixel_values, return_dict=True).pooler_output
-        if pixel_values_videos is not None:
-            features["video"] = self.get_video_features(pixel_values_videos, return_dict=True).pooler_output
-        if input_values is not None:
-            features["audio"] = self.get_audio_features(
-                input_values, input_values_mask, return_dict=True
-            ).pooler_output
-        if input_features is not None:
-            features["speech"] = self.get_speech_features(input_features, return_dict=True).pooler_output
-
+        encoded = self.encode_media(pixel_values, pixel_values_videos, input_values, input_values_mask, input_features)
+        features = {m: outputs.pooler_output for m, outputs in joined(mm_encoder_outputs, encoded).items()}
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids, features)
         elif features:
@@ -426,28 +443,27 @@ class UniMoEModel(UniMoEPreTrainedModel):
         """`(B, T, H)` text embeddings with features in place of the placeholders."""
         # Placeholder ids lie behind the embedding table, so they are looked up as padding and then overwritten. Any
         # other id behind the table fails in the lookup, as it should.
-        masks = {m: self.get_placeholder_mask(input_ids, m, features.get(m)) for m in MODALITIES}
-        text_ids = input_ids
-        for mask in masks.values():
-            text_ids = text_ids.masked_fill(mask.squeeze(-1), self.config.text_config.pad_token_id or 0)
+        masks = self.get_placeholder_masks(input_ids, features)
+        is_media = torch.stack(list(masks.values())).any(dim=0)  # (B, T)
+        text_ids = input_ids.masked_fill(is_media, self.config.text_config.pad_token_id or 0)
         inputs_embeds = self.get_input_embeddings()(text_ids)  # (B, T, H)
         for modality, rows in features.items():
             rows = rows.to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(masks[modality].to(inputs_embeds.device), rows)
+            mask = masks[modality].unsqueeze(-1).to(inputs_embeds.device)  # (B, T, 1)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, rows)
         return inputs_embeds
 
 
-def _pooled(outputs: ModelOutput, pooler_output: torch.Tensor) -> BaseModelOutputWithPooling:
-    """A tower's output with the connector's beside it."""
-    return BaseModelOutputWithPooling(
-        last_hidden_state=outputs.last_hidden_state,
-        pooler_output=pooler_output,
-        hidden_states=outputs.hidden_states,
-        attentions=outputs.attentions,
+def _mismatch(masks: dict[str, torch.Tensor], num_features: int) -> str:
+    """What is wrong with the first modality that has placeholders or features."""
+    modality = next(modality for modality, mask in masks.items() if num_features or mask.any())
+    return (
+        f"{modality.capitalize()} features and {modality} tokens do not match, tokens: {int(masks[modality].sum())}, "
+        f"features: {num_features}; use the model's processor, which expands one placeholder per clip."
     )
 
 
-class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
+class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixin):
     """
     Uni-MoE with its language modeling head: text, pictures, videos, speech and sound in, text out.
 
@@ -469,32 +485,13 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: UniMoEConfig):
         super().__init__(config)
         self.model = UniMoEModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, input_ids: torch.Tensor | None = None, **model_kwargs
-    ) -> tuple[torch.Tensor, dict]:
-        """
-        Repeats every row `expand_size` times, and with it its own clips as a block: rows `[r, r, s, s]` need the clips
-        `[a, b, a, b, c, c]` where `a, b` are of `r`; the library would give `[a, a, b, b, c, c]`.
-        """
-        media = {name: model_kwargs.pop(name) for name in MEDIA_INPUTS if model_kwargs.get(name) is not None}
-        if expand_size > 1 and input_ids is not None:
-            for name, clips in media.items():
-                token_id = getattr(self.config, f"{MEDIA_INPUTS[name]}_token_id")
-                tokens = (input_ids == token_id).sum(dim=1)  # (B,)
-                per_clip = max(1, int(tokens.sum()) // max(1, clips.shape[0]))
-                rows = clips.split((tokens // per_clip).tolist())
-                media[name] = torch.cat([row for row in rows for _ in range(expand_size)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, input_ids=input_ids, **model_kwargs
-        )
-        return input_ids, {**model_kwargs, **media}
 
     def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
         """See [`UniMoEModel.get_image_features`]."""
@@ -526,6 +523,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
         input_values: torch.Tensor | None = None,
         input_values_mask: torch.Tensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
@@ -561,6 +559,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
             input_values=input_values,
             input_values_mask=input_values_mask,
             mm_token_type_ids=mm_token_type_ids,
+            mm_encoder_outputs=mm_encoder_outputs,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
             **kwargs,

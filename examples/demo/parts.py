@@ -57,12 +57,21 @@ def fit(
     modules.eval()
 
 
+def unnamed_tint(shape: int, rng: np.random.Generator) -> np.ndarray:
+    """`(3,)` any bright tint, far from the colour that the shape is held out with."""
+    held_out = next(colour for colour in range(8) if world.pair_split(colour, shape) == "test")
+    while True:
+        tint = rng.integers(40, 245, 3)
+        if tint.max() > 110 and np.abs(tint - list(world.COLOURS.values())[held_out]).max() > 70:
+            return tint
+
+
 def vision_tower(folder: Path, steps: int = 1000, batch: int = 96, pictures: int = 20000) -> None:
     """
     A CLIP-shaped vision model that names colour and shape from the layer that the connector will read.
 
-    Half of the pictures show grey shapes: without them a tower learns which pairs of colour and shape exist, and is
-    blind to the pairs that are held out.
+    Half of the pictures show shapes that are grey or of no named colour: without them a tower learns which pairs of
+    colour and shape exist, and is blind to the pairs that are held out.
     """
     config = CLIPVisionConfig(
         hidden_size=WIDTH,
@@ -79,20 +88,36 @@ def vision_tower(folder: Path, steps: int = 1000, batch: int = 96, pictures: int
     pixels, targets = np.zeros((pictures, world.SIDE, world.SIDE, 3), np.uint8), np.zeros((pictures, 2), np.int64)
     for index in range(pictures):
         facts = make_data.draw_facts("image", "train", rng)
-        pixels[index] = world.picture(world.tint(facts["colour"], rng), facts["shape"], "train", rng)
-        targets[index] = colours.index(facts["colour"]), world.SHAPES.index(facts["shape"])
+        shape, tint = world.SHAPES.index(facts["shape"]), world.tint(facts["colour"], rng)
+        targets[index] = colours.index(facts["colour"]), shape
+        if facts["colour"] == world.GREY and rng.random() < 0.5:
+            tint, targets[index, 0] = unnamed_tint(shape, rng), -100
+        pixels[index] = world.picture(tint, facts["shape"], "train", rng)
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
         chosen = rng.integers(0, pictures, batch)
-        images = (torch.from_numpy(pixels[chosen]).permute(0, 3, 1, 2) / 255 - mean) / std
+        images = torch.from_numpy(pixels[chosen]).permute(0, 3, 1, 2) / 255 * rng.uniform(0.85, 1.15)
+        images = images.flip(-1) if rng.random() < 0.5 else images  # every shape is its own mirror image
+        images = (images.clamp(0, 1) - mean) / std
         features = tower(images, output_hidden_states=True).hidden_states[-2][:, 1:].mean(dim=1)
         colour, shape = torch.from_numpy(targets[chosen]).unbind(1)
         return F.cross_entropy(heads[0](features), colour) + F.cross_entropy(heads[1](features), shape)
 
     fit("vision tower", nn.ModuleList([tower, heads]), loss_of, steps, lr=2e-3)
     tower.save_pretrained(folder)
+
+
+def altered(log_mel: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """`(batch, mel_bins, frames)` as if spoken by other voices: shifted in pitch, with bands and moments missing."""
+    log_mel = log_mel.clone()
+    for clip in log_mel:
+        clip.copy_(clip.roll(int(rng.integers(-3, 4)), dims=0))
+        band, moment = int(rng.integers(0, 70)), int(rng.integers(0, 180))
+        clip[band : band + int(rng.integers(0, 10))] = clip.mean()
+        clip[:, moment : moment + int(rng.integers(0, 20))] = clip.mean()
+    return log_mel
 
 
 def speech_tower(folder: Path, steps: int = 300, batch: int = 48, recordings: int = 2400) -> None:
@@ -131,7 +156,7 @@ def speech_tower(folder: Path, steps: int = 300, batch: int = 48, recordings: in
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
         chosen = rng.integers(0, recordings, batch)
-        encoded = whisper.encoder(features[chosen]).last_hidden_state.mean(dim=1)
+        encoded = whisper.encoder(altered(features[chosen], rng)).last_hidden_state.mean(dim=1)
         return F.cross_entropy(head(encoded), torch.from_numpy(labels[chosen]))
 
     fit("speech tower", nn.ModuleList([whisper.encoder, head]), loss_of, steps, lr=2e-3)

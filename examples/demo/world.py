@@ -41,19 +41,10 @@ RATE = 16000
 SECONDS = 2  # of every sound, and of the model's windows
 
 # Accent + timbre, as espeak-ng names them. No test timbre is ever trained on.
-TRAIN_VOICES = (
-    "en-us+m1",
-    "en-us+m3",
-    "en-us+m7",
-    "en-us+f2",
-    "en-us+f4",
-    "en+m2",
-    "en+m4",
-    "en+f1",
-    "en-gb-scotland+m1",
-    "en-gb-x-rp+f2",
-    "en-gb-x-rp+m3",
-    "en-029+f4",
+TRAIN_VOICES = tuple(
+    f"{accent}+{timbre}"
+    for accent in ("en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-029")
+    for timbre in ("m1", "m2", "m3", "m4", "m7", "m8", "f1", "f2", "f4")
 )
 TEST_VOICES = ("en-us+m5", "en-us+f3", "en+m5", "en+f3", "en+m6")
 TRAIN_SPEEDS, TEST_SPEEDS = (130, 150, 170, 190), (140, 160, 180)  # words per minute
