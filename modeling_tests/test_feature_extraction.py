@@ -12,7 +12,7 @@ from tiny import tone
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from uni_moe_hf import UniMoEFeatureExtractor
-from uni_moe_hf.feature_extraction_uni_moe import check_waveform, load_waveform
+from uni_moe_hf.media_uni_moe import check_waveform, load_waveform
 
 
 RATE = 16000

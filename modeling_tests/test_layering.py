@@ -21,11 +21,12 @@ DRAWING = {
     "experts_uni_moe": {"configuration_uni_moe", "expert_kernels_uni_moe"},
     "connectors_uni_moe": {"configuration_uni_moe"},
     "beats_uni_moe": {"configuration_uni_moe"},
-    "feature_extraction_uni_moe": {"configuration_uni_moe"},
+    "media_uni_moe": set(),
+    "feature_extraction_uni_moe": {"configuration_uni_moe", "media_uni_moe"},
     "pipeline_uni_moe": set(),
     "generation_uni_moe": {"configuration_uni_moe"},
     "modeling_uni_moe": {"configuration_uni_moe", "generation_uni_moe", "pipeline_uni_moe"} | MIDDLE,
-    "processing_uni_moe": {"configuration_uni_moe", "feature_extraction_uni_moe"},
+    "processing_uni_moe": {"configuration_uni_moe", "feature_extraction_uni_moe", "media_uni_moe"},
 }
 TOOLS = {"composition", "stages", "data", "training", "conversion", "routing", "plotting", "cli"}
 

@@ -22,7 +22,7 @@ from PIL import Image
 from tiny import film, picture, tiny_config, tiny_model, tiny_processor, tiny_tokenizer, tone, user
 
 from uni_moe_hf import UniMoEProcessor
-from uni_moe_hf.feature_extraction_uni_moe import load_waveform
+from uni_moe_hf.media_uni_moe import load_waveform
 
 
 MODALITIES = ("image", "video", "audio", "speech")

@@ -24,7 +24,12 @@ HUB_FILES = {
     "modeling_uni_moe.py",
     "pipeline_uni_moe.py",
 }
-PROCESSOR_FILES = {"configuration_uni_moe.py", "feature_extraction_uni_moe.py", "processing_uni_moe.py"}
+PROCESSOR_FILES = {
+    "configuration_uni_moe.py",
+    "feature_extraction_uni_moe.py",
+    "media_uni_moe.py",
+    "processing_uni_moe.py",
+}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 # Runs every check by name and notes what it gave, so that one process serves many tests.

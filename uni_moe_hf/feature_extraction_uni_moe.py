@@ -1,18 +1,18 @@
 """
-From sound to tensors: any audio file to a 16 kHz waveform, a waveform to windows, a window to features.
+From sound to tensors: a waveform to windows, a window to features.
 
 Speech windows become Whisper's log-mel (`input_features`), sound windows BEATs' filterbank (`input_values`).
 """
 
 import warnings
 from functools import cached_property
-from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import BatchFeature, WhisperFeatureExtractor
-from transformers.audio_utils import load_audio, mel_filter_bank, window_function
+from transformers.audio_utils import mel_filter_bank, window_function
+
+from .media_uni_moe import check_waveform
 
 
 class UniMoEFeatureExtractor(WhisperFeatureExtractor):
@@ -111,7 +111,10 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
 
     def _windows(self, clips: np.ndarray | list[np.ndarray], kind: str, max_windows: int | None) -> list[np.ndarray]:
         """Consecutive windows of all clips; only the last of a clip may be short."""
-        if isinstance(clips, np.ndarray):
+        if isinstance(clips, list | tuple) and clips and isinstance(clips[0], int | float):
+            clips = [clips]  # one waveform as a plain list
+        if not isinstance(clips, list | tuple):
+            clips = np.asarray(clips)
             if clips.ndim != 1:
                 raise ValueError(
                     f"`{kind}` is one array of shape {clips.shape}, which may be channels or clips; pass a list of "
@@ -187,125 +190,4 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
         return output
 
 
-def check_waveform(waveform: Any) -> np.ndarray:
-    """
-    Args:
-        waveform (`np.ndarray` or a list of `float`): One clip, `(num_samples,)`, or with channels in either order.
-
-    Returns:
-        `np.ndarray` of shape `(num_samples,)`, float32, channels averaged.
-
-    Raises:
-        ValueError: no samples, integers, more than two axes, or values that are not finite.
-    """
-    waveform = np.asarray(waveform)
-    if waveform.dtype.kind in "iu" and waveform.size:
-        raise ValueError(
-            f"A waveform must hold floats in [-1, 1], got {waveform.dtype}; "
-            f"divide by {np.iinfo(waveform.dtype).max + 1}."
-        )
-    if waveform.ndim == 2 and waveform.size:
-        waveform = waveform.mean(axis=int(np.argmin(waveform.shape)))
-    if waveform.size == 0:
-        raise ValueError("A waveform has 0 samples; remove the clip or check how it was cut.")
-    if waveform.ndim != 1 or waveform.dtype.kind != "f":
-        raise ValueError(
-            f"A waveform must be one array of floats, got shape {waveform.shape} and dtype {waveform.dtype}; "
-            "pass several clips as a list."
-        )
-    with np.errstate(over="ignore"):
-        waveform = waveform.astype(np.float32)
-    if not np.isfinite(waveform).all():
-        bad = int((~np.isfinite(waveform)).sum())
-        raise ValueError(
-            f"A waveform of {waveform.size} samples holds {bad} NaN or infinite values; repair or remove the clip."
-        )
-    return waveform
-
-
-def load_waveform(source: Any, sampling_rate: int = 16000) -> np.ndarray:
-    """
-    Loads one clip from whatever a user has.
-
-    Args:
-        source (`str`, `Path`, `bytes`, `np.ndarray`, `list[float]` or `dict`):
-            A path or URL of an audio or video file, the bytes of one, a waveform at `sampling_rate`, or
-            `{"array": ..., "sampling_rate": ...}` / `{"path": ..., "bytes": ...}` as `datasets` gives them.
-        sampling_rate (`int`, *optional*, defaults to 16000): Wanted rate, in hertz.
-
-    Returns:
-        `np.ndarray` of shape `(num_samples,)`, float32, mono, at `sampling_rate`.
-
-    Raises:
-        ValueError: the file is missing or unreadable, or the waveform fails [`check_waveform`].
-    """
-    if isinstance(source, dict):
-        if source.get("array") is not None:
-            rate = sampling_rate if source.get("sampling_rate") is None else source["sampling_rate"]
-            if rate < 1:
-                raise ValueError(f"A clip's sampling rate is {rate} Hz; it must be positive.")
-            return _resample(check_waveform(source["array"]), rate, sampling_rate)
-        source = source.get("bytes") or source.get("path")
-    if source is None:
-        raise ValueError("A clip has no source: neither a path, nor bytes, nor an array.")
-    if not isinstance(source, str | Path | bytes):
-        return check_waveform(source)
-
-    name = "the given bytes" if isinstance(source, bytes) else f"'{source}'"
-    if isinstance(source, str | Path) and not str(source).startswith(("http://", "https://", "data:")):
-        if not Path(source).is_file():
-            raise ValueError(f"Audio file {name} does not exist; check the path.")
-        if Path(source).stat().st_size == 0:
-            raise ValueError(f"Audio file {name} is empty (0 bytes).")
-    try:
-        waveform = _decode(source, sampling_rate)
-    except ImportError:
-        raise
-    except Exception as error:
-        raise ValueError(f"Audio from {name} could not be read ({error}); is it a complete audio file?") from error
-    if len(waveform) == 0:
-        raise ValueError(f"Audio from {name} has 0 samples.")
-    return check_waveform(waveform)
-
-
-def _decode(source: str | Path | bytes, sampling_rate: int) -> np.ndarray:
-    """Through soundfile; what it cannot open (mp4, m4a, aac, webm) through PyAV when that is installed."""
-    try:
-        import soundfile
-
-        if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
-            return load_audio(source, sampling_rate=sampling_rate, backend="soundfile")
-        file = BytesIO(source) if isinstance(source, bytes) else str(source)
-        waveform, rate = soundfile.read(file, dtype="float32", always_2d=True)  # (num_samples, channels)
-        return _resample(waveform.mean(axis=1), rate, sampling_rate)
-    except Exception as soundfile_error:
-        try:
-            import av
-        except ImportError:
-            raise soundfile_error from None
-        file = BytesIO(source) if isinstance(source, bytes) else str(source)
-        with av.open(file) as container:
-            if not container.streams.audio:
-                raise ValueError("it has no sound track") from soundfile_error
-            # To float only: the library's own mixing to mono is 3 dB louder than the mean of the channels.
-            resampler = av.AudioResampler(format="fltp")
-            frames = [f for frame in container.decode(audio=0) for f in resampler.resample(frame)]
-            rate = container.streams.audio[0].rate
-        blocks = [frame.to_ndarray().mean(axis=0) for frame in frames]
-        return _resample(np.concatenate(blocks or [np.zeros(0, np.float32)]), rate, sampling_rate)
-
-
-def _resample(waveform: np.ndarray, rate: int, sampling_rate: int) -> np.ndarray:
-    """`soxr_hq`, which is what the original's librosa uses."""
-    if rate == sampling_rate or len(waveform) == 0:
-        return waveform
-    try:
-        import soxr
-    except ImportError as error:
-        raise ImportError(
-            f"The audio has {rate} Hz and the model hears {sampling_rate} Hz; resampling needs `pip install soxr`."
-        ) from error
-    return soxr.resample(waveform, rate, sampling_rate)
-
-
-__all__ = ["UniMoEFeatureExtractor", "check_waveform", "load_waveform"]
+__all__ = ["UniMoEFeatureExtractor"]

@@ -5,23 +5,19 @@ From conversations to tensors: media files are loaded, placeholders expanded, te
 and repeats every placeholder as often as its clip has tokens.
 """
 
-import base64
 import re
-import tempfile
 from collections.abc import Iterator
-from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import load_image
+from transformers.processing_utils import MultiModalData
 from transformers.utils import logging
-from transformers.video_utils import load_video
 
 from .configuration_uni_moe import MODALITIES
-from .feature_extraction_uni_moe import load_waveform
+from .media_uni_moe import from_base64, load_frames, load_image, load_waveform
 
 
 logger = logging.get_logger(__name__)
@@ -30,6 +26,9 @@ logger = logging.get_logger(__name__)
 ARGUMENTS = {"image": "images", "video": "videos", "audio": "audio", "speech": "speech"}
 # Where a message part may keep its clip, besides a key of its type's own name.
 SOURCE_KEYS = ("url", "path", "base64", "bytes")
+
+# Pictures longer or larger than this lose what they would lose anyway before they are resized.
+MAX_ASPECT, MAX_PADDED_SIDE = 64, 4096
 
 # A private-use character that the tokenizer's normaliser removes. Inside "<image>" it hides the placeholder from every
 # search for it, so that the word can be written in a conversation as ordinary text.
@@ -210,6 +209,44 @@ class UniMoEProcessor(ProcessorMixin):
             data = {**encoded, **data}
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
 
+    @property
+    def model_input_names(self) -> list[str]:
+        """`list[str]`: what [`__call__`] may return, for the modalities that the model takes."""
+        names = {
+            "image": ["pixel_values"],
+            "video": ["pixel_values_videos"],
+            "audio": ["input_values", "input_values_mask"],
+            "speech": ["input_features"],
+        }
+        return [*self.tokenizer.model_input_names, *chain.from_iterable(names[m] for m in self.modalities)]
+
+    def save_pretrained(self, *args, **kwargs) -> list[str]:
+        """As in the library, which leaves an `auto_map` behind on the saved object."""
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__dict__.pop("auto_map", None)
+
+    def _get_num_multimodal_tokens(
+        self,
+        image_sizes: list | None = None,
+        video_sizes: list | None = None,
+        audio_lengths: list[int] | None = None,
+        **kwargs,
+    ) -> MultiModalData:
+        """How many tokens pictures, videos and clips of these sizes (in samples) become; inference servers ask it."""
+        data = {}
+        if image_sizes is not None:
+            data |= {"num_image_tokens": [self.image_seq_length] * len(image_sizes)}
+            data |= {"num_image_patches": [1] * len(image_sizes)}
+        if video_sizes is not None:
+            data["num_video_tokens"] = [self._num_video_tokens(self.video_frames)] * len(video_sizes)
+        if audio_lengths is not None:
+            per_window = getattr(self, f"num_{self._ear('audio')}_query_tokens")
+            windows = [self.feature_extractor.num_windows(range(length)) for length in audio_lengths]
+            data["num_audio_tokens"] = [count * per_window for count in windows]
+        return MultiModalData(**data)
+
     # ---- media -> features ----
 
     def _features(self, clips: dict[str, list], kwargs: dict[str, dict]) -> tuple[dict, dict[str, list[int]]]:
@@ -218,15 +255,19 @@ class UniMoEProcessor(ProcessorMixin):
         image_kwargs = {**kwargs["images_kwargs"], "return_tensors": "np"}
         rate = self.feature_extractor.sampling_rate
         if clips.get("image"):
-            images = [self._squared(_load_image(image)) for image in clips["image"]]
+            images = [self._framed(load_image(image)) for image in clips["image"]]
             data["pixel_values"] = self.image_processor(images, **image_kwargs)["pixel_values"]
             num_tokens["image"] = [self.image_seq_length] * len(images)
         if clips.get("video"):
-            videos = [_load_frames(video, self.video_frames) for video in clips["video"]]
-            frames = [self._squared(frame) for frame in chain.from_iterable(videos)]
-            pixel_values = np.asarray(self.image_processor(frames, **image_kwargs)["pixel_values"])
-            data["pixel_values_videos"] = pixel_values.reshape(len(videos), self.video_frames, *pixel_values.shape[1:])
-            num_tokens["video"] = [self._num_video_tokens] * len(videos)
+            video_kwargs = {**image_kwargs, **kwargs["videos_kwargs"], "return_tensors": "np"}
+            num_frames = video_kwargs.pop("num_frames", None) or self.video_frames
+            known = self.image_processor.valid_kwargs.__annotations__
+            video_kwargs = {name: value for name, value in video_kwargs.items() if name in known}
+            videos = [load_frames(video, num_frames) for video in clips["video"]]
+            frames = [self._framed(frame) for frame in chain.from_iterable(videos)]
+            pixel_values = np.asarray(self.image_processor(frames, **video_kwargs)["pixel_values"])
+            data["pixel_values_videos"] = pixel_values.reshape(len(videos), num_frames, *pixel_values.shape[1:])
+            num_tokens["video"] = [self._num_video_tokens(num_frames)] * len(videos)
         for modality, per_window in (("audio", self.num_audio_query_tokens), ("speech", self.num_speech_query_tokens)):
             if clips.get(modality):
                 given = kwargs["audio_kwargs"].get("sampling_rate") or rate
@@ -235,17 +276,26 @@ class UniMoEProcessor(ProcessorMixin):
                 num_tokens[modality] = [self.feature_extractor.num_windows(wave) * per_window for wave in waveforms]
         return data, num_tokens
 
-    @property
-    def _num_video_tokens(self) -> int:
-        return self.image_seq_length * (self.video_frames if self.video_pooling == "none" else 1)
+    def _num_video_tokens(self, num_frames: int) -> int:
+        return self.image_seq_length * (num_frames if self.video_pooling == "none" else 1)
 
-    def _squared(self, image):
-        """With `image_mode="pad"`, the picture centred on a square of the mean colour."""
-        if self.image_mode == "crop" or image.width == image.height:
+    def _framed(self, image):
+        """A picture ready for the image processor: with `image_mode="pad"`, centred on a square of the mean colour."""
+        short, side = sorted(image.size)
+        if self.image_mode == "crop":
+            if side <= MAX_ASPECT * short:
+                return image
+            # The image processor enlarges the short side and then crops the centre: spare it the far ends.
+            half_width, half_height = (min(length, MAX_ASPECT * short) / 2 for length in image.size)
+            x, y = image.width / 2, image.height / 2
+            return image.crop(tuple(map(int, (x - half_width, y - half_height, x + half_width, y + half_height))))
+        if side > MAX_PADDED_SIDE:
+            image = image.resize([max(1, round(length * MAX_PADDED_SIDE / side)) for length in image.size])
+            side = MAX_PADDED_SIDE
+        if image.width == image.height:
             return image
         from PIL import Image
 
-        side = max(image.size)
         colour = tuple(int(255 * mean) for mean in self.image_processor.image_mean)
         canvas = Image.new(image.mode, (side, side), colour)
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -390,7 +440,7 @@ class UniMoEProcessor(ProcessorMixin):
             )
         source = next(iter(sources.values()), None)
         if "base64" in sources:
-            source = _from_base64(source)
+            source = from_base64(source)
         elif part.get("sampling_rate") is not None and not isinstance(source, str | Path | bytes | dict | None):
             source = {"array": source, "sampling_rate": part["sampling_rate"]}
         return {"type": self._ear(kind), "source": source}
@@ -459,120 +509,6 @@ def _flat(rows: list) -> Iterator[Any]:
             yield from row
         else:
             yield row
-
-
-def _load_image(source: Any):
-    """An RGB picture from a path, URL, base64 text, bytes, array or PIL image."""
-    from PIL import Image
-
-    if isinstance(source, dict):  # `datasets` with decode=False
-        source = source.get("bytes") or source.get("path")
-    name = f"'{str(source)[:200]}'" if isinstance(source, str | Path) else "the given data"
-    try:
-        if isinstance(source, Path):
-            source = str(source)
-        if isinstance(source, bytes):
-            source = Image.open(BytesIO(source))
-        elif hasattr(source, "__array__") and not isinstance(source, Image.Image):
-            source = _array_to_image(np.asarray(source))
-        image = load_image(source)
-        if 0 in image.size:
-            raise ValueError(f"it has {image.width} x {image.height} pixels")
-        return image
-    except Exception as error:
-        raise ValueError(f"Picture {name} could not be read ({error}); is it a complete image file?") from error
-
-
-def _array_to_image(array: np.ndarray):
-    """A PIL image from `(height, width)`, `(height, width, channels)` or `(channels, height, width)`."""
-    from PIL import Image
-
-    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    if array.dtype.kind == "f":
-        if not np.isfinite(array).all():
-            raise ValueError("it holds NaN or infinite values")
-        array = (array * 255).round() if array.max(initial=0.0) <= 1.0 else array
-    if array.ndim == 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    return Image.fromarray(array.clip(0, 255).astype(np.uint8))
-
-
-def _load_frames(source: Any, num_frames: int) -> list:
-    """`num_frames` pictures, evenly spread over a video from its start; short videos repeat frames."""
-    if isinstance(source, dict):  # `datasets` with decode=False
-        source = source.get("bytes") or source.get("path")
-    if isinstance(source, bytes):
-        # The decoders' own reading from memory is not the same for all of them.
-        with tempfile.NamedTemporaryFile(suffix=".video") as file:
-            file.write(source)
-            file.flush()
-            return _load_frames(file.name, num_frames)
-    if isinstance(source, Path):
-        source = str(source)
-    if not isinstance(source, str):
-        frames = [] if source is None else list(source)
-        if not frames:
-            raise ValueError("A video has 0 frames; remove it or check how it was cut.")
-        return [_load_image(frames[index]) for index in _even_indices(len(frames), num_frames)]
-
-    if not source.startswith(("http://", "https://")) and not Path(source).is_file():
-        raise ValueError(f"Video file '{source}' does not exist; check the path.")
-    try:
-        return [_array_to_image(frame) for frame in _decode_video(source, num_frames)]
-    except ImportError:
-        raise
-    except Exception as error:
-        raise ValueError(f"Video '{source}' could not be read ({error}); is it a complete video file?") from error
-
-
-def _even_indices(total: int, wanted: int) -> np.ndarray:
-    """`(wanted,)` frame numbers in `[0, total)`, evenly from the start as in the original's demo."""
-    if total < 1:
-        raise ValueError("it has 0 frames")
-    return np.arange(wanted) * total // wanted
-
-
-def _decode_video(source: str, num_frames: int) -> np.ndarray:
-    """`(num_frames, height, width, 3)` through decord, or PyAV where decord is missing."""
-    try:
-        import decord  # noqa: F401
-
-        backend = "decord"
-    except ImportError:
-        backend = "pyav"
-
-    def sample_indices(metadata: Any, **_) -> np.ndarray:
-        # Some containers (Matroska) do not say how many frames they hold.
-        return _even_indices(metadata.total_num_frames or _count_frames(source), num_frames)
-
-    try:
-        frames, metadata = load_video(source, backend=backend, sample_indices_fn=sample_indices)
-    except ImportError as error:
-        raise ImportError(
-            "Reading video files needs decord or PyAV: `pip install decord` or `pip install av`."
-        ) from error
-    # PyAV gives every frame once; short videos ask for some twice.
-    wanted = np.asarray(metadata.frames_indices)
-    return frames if len(frames) == len(wanted) else frames[np.searchsorted(np.unique(wanted), wanted)]
-
-
-def _count_frames(source: str) -> int:
-    """Frames of a video, by decoding it."""
-    try:
-        import av
-    except ImportError:
-        return 0
-    with av.open(source) as container:
-        return sum(1 for _ in container.decode(video=0))
-
-
-def _from_base64(text: str) -> bytes:
-    """The bytes behind base64 text, with or without a `data:` prefix."""
-    try:
-        return base64.b64decode(text.rpartition(",")[2], validate=True)
-    except ValueError as error:
-        raise ValueError(f"A part's 'base64' is no valid base64 ({error}).") from error
 
 
 __all__ = ["UniMoEProcessor"]
