@@ -52,12 +52,14 @@ UniMoEProcessor.register_for_auto_class("AutoProcessor")
 _TOOLS = {
     "build_model": "composition",
     "build_processor": "composition",
+    "connector_statistics": "routing",
     "export_expert": "composition",
     "grow_experts": "composition",
     "load_rows": "data",
     "UniMoEDataCollator": "data",
-    "row_to_messages": "data",
     "prepare_stage": "stages",
+    "record_routing": "routing",
+    "row_to_messages": "data",
 }
 
 __all__ = [
@@ -76,10 +78,12 @@ __all__ = [
     "__version__",
     "build_model",
     "build_processor",
+    "connector_statistics",
     "export_expert",
     "grow_experts",
     "load_rows",
     "prepare_stage",
+    "record_routing",
     "row_to_messages",
 ]
 
