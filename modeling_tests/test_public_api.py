@@ -33,10 +33,12 @@ PUBLIC = {
     "__version__",
     "build_model",
     "build_processor",
+    "connector_statistics",
     "export_expert",
     "grow_experts",
     "load_rows",
     "prepare_stage",
+    "record_routing",
     "row_to_messages",
 }
 

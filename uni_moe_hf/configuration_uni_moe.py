@@ -233,6 +233,7 @@ class UniMoEConfig(PreTrainedConfig):
         num_speech_query_tokens, num_audio_query_tokens (`int`, *optional*, defaults to 50): Tokens of each window of
             speech or sound.
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`): Activation of the vision connector.
+        stage (`str`, *optional*): The last training stage: `"connectors"`, `"experts"` or `"moe"`.
 
     Raises:
         StrictDataclassError: (caused by a `ValueError`) a placeholder id is used twice or lies inside the vocabulary,
@@ -292,6 +293,7 @@ class UniMoEConfig(PreTrainedConfig):
     projector_hidden_act: str = "gelu"
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
+    stage: Literal["connectors", "experts", "moe"] | None = None
     auto_map: dict | None = None
     custom_pipelines: dict | None = None
 

@@ -108,6 +108,7 @@ def prepare_stage(
     patterns = [rf"model\.{connector}_connector{re.escape(plan.connector_part)}" for connector in connectors]
     trained = [name for pattern in (*patterns, *plan.trained_modules) for name in _matching(model, pattern)]
     model.requires_grad_(False)
+    config.stage = stage  # what is saved says which training it has had
     if not plan.lora_targets:
         for name in trained:
             model.get_submodule(name).requires_grad_(True)
@@ -146,6 +147,17 @@ PARTS = {
 }
 
 
+def part_of(parameter: str) -> str:
+    """
+    Args:
+        parameter (`str`): Its name in a model, wrapped by PEFT or not.
+
+    Returns:
+        `str`: the part of the model that it belongs to, a key of `PARTS`.
+    """
+    return next(part for part, pattern in PARTS.items() if re.search(pattern, parameter))
+
+
 def stage_table(model: nn.Module, learning_rate: float) -> str:
     """
     Args:
@@ -157,8 +169,7 @@ def stage_table(model: nn.Module, learning_rate: float) -> str:
     """
     counts = {part: [0, 0] for part in PARTS}
     for name, parameter in model.named_parameters():
-        part = next(part for part, pattern in PARTS.items() if re.search(pattern, name))
-        counts[part][0 if parameter.requires_grad else 1] += parameter.numel()
+        counts[part_of(name)][0 if parameter.requires_grad else 1] += parameter.numel()
     rows = [f"{'part':<26}{'trainable':>14}{'frozen':>16}{'lr':>12}"]
     for part, (trainable, frozen) in counts.items():
         if trainable or frozen:
@@ -166,4 +177,4 @@ def stage_table(model: nn.Module, learning_rate: float) -> str:
     return "\n".join(rows)
 
 
-__all__ = ["STAGES", "Stage", "prepare_stage", "stage_table"]
+__all__ = ["STAGES", "Stage", "part_of", "prepare_stage", "stage_table"]

@@ -1,0 +1,307 @@
+"""
+`uni-moe`: ask a checkpoint, describe it, look inside it.
+
+Nothing heavy is imported before a command has work to do, so `--help` and wrong usage answer at once. Exit codes: 0
+done, 1 failed with one sentence on stderr, 2 wrong usage, 130 interrupted.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .configuration_uni_moe import UniMoEConfig
+
+MEDIA = ("image", "video", "speech", "audio")
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Args:
+        argv (`Sequence[str]`, *optional*): Arguments; those of the process by default.
+
+    Returns:
+        `int`: the exit code.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        _check_files(args)
+        args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if not _is_expected(error):
+            raise
+        cause = error.__cause__ if type(error).__name__.startswith("StrictDataclass") and error.__cause__ else error
+        sys.stderr.write(f"uni-moe: {' '.join(str(cause).split())}\n")
+        return 1
+    return 0
+
+
+def _is_expected(error: Exception) -> bool:
+    """What users, files and missing libraries cause; anything else is ours, and shows where it comes from."""
+    return isinstance(error, ValueError | OSError | ImportError) or type(error).__name__.startswith("StrictDataclass")
+
+
+class _Part(argparse.Action):
+    """Collects `--image a --text b --image c` in the order in which they stand."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        key = "text" if self.dest == "text" else "path"
+        namespace.parts = [*(namespace.parts or []), {"type": self.dest, key: values}]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="uni-moe", description=__doc__.strip().splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder or a Hub id")
+        sub.set_defaults(run=run, parts=None, data=None)
+        return sub
+
+    def add_conversation(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--text", action=_Part, metavar="TEXT", help="what to say or ask")
+        for kind in MEDIA:
+            name = {"audio": "sound", "image": "picture"}.get(kind, kind)
+            sub.add_argument(f"--{kind}", action=_Part, metavar="FILE", help=f"a {name}, file or URL; may be repeated")
+        sub.add_argument("--device", default="auto", help="cpu, cuda, ... (default: the fastest there is)")
+        sub.add_argument("--dtype", default="auto", choices=["auto", *BYTES], help="default: as saved")
+
+    sub = command("generate", _generate, "Answer a question about any mix of media, in the order given.")
+    add_conversation(sub)
+    sub.add_argument("--system", metavar="TEXT", help="in place of the default system message")
+    sub.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="default: 256")
+    sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, the likeliest words")
+    sub.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    sub.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
+
+    sub = command("info", _info, "Describe a checkpoint without loading its weights.")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    for name, run, text in (
+        ("routing", _routing, "Count which experts the tokens of each modality are sent to."),
+        ("connectors", _connectors, "Compare connectors' outputs with the text embeddings beside them."),
+    ):
+        sub = command(name, run, text)
+        add_conversation(sub)
+        sub.add_argument("--data", metavar="FILE", help="rows of conversations (.json, .jsonl) in place of one")
+        sub.add_argument(
+            "--limit", type=_positive, default=64, metavar="N", help="rows to read, spread over the file (default: 64)"
+        )
+        sub.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default: 8")
+        sub.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Before a model is loaded in vain."""
+    for part in args.parts or []:
+        path = part.get("path")
+        if path is not None and not path.startswith(("http://", "https://", "data:")) and not Path(path).is_file():
+            raise ValueError(f"There is no file '{path}' for --{part['type']}; check the path.")
+    if args.parts and args.data:
+        raise ValueError("Both a conversation and --data were given; give one of the two.")
+    if args.run is not _info and not args.parts and not args.data:
+        options = ["text", *MEDIA] + ["data"] * (args.run is not _generate)
+        raise ValueError(f"There is nothing to look at; give one or more of --{', --'.join(options)}.")
+
+
+def _config(checkpoint: str) -> "UniMoEConfig":
+    from transformers import AutoConfig, logging
+
+    from . import register
+
+    register()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if not Path(checkpoint).exists() and (checkpoint.count("/") != 1 or checkpoint.startswith((".", "/", "~"))):
+        raise ValueError(f"There is no checkpoint '{checkpoint}'; give a folder or a Hub id.")
+    if (Path(checkpoint) / "adapter_config.json").is_file():
+        raise ValueError(f"'{checkpoint}' holds an adapter, not a model; merge it into its base, or name that.")
+    config = AutoConfig.from_pretrained(checkpoint)
+    if config.model_type != "uni_moe":
+        raise ValueError(f"'{checkpoint}' is a model of type '{config.model_type}', not 'uni_moe'.")
+    return config
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Model, on its device, and processor."""
+    _config(args.checkpoint)
+    import torch
+    from transformers import AutoModel, AutoProcessor
+    from transformers.utils import logging
+
+    has_gpu = torch.cuda.is_available()
+    device = ("cuda" if has_gpu else "cpu") if args.device == "auto" else args.device
+    processor = AutoProcessor.from_pretrained(args.checkpoint)
+    model = AutoModel.from_pretrained(args.checkpoint, dtype=args.dtype).eval().to(device)
+    logging.set_verbosity_warning()  # what is said from here on is about the user's data
+    return model, processor
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from transformers import GenerationConfig, TextStreamer, set_seed
+
+    model, processor = _load(args)
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    inputs = _encoded(processor, [*system, {"role": "user", "content": args.parts}])
+    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
+    if not args.temperature:
+        # Without the checkpoint's own sampling settings, of which greedy search would warn.
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+    set_seed(args.seed)
+    streamer = (
+        None if args.no_stream else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    )
+    words = model.generate(
+        **inputs.to(model.device, model.dtype), max_new_tokens=args.max_new_tokens, streamer=streamer, **sampling
+    )
+    if args.no_stream:
+        answer = processor.decode(words[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        sys.stdout.write(f"{answer.strip()}\n")
+
+
+def _encoded(processor: Any, chat: list[dict]) -> Any:
+    return processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+def _batches(args: argparse.Namespace, model: Any, processor: Any) -> Iterator[Any]:
+    """Model inputs: the conversation, or batches of the rows of `--data`."""
+    if args.parts:
+        yield _encoded(processor, [{"role": "user", "content": args.parts}]).to(model.device, model.dtype)
+        return
+    from transformers import BatchFeature
+
+    from .data import UniMoEDataCollator, load_rows
+
+    rows = load_rows(args.data)
+    rows = rows.select(range(0, len(rows), -(-len(rows) // args.limit)))  # spread over the file, which may be sorted
+    collate = UniMoEDataCollator(processor, media_root=Path(args.data).parent)
+    for start in range(0, len(rows), args.batch_size):
+        batch = collate([rows[index] for index in range(start, min(start + args.batch_size, len(rows)))])
+        yield BatchFeature({name: batch[name] for name in batch if name != "labels"}).to(model.device, model.dtype)
+
+
+def _routing(args: argparse.Namespace) -> None:
+    import torch
+
+    from .routing import record_routing
+
+    model, processor = _load(args)
+    with record_routing(model) as routing, torch.no_grad():
+        for inputs in _batches(args, model, processor):
+            model(**inputs, logits_to_keep=1)
+    _print_report(routing.report(), args)
+
+
+def _connectors(args: argparse.Namespace) -> None:
+    from .routing import connector_statistics
+
+    model, processor = _load(args)
+    # One batch of everything: norms of a few rows do not say much.
+    args.batch_size = args.limit
+    for inputs in _batches(args, model, processor):
+        _print_report(connector_statistics(model, inputs), args)
+
+
+def _print_report(report: Any, args: argparse.Namespace) -> None:
+    sys.stdout.write((json.dumps(report.to_dict(), indent=2) if args.json else str(report)) + "\n")
+
+
+def _info(args: argparse.Namespace) -> None:
+    facts = describe(args.checkpoint)
+    if args.json:
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+        return
+    lines = [f"{args.checkpoint}: {facts['description']}", ""]
+    lines += [f"{part:<28}{count:>18,}" for part, count in facts["parameters"]["parts"].items()]
+    lines += [f"{'total':<28}{facts['parameters']['total']:>18,}"]
+    lines += [f"{'active per word of text':<28}{facts['parameters']['active']:>18,}", ""]
+    lines += [f"{f'memory in {dtype}':<28}{size:>15.3f} GB" for dtype, size in facts["memory_gb"].items()]
+    lines += ["", *(f"{name:<28}{facts[name]}" for name in ("takes", "experts", "stage", "dtype", "licence"))]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def describe(checkpoint: str) -> dict[str, Any]:
+    """
+    What `uni-moe info` tells.
+
+    Args:
+        checkpoint (`str`): A folder or a Hub id.
+
+    Returns:
+        `dict` of plain values: `description`, `takes`, `experts`, `stage`, `dtype`, `licence`; `parameters` (`parts`,
+        `total`, and `active`: what one word of text meets, with K of E experts and no tower); `memory_gb` of the
+        weights in each dtype, in 10^9 bytes.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it is of another kind.
+    """
+    config = _config(checkpoint)
+    import torch
+
+    from .modeling_uni_moe import UniMoEForConditionalGeneration
+    from .stages import part_of
+
+    with torch.device("meta"):
+        model = UniMoEForConditionalGeneration(config)
+    text, parts, active = config.text_config, {}, 0.0
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        parts[part] = parts.get(part, 0) + parameter.numel()
+        if "_tower." not in name and "_connector." not in name:
+            is_stack = ".mlp.experts." in name and ".base." not in name
+            active += parameter.numel() * (text.num_experts_per_tok / text.num_experts if is_stack else 1)
+    total, sparse = sum(parts.values()), text.mlp_layer_types.count("sparse")
+    experts = "none (every layer is dense)"
+    if sparse:
+        names = ", ".join(text.expert_names or map(str, range(text.num_experts)))
+        base = "one shared base" if text.shared_expert_base else "own bases"
+        lora = f"LoRA of rank {text.expert_lora_rank}" if text.expert_lora_rank else "no LoRA"
+        experts = f"{text.num_experts} ({names}), {text.num_experts_per_tok} per token; {base}, {lora}"
+    return {
+        "description": f"Uni-MoE, {total / 1e6:,.1f} M parameters, {sparse} of {text.num_hidden_layers} layers sparse",
+        "takes": ", ".join(("text", *config.modalities)),
+        "experts": experts,
+        "stage": config.stage or ("mixture of experts" if sparse else "before the mixture: dense"),
+        "dtype": str(config.dtype or "not stated").removeprefix("torch."),
+        "licence": _licence(checkpoint),
+        "parameters": {"parts": parts, "total": total, "active": round(active)},
+        "memory_gb": {dtype: total * size / 1e9 for dtype, size in BYTES.items()},
+    }
+
+
+def _licence(checkpoint: str) -> str:
+    """As the model card in the folder states it."""
+    card = Path(checkpoint) / "README.md"
+    if card.is_file():
+        from huggingface_hub import ModelCard
+
+        if licence := ModelCard.load(card).data.get("license"):
+            return str(licence)
+    return "not stated; weights inherit the licences of their parts"
+
+
+__all__ = ["describe", "main"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
