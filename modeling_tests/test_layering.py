@@ -17,15 +17,17 @@ HUB_MODULES = [module for module in MODULES if module.endswith("_uni_moe")]
 MIDDLE = {"experts_uni_moe", "connectors_uni_moe", "beats_uni_moe"}
 DRAWING = {
     "configuration_uni_moe": set(),
-    "expert_kernels_uni_moe": {"configuration_uni_moe"},
-    "experts_uni_moe": {"configuration_uni_moe", "expert_kernels_uni_moe"},
+    "quantization_uni_moe": set(),
+    "expert_kernels_uni_moe": {"configuration_uni_moe", "quantization_uni_moe"},
+    "experts_uni_moe": {"configuration_uni_moe", "expert_kernels_uni_moe", "quantization_uni_moe"},
     "connectors_uni_moe": {"configuration_uni_moe"},
     "beats_uni_moe": {"configuration_uni_moe"},
     "media_uni_moe": set(),
     "feature_extraction_uni_moe": {"configuration_uni_moe", "media_uni_moe"},
     "pipeline_uni_moe": set(),
     "generation_uni_moe": {"configuration_uni_moe"},
-    "modeling_uni_moe": {"configuration_uni_moe", "generation_uni_moe", "pipeline_uni_moe"} | MIDDLE,
+    "modeling_uni_moe": {"configuration_uni_moe", "generation_uni_moe", "pipeline_uni_moe", "quantization_uni_moe"}
+    | MIDDLE,
     "processing_uni_moe": {"configuration_uni_moe", "feature_extraction_uni_moe", "media_uni_moe"},
 }
 TOOLS = {"composition", "stages", "data", "training", "conversion", "routing", "plotting", "cli"}

@@ -23,6 +23,7 @@ HUB_FILES = {
     "generation_uni_moe.py",
     "modeling_uni_moe.py",
     "pipeline_uni_moe.py",
+    "quantization_uni_moe.py",
 }
 PROCESSOR_FILES = {
     "configuration_uni_moe.py",

@@ -69,6 +69,8 @@ def build_model(
         llm = AutoModelForCausalLM.from_pretrained(llm)
     if llm.config.model_type != "llama":
         raise ValueError(f"`llm` is a '{llm.config.model_type}' model, but the decoder of Uni-MoE is a 'llama'.")
+    if getattr(llm, "is_quantized", False):
+        raise ValueError("`llm` is quantised; build from unquantised parts and quantise what was saved.")
     vision = _vision_part(vision_tower)
     speech_encoder, speech_decoder = _speech_parts(speech_tower)
     audio = BeatsModel.from_pretrained(audio_tower) if isinstance(audio_tower, str) else audio_tower
@@ -337,12 +339,14 @@ def grow_experts(
         The same model, with sparse layers.
 
     Raises:
-        ValueError: the model is sparse already, an adapter does not fit, or experts disagree about a projector.
-            Nothing has been changed then.
+        ValueError: the model is sparse already or quantised, an adapter does not fit, or experts disagree about a
+            projector. Nothing has been changed then.
 
     Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.3.
     """
     config = model.config.text_config
+    if getattr(model, "is_quantized", False):
+        raise ValueError("Experts are grown from an unquantised model; quantise what has been grown when loading it.")
     if config.is_sparse:
         raise ValueError(
             f"The model already has {config.num_experts} experts in {config.mlp_layer_types.count('sparse')} layers; "

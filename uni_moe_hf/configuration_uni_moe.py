@@ -321,6 +321,16 @@ class UniMoEConfig(PreTrainedConfig):
         self.custom_pipelines = self.custom_pipelines or CUSTOM_PIPELINES
 
     @property
+    def _experts_implementation(self) -> str | None:
+        return self._experts_implementation_internal
+
+    @_experts_implementation.setter
+    def _experts_implementation(self, value: str | dict | None) -> None:
+        # The library hands it to every sub-config, but towers have no experts and refuse it.
+        value = {"": value, "text_config": value} if isinstance(value, str) else value
+        PreTrainedConfig._experts_implementation.fset(self, value)
+
+    @property
     def modalities(self) -> tuple[str, ...]:
         """`tuple[str]`: what this model can take besides text, in the order of `mm_token_type_ids`."""
         vision = ("image", "video") if self.vision_config is not None else ()

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface, _grouped_linear
 
+from .quantization_uni_moe import is_quantised
+
 
 def grouped_mm_lora_experts_forward(
     self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -25,7 +27,7 @@ def grouped_mm_lora_experts_forward(
     Returns:
         `torch.Tensor` of shape `(N, H)`.
     """
-    if not _fits_grouped_mm(self, hidden_states):
+    if _has_quantised_stacks(self) or not _fits_grouped_mm(self, hidden_states):
         return self.eager_forward(hidden_states, top_k_index, top_k_weights)
 
     num_tokens, top_k = top_k_index.shape
@@ -54,6 +56,9 @@ def batched_mm_lora_experts_forward(
 
     Arguments and result as in [`grouped_mm_lora_experts_forward`].
     """
+    if _has_quantised_stacks(self):
+        return self.eager_forward(hidden_states, top_k_index, top_k_weights)
+
     num_tokens, top_k = top_k_index.shape
     expert_of_row = top_k_index.reshape(-1)  # (S,)
     token_of_row = torch.arange(num_tokens, device=top_k_index.device).repeat_interleave(top_k)  # (S,)
@@ -96,14 +101,19 @@ def _sum_over_k(rows: torch.Tensor, order: torch.Tensor | None, num_tokens: int,
     return rows.unflatten(0, (num_tokens, top_k)).sum(dim=1)
 
 
+def _has_quantised_stacks(self: nn.Module) -> bool:
+    """torchao's tensors give out single experts but know no grouped or batched product."""
+    return not self.shared_base and is_quantised(self.gate_up_proj)
+
+
 def _fits_grouped_mm(self: nn.Module, hidden_states: torch.Tensor) -> bool:
     """Whether every operand's rows are multiples of 16 bytes and its dtype has a kernel, as `grouped_mm` demands."""
     if hidden_states.dtype == torch.float64:
         return False
     sizes = [self.hidden_size, self.intermediate_size] + ([self.lora_rank] if self.lora is not None else [])
-    # Under autocast tokens may be wider than the weights that they are cast to.
-    weight = self.base.gate_proj.weight if self.shared_base else self.gate_up_proj
-    width = min(hidden_states.element_size(), weight.element_size())
+    width = hidden_states.element_size()
+    if not self.shared_base:  # under autocast tokens may be wider than the weights that they are cast to
+        width = min(width, self.gate_up_proj.element_size())
     return all(size * width % 16 == 0 for size in sizes)
 
 

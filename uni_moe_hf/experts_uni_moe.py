@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from .configuration_uni_moe import UniMoETextConfig
 from .expert_kernels_uni_moe import LoraExpertsInterface
+from .quantization_uni_moe import is_quantised
 
 
 class UniMoETopKRouter(nn.Module):
@@ -188,10 +189,12 @@ class UniMoELoraExperts(nn.Module):
         Use [`UniMoEPreTrainedModel.merge_expert_lora`], which keeps the config in step.
 
         Raises:
-            ValueError: there is no LoRA to merge.
+            ValueError: there is no LoRA to merge, or the frozen weights are quantised.
         """
         if self.lora is None:
             raise ValueError("These experts hold no LoRA (rank 0 or already merged), so there is nothing to merge.")
+        if is_quantised(self.base.gate_proj.weight if self.shared_base else self.gate_up_proj):
+            raise ValueError("Quantised experts cannot be merged; load the model without `quantization_config`.")
         gate_up_difference, down_difference = self._lora_difference(self.lora)
         if self.shared_base:
             gate_up = torch.cat([self.base.gate_proj.weight, self.base.up_proj.weight]).expand_as(gate_up_difference)

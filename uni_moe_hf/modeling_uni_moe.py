@@ -36,6 +36,7 @@ from .connectors_uni_moe import AudioConnector, SpeechConnector, VisionConnector
 from .experts_uni_moe import UniMoEExpertLora, UniMoELoraExperts, UniMoESparseMoeBlock, UniMoETopKRouter
 from .generation_uni_moe import UniMoEGenerationMixin, joined
 from .pipeline_uni_moe import AnyToTextPipeline  # noqa: F401  saving a model ships every file imported here
+from .quantization_uni_moe import QuantizationMixin
 
 
 # The library looks for the literal `@use_experts_implementation` (it stands in experts_uni_moe.py) in this very file;
@@ -139,7 +140,7 @@ class UniMoETextModel(LlamaModel):
             init.zeros_(module.down_b)
 
 
-class UniMoEPreTrainedModel(PreTrainedModel):
+class UniMoEPreTrainedModel(QuantizationMixin, PreTrainedModel):
     """Initialisation, saving and loading of Uni-MoE models."""
 
     config: UniMoEConfig
@@ -173,7 +174,7 @@ class UniMoEPreTrainedModel(PreTrainedModel):
         `shared_expert_base=False`), so that what is saved afterwards is a mixture of plain experts.
 
         Raises:
-            ValueError: the experts hold no LoRA.
+            ValueError: the experts hold no LoRA, or are quantised.
         """
         text_config = self.config.text_config
         if not text_config.is_sparse or text_config.expert_lora_rank == 0:

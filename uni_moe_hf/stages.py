@@ -14,6 +14,7 @@ from torch import nn
 
 from .composition import CONNECTORS
 from .modeling_uni_moe import UniMoEForConditionalGeneration
+from .quantization_uni_moe import is_quantised
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def prepare_stage(
         model itself.
 
     Raises:
-        ValueError: an unknown stage or modality, the wrong parent, or a pattern that matches nothing.
+        ValueError: an unknown stage or modality, the wrong parent, a pattern that matches nothing, or quantised
+            modules to train in full.
         ImportError: PEFT is needed and missing.
     """
     if stage not in STAGES:
@@ -107,6 +109,11 @@ def prepare_stage(
     connectors = dict.fromkeys(CONNECTORS[modality] for modality in modalities)
     patterns = [rf"model\.{connector}_connector{re.escape(plan.connector_part)}" for connector in connectors]
     trained = [name for pattern in (*patterns, *plan.trained_modules) for name in _matching(model, pattern)]
+    if quantised := [name for name in trained if any(map(is_quantised, model.get_submodule(name).parameters()))]:
+        raise ValueError(
+            f"Stage '{stage}' trains {quantised[:3]} in full but they are quantised; load the model with these among "
+            "the modules that are not to be converted."
+        )
     model.requires_grad_(False)
     config.stage = stage  # what is saved says which training it has had
     if not plan.lora_targets:

@@ -42,10 +42,9 @@ TINY = (
 EXPERTS = {"vision": ["image", "video"], "audio": ["audio"], "speech": ["speech"]}
 
 
-def pretrain(folder: Path, names: list[str]) -> None:
-    for name in names:
-        torch.manual_seed(0)
-        parts.PARTS[name](folder / name)
+def pretrain(folder: Path, name: str) -> None:
+    torch.manual_seed(0)
+    parts.PARTS[name](folder / name)
 
 
 def stage1(root: Path) -> None:
@@ -105,7 +104,7 @@ def demo(root: Path) -> None:
         "stand-ins for pretrained parts",
         side_by_side,
         pretrain,
-        [(root / "parts", ["vision_tower", "audio_tower"]), (root / "parts", ["speech_tower", "llm"])],
+        [(root / "parts", name) for name in ("llm", "vision_tower", "speech_tower", "audio_tower")],
     )
     clock.step("stage 1: connectors", stage1, root)
     for expert in EXPERTS:
