@@ -4,7 +4,9 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from peft import PeftModel
 from tiny import picture, tiny_model, tiny_processor
+from tiny_training import make_trainer, write_media
 from transformers import BitsAndBytesConfig, FineGrainedFP8Config, TorchAoConfig
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
@@ -122,3 +124,54 @@ def test_what_needs_plain_weights_says_so(method, saved):
         grow_experts(load("dense"), {"a": None, "b": None})
     with pytest.raises(ValueError, match="in full but they are quantised"):
         prepare_stage(load("shared", modules_to_not_convert=["lm_head"]), "moe")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stage_3_trains_on_a_quantised_base_and_its_adapter_loads_again(method, saved, tmp_path):
+    """bitsandbytes under TRL wants bf16 throughout. What is quantised stays bit for bit; the adapter gives 0.0."""
+
+    def load():
+        return UniMoEForConditionalGeneration.from_pretrained(
+            saved["shared"], dtype=torch.bfloat16, quantization_config=quantisation(method)
+        )
+
+    model = load()
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if is_quantised(p)}
+    media = tmp_path / "media"
+    media.mkdir()
+    peft_config = prepare_stage(model, "moe")
+    run = make_trainer(write_media(media), model, tmp_path, peft_config, save_strategy="steps", save_steps=4)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
+    # 8 attention layers twice; 2 routers and 2 times 4 factors; 4 + 2 + 2 tensors of projectors.
+    assert len(before) == 16 + 2 + 8 + 8
+    run.train()
+    after = dict(run.model.named_parameters())
+    assert all(not torch.equal(after[name], tensor) for name, tensor in before.items())
+    kept = {name.replace(".base_layer", "").removeprefix("base_model.model."): p for name, p in after.items()}
+    for name, tensor in frozen.items():
+        for part in ("qdata", "scale") if hasattr(tensor, "qdata") else ("data",):
+            assert torch.equal(getattr(kept[name], part), getattr(tensor, part)), name
+
+    loaded = PeftModel.from_pretrained(load(), tmp_path / "checkpoint-4").eval()
+    for name, parameter in loaded.named_parameters():
+        if name in before:  # PEFT loads in float32, TRL trains bitsandbytes models in bfloat16
+            parameter.data = parameter.data.to(before[name].dtype)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs(loaded)).logits, run.model.eval()(**inputs(model)).logits)
+
+
+# optimum-quanto compiles its kernels on first use.
+@pytest.mark.parametrize("backend", [pytest.param("quanto", marks=pytest.mark.slow), "fp8"])
+def test_a_quantised_cache_answers_like_a_plain_one(backend, saved):
+    """The first word comes from the unquantised prefill; of the others all but a few agree at 8 bits."""
+    if backend == "quanto":
+        pytest.importorskip("optimum.quanto")
+    model = UniMoEForConditionalGeneration.from_pretrained(saved["shared"]).eval()
+    config = {"backend": backend, **({"nbits": 4} if backend == "quanto" else {})}
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    plain = model.generate(**inputs(model), **settings)
+    quantised = model.generate(**inputs(model), **settings, cache_implementation="quantized", cache_config=config)
+    length = inputs(model)["input_ids"].shape[1]
+    assert quantised.shape == plain.shape and quantised[0, length] == plain[0, length]
+    beams = {**settings, "num_beams": 2, "num_return_sequences": 2, "cache_implementation": "quantized"}
+    assert model.generate(**inputs(model), **beams, cache_config=config).shape == (2, length + 8)

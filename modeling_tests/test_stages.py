@@ -1,13 +1,12 @@
 """What each stage trains, by exact names, and that training it changes nothing else."""
 
+from functools import partial
+
 import pytest
-import soundfile
 import torch
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from PIL import Image
-from tiny import film, picture, tiny_config, tiny_model, tiny_processor, tone
-from trl import SFTConfig, SFTTrainer
+from tiny import picture, tiny_config, tiny_model, tiny_processor
+from tiny_training import make_trainer, rows, write_media
 
 from uni_moe_hf import UniMoEDataCollator, UniMoEForConditionalGeneration
 from uni_moe_hf.stages import prepare_stage, stage_table
@@ -26,70 +25,15 @@ def trainable(model: torch.nn.Module) -> set[str]:
     }
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def media(tmp_path_factory):
     """Files that the rows name."""
-    folder = tmp_path_factory.mktemp("media")
-    for index in range(2):
-        Image.fromarray(picture(index)).save(folder / f"{index}.png")
-        soundfile.write(folder / f"{index}.wav", tone(pitch=200 + 100 * index), 16000)
-    for index, frame in enumerate(film()):
-        Image.fromarray(frame).save(folder / f"frame{index}.png")
-    Rows.folder = folder
+    return write_media(tmp_path_factory.mktemp("media"))
 
 
-class Rows:
-    """Where the rows' files are."""
-
-    folder = None
-
-
-def rows(count: int = 8) -> list[dict]:
-    """A row of each modality, of several, and of none, in turn."""
-    files = [
-        [{"type": "image", "path": "0.png"}],
-        [{"type": "speech", "path": "0.wav"}],
-        [{"type": "audio", "path": "1.wav"}],
-        [{"type": "video", "video": [f"frame{index}.png" for index in range(5)]}],
-        [],
-        [{"type": "image", "path": "1.png"}, {"type": "audio", "path": "0.wav"}, {"type": "speech", "path": "1.wav"}],
-    ]
-    made = []
-    for index in range(count):
-        content = [*files[index % len(files)], {"type": "text", "text": "what is it"}]
-        answer = [{"type": "text", "text": ("a bird", "bell", "red")[index % 3]}]
-        made.append({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]})
-    return made
-
-
-def trainer(model, folder, peft_config=None, **overrides) -> SFTTrainer:
-    args = SFTConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=overrides.pop("gradient_checkpointing", False),
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        max_steps=overrides.pop("max_steps", 4),
-        save_strategy=overrides.pop("save_strategy", "no"),
-        logging_steps=1,
-        report_to="none",
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        seed=3,
-        disable_tqdm=True,
-        **overrides,
-    )
-    processor = tiny_processor(model.config)
-    return SFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=Dataset.from_list(rows(), on_mixed_types="use_json"),
-        processing_class=processor,
-        data_collator=UniMoEDataCollator(processor, media_root=Rows.folder),
-        peft_config=peft_config,
-    )
+@pytest.fixture
+def trainer(media):
+    return partial(make_trainer, media)
 
 
 def test_stage_1_trains_all_connectors_and_nothing_else():
@@ -171,7 +115,7 @@ def test_the_table_counts_every_parameter_once():
 
 
 @pytest.mark.parametrize("stage", ["connectors", "experts", "moe"])
-def test_plain_sft_trainer_trains_what_the_stage_names_and_nothing_else(stage, tmp_path):
+def test_plain_sft_trainer_trains_what_the_stage_names_and_nothing_else(stage, tmp_path, trainer):
     model = tiny_model(None if stage == "moe" else DENSE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     sft = trainer(model, tmp_path, prepare_stage(model, stage), max_steps=6)
@@ -186,7 +130,7 @@ def test_plain_sft_trainer_trains_what_the_stage_names_and_nothing_else(stage, t
     assert all(torch.isfinite(tensor).all() for tensor in after.values())
 
 
-def test_a_stage_1_checkpoint_resumes_to_the_very_same_weights(tmp_path):
+def test_a_stage_1_checkpoint_resumes_to_the_very_same_weights(tmp_path, trainer):
     def run(folder, **overrides):
         model = tiny_model(DENSE)
         prepare_stage(model, "connectors")
@@ -200,7 +144,7 @@ def test_a_stage_1_checkpoint_resumes_to_the_very_same_weights(tmp_path):
         assert torch.equal(tensor, half.model.state_dict()[name]), name
 
 
-def test_a_stage_3_checkpoint_resumes_to_the_very_same_weights_and_loads_with_peft(tmp_path):
+def test_a_stage_3_checkpoint_resumes_to_the_very_same_weights_and_loads_with_peft(tmp_path, trainer):
     def run(folder):
         model = tiny_model({"shared_expert_base": True, "expert_lora_dropout": 0.1})
         return trainer(model, folder, prepare_stage(model, "moe"), save_strategy="steps", save_steps=2)
@@ -224,10 +168,10 @@ def test_a_stage_3_checkpoint_resumes_to_the_very_same_weights_and_loads_with_pe
     torch.testing.assert_close(again(**inputs).logits, merged(**inputs).logits, atol=1e-6, rtol=0)
 
 
-def test_training_loss_equals_the_models_own_loss(tmp_path):
+def test_training_loss_equals_the_models_own_loss(tmp_path, trainer, media):
     model = tiny_model({"router_aux_loss_coef": 0.1}, seed=4)
     processor = tiny_processor(model.config)
-    batch = UniMoEDataCollator(processor, media_root=Rows.folder)(rows(6))
+    batch = UniMoEDataCollator(processor, media_root=media)(rows(6))
     own = model(**batch, output_router_logits=True)
     sft = trainer(model, tmp_path, prepare_stage(model, "moe"))
     sft.model.eval()
@@ -236,7 +180,7 @@ def test_training_loss_equals_the_models_own_loss(tmp_path):
     assert own.aux_loss > 0
 
 
-def test_gradient_checkpointing_does_not_change_a_stage(tmp_path):
+def test_gradient_checkpointing_does_not_change_a_stage(tmp_path, trainer):
     def run(folder, checkpointing):
         model = tiny_model({"shared_expert_base": True})
         sft = trainer(

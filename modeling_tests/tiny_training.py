@@ -1,0 +1,70 @@
+"""A few steps of plain `SFTTrainer` on rows of every modality, for tests: seconds, offline."""
+
+from pathlib import Path
+
+import soundfile
+from datasets import Dataset
+from PIL import Image
+from tiny import film, picture, tiny_processor, tone
+from trl import SFTConfig, SFTTrainer
+
+from uni_moe_hf import UniMoEDataCollator
+
+
+def write_media(folder: Path) -> Path:
+    """Writes the files that [`rows`] names."""
+    for index in range(2):
+        Image.fromarray(picture(index)).save(folder / f"{index}.png")
+        soundfile.write(folder / f"{index}.wav", tone(pitch=200 + 100 * index), 16000)
+    for index, frame in enumerate(film()):
+        Image.fromarray(frame).save(folder / f"frame{index}.png")
+    return folder
+
+
+def rows(count: int = 8) -> list[dict]:
+    """A row of each modality, of several, and of none, in turn."""
+    files = [
+        [{"type": "image", "path": "0.png"}],
+        [{"type": "speech", "path": "0.wav"}],
+        [{"type": "audio", "path": "1.wav"}],
+        [{"type": "video", "video": [f"frame{index}.png" for index in range(5)]}],
+        [],
+        [{"type": "image", "path": "1.png"}, {"type": "audio", "path": "0.wav"}, {"type": "speech", "path": "1.wav"}],
+    ]
+    made = []
+    for index in range(count):
+        content = [*files[index % len(files)], {"type": "text", "text": "what is it"}]
+        answer = [{"type": "text", "text": ("a bird", "bell", "red")[index % 3]}]
+        made.append({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]})
+    return made
+
+
+def make_trainer(media: Path, model, folder: Path, peft_config=None, **overrides) -> SFTTrainer:
+    """Four steps of two rows on a CPU in float32; checkpoints and all else as `overrides` say."""
+    args = SFTConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=overrides.pop("gradient_checkpointing", False),
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        max_steps=overrides.pop("max_steps", 4),
+        save_strategy=overrides.pop("save_strategy", "no"),
+        logging_steps=1,
+        report_to="none",
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        seed=3,
+        disable_tqdm=True,
+        **overrides,
+    )
+    processor = tiny_processor(model.config)
+    return SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(rows(), on_mixed_types="use_json"),
+        processing_class=processor,
+        data_collator=UniMoEDataCollator(processor, media_root=media),
+        peft_config=peft_config,
+    )
