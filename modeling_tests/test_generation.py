@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import MIXED, assert_logits_equal, make_inputs, rows_alone, tiny_model
+from tiny import MIXED, MODALITIES, assert_logits_equal, make_inputs, rows_alone, tiny_model, tiny_processor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from uni_moe_hf import UniMoEForConditionalGeneration
 
@@ -103,3 +104,192 @@ def test_generation_bears_router_logits(own_model):
     settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     with_logits = own_model.generate(**inputs, **settings, output_router_logits=True)
     assert torch.equal(with_logits, own_model.generate(**inputs, **settings))
+
+
+# Clips are encoded once
+
+GREEDY = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_beams": 3}, {"use_cache": False}, {"do_sample": True, "num_return_sequences": 3}], ids=str
+)
+def test_every_clip_runs_through_its_tower_once(own_model, settings, monkeypatch):
+    calls = []
+    for tower in ("vision_tower", "speech_tower", "audio_tower"):
+        module = getattr(own_model.model, tower)
+        run = module.forward
+        monkeypatch.setattr(module, "forward", lambda *a, run=run, t=tower, **k: calls.append(t) or run(*a, **k))
+    own_model.generate(**make_inputs(own_model.config, MIXED, MIXED), **{**GREEDY, **settings})
+    assert sorted(calls) == ["audio_tower", "speech_tower", "vision_tower", "vision_tower"]  # pictures, then frames
+
+
+def test_encoder_outputs_may_be_given_in_place_of_media(own_model):
+    inputs = make_inputs(own_model.config, MIXED, ("speech", 2))
+    text = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
+    encoded = own_model.model.encode_media(**inputs)
+    assert set(encoded) == set(MODALITIES)
+    assert torch.equal(own_model(**text, mm_encoder_outputs=encoded).logits, own_model(**text, **inputs).logits)
+    answer = own_model.generate(**text, mm_encoder_outputs=encoded, **GREEDY, num_beams=2)
+    assert torch.equal(answer, own_model.generate(**text, **inputs, **GREEDY, num_beams=2))
+    for use in (own_model, partial(own_model.generate, **GREEDY)):
+        with pytest.raises(ValueError, match="Got speech inputs as well as their `mm_encoder_outputs`"):
+            use(**text, input_features=inputs["input_features"], mm_encoder_outputs=encoded)
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 100])
+def test_a_prompt_may_be_read_in_chunks_that_cut_through_clips(model, size):
+    inputs = make_inputs(model.config, MIXED, ("speech", 2, "image", 1))
+    assert torch.equal(model.generate(**inputs, **GREEDY, prefill_chunk_size=size), model.generate(**inputs, **GREEDY))
+
+
+# Conversations that go on
+
+
+def turn(model, row: tuple, seed: int = 0) -> tuple[dict, dict]:
+    """A conversation so far, and the same with an answer and a second question about new clips behind it."""
+    first = make_inputs(model.config, row, seed=seed)
+    answer = model.generate(**first, **GREEDY)
+    more = make_inputs(model.config, ("image", 2, "speech", 1), seed=seed + 1)
+    second = {"input_ids": torch.cat([answer, more.pop("input_ids")[:, 1:]], dim=1)}
+    second["attention_mask"] = torch.ones_like(second["input_ids"])
+    del more["attention_mask"]
+    return first, {**second, "new": more}
+
+
+@pytest.mark.parametrize("row", [(3,), ("image", 1), MIXED], ids=str)
+@pytest.mark.parametrize("given", ["all clips", "new clips"])
+def test_a_second_question_over_a_filled_cache_is_answered_as_from_scratch(model, row, given):
+    first, second = turn(model, row)
+    new = second.pop("new")
+    every = {name: clips for name, clips in first.items() if name not in second}
+    every |= {name: torch.cat([every[name], clips]) if name in every else clips for name, clips in new.items()}
+    fresh = model.generate(**second, **every, **GREEDY)
+    filled = model.generate(**first, **GREEDY, return_dict_in_generate=True).past_key_values
+    clips = every if given == "all clips" else new
+    assert torch.equal(model.generate(**second, **clips, past_key_values=filled, **GREEDY), fresh)
+
+
+def test_an_answer_goes_on_where_its_cache_ends(model):
+    """As the library's models do it: the same inputs again, with the words so far, in a padded batch."""
+    inputs = make_inputs(model.config, MIXED, ("speech", 2), (4,))
+    whole = model.generate(**inputs, do_sample=False, max_new_tokens=6, min_new_tokens=6)
+    half = model.generate(**inputs, do_sample=False, max_new_tokens=3, min_new_tokens=3, return_dict_in_generate=True)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones(3, 3, dtype=torch.long)], dim=1)
+    inputs["input_ids"] = half.sequences
+    rest = model.generate(
+        **inputs, past_key_values=half.past_key_values, do_sample=False, max_new_tokens=3, min_new_tokens=3
+    )
+    assert torch.equal(rest, whole)
+
+
+def test_clips_that_fit_neither_the_whole_nor_the_new_part_are_refused(own_model):
+    first, second = turn(own_model, ("image", 1))
+    filled = own_model.generate(**first, **GREEDY, return_dict_in_generate=True).past_key_values
+    clips = {**second.pop("new"), "pixel_values": torch.randn(3, 3, 16, 16)}
+    with pytest.raises(ValueError, match="Image features and image tokens do not match, tokens: 4, features: 12"):
+        own_model.generate(**second, **clips, past_key_values=filled, **GREEDY)
+
+
+# Assistants
+
+
+@pytest.mark.parametrize("assistant", ["itself", "smaller"])
+@pytest.mark.parametrize("row", [MIXED, (3,), ("speech", 1, "speech")], ids=str)
+def test_an_assistant_sees_the_clips_and_leaves_the_answer_as_it_is(model, assistant, row):
+    helper = model if assistant == "itself" else tiny_model({"num_hidden_layers": 1}, seed=1)
+    inputs = make_inputs(model.config, row)
+    seen = []
+    handle = helper.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs.get("mm_encoder_outputs")), with_kwargs=True
+    )
+    helped = model.generate(**inputs, **GREEDY, assistant_model=helper)
+    handle.remove()
+    assert torch.equal(helped, model.generate(**inputs, **GREEDY))
+    assert any(seen) == any(isinstance(part, str) for part in row)
+
+
+def test_prompt_lookup_leaves_the_answer_as_it_is(model):
+    inputs = make_inputs(model.config, MIXED)
+    assert torch.equal(
+        model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=3), model.generate(**inputs, **GREEDY)
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("llama", "the assistant takes text only"), ("narrow", "the assistant has hidden size 16")]
+)
+def test_an_assistant_that_cannot_take_the_clips_is_refused(own_model, kind, message):
+    narrow = tiny_model({"hidden_size": 16, "intermediate_size": 32}, seed=1)
+    config = LlamaConfig(
+        vocab_size=own_model.config.text_config.vocab_size,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    helper = narrow if kind == "narrow" else LlamaForCausalLM(config)
+    with pytest.raises(ValueError, match=message):
+        own_model.generate(**make_inputs(own_model.config, ("image", 2)), **GREEDY, assistant_model=helper)
+    words = make_inputs(own_model.config, (3,))
+    helped = own_model.generate(**words, **GREEDY, assistant_model=helper)
+    assert torch.equal(helped, own_model.generate(**words, **GREEDY))
+
+
+# Scores
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bad_words_ids": [[380]]},
+        {"suppress_tokens": [380, 383]},
+        {"encoder_repetition_penalty": 1.2},
+        {"encoder_no_repeat_ngram_size": 2},
+        {"no_repeat_ngram_size": 2},
+        {"guidance_scale": 1.5},
+        {"min_p": 0.1, "do_sample": True},
+        {"typical_p": 0.5, "do_sample": True},
+        {"exponential_decay_length_penalty": (1, 1.1)},
+    ],
+    ids=str,
+)
+def test_score_processors_bear_placeholders_in_prompts_and_rules(own_model, settings):
+    assert own_model.config.image_token_id == 380  # behind the vocabulary, so it has no score
+    inputs = make_inputs(own_model.config, MIXED, ("speech", 2))
+    words = own_model.generate(**inputs, **{**GREEDY, **settings})[:, -5:]
+    assert words.max() < 380
+    if next(iter(settings)) in ("bad_words_ids", "suppress_tokens"):  # what cannot be said anyway changes nothing
+        assert torch.equal(words, own_model.generate(**inputs, **GREEDY)[:, -5:])
+
+
+def test_bad_words_are_not_said(own_model):
+    inputs = make_inputs(own_model.config, MIXED)
+    said = own_model.generate(**inputs, **GREEDY)[0, -5:].tolist()
+    others = own_model.generate(**inputs, **GREEDY, bad_words_ids=[[380], [said[0]], [said[1], said[2]]])[0, -5:]
+    assert said[0] not in others.tolist()
+
+
+def test_stop_strings_may_be_given_with_the_processor(own_model):
+    """`transformers serve` passes the processor where the library asks for a tokenizer."""
+    processor = tiny_processor(own_model.config)
+    inputs = make_inputs(own_model.config, MIXED)
+    words = own_model.generate(**inputs, **GREEDY)[0, -5:]
+    stop = next(text for text in map(processor.tokenizer.decode, words) if text.strip())
+    for tokenizer in (processor, processor.tokenizer):
+        stopped = own_model.generate(
+            **inputs, do_sample=False, max_new_tokens=5, stop_strings=[stop], tokenizer=tokenizer
+        )
+        assert stopped.shape[1] <= inputs["input_ids"].shape[1] + 5
+        assert stop in processor.tokenizer.decode(stopped[0, inputs["input_ids"].shape[1] :])
+
+
+def test_a_resized_vocabulary_never_says_a_placeholder():
+    """Rows for new words lie behind the placeholders', which get scores and must not be chosen."""
+    model = tiny_model()
+    model.resize_token_embeddings(390, mean_resizing=False)
+    with torch.no_grad():
+        model.lm_head.weight[380:384] *= 100
+    inputs = make_inputs(model.config, MIXED)
+    words = model.generate(**inputs, max_new_tokens=30, min_new_tokens=30, do_sample=True, temperature=5.0)[0, -30:]
+    assert not {380, 381, 382, 383} & set(words.tolist())
