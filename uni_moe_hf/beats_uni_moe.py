@@ -209,8 +209,8 @@ class BeatsModel(PreTrainedModel):
             init.zeros_(module.bias)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """As in the library; where others are asked for, sdpa: no other kernel adds a bias of its own per head."""
-        if requested_attention not in (None, "eager", "sdpa"):
+        """As in the library; in place of its other kernels, sdpa: they cannot add a bias of its own to every head."""
+        if requested_attention in ALL_ATTENTION_FUNCTIONS.valid_keys():
             requested_attention = "sdpa"
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 

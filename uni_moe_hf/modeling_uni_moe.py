@@ -26,7 +26,8 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, select_hidden_states
 
@@ -37,10 +38,6 @@ from .experts_uni_moe import UniMoEExpertLora, UniMoELoraExperts, UniMoESparseMo
 from .generation_uni_moe import UniMoEGenerationMixin, joined
 from .pipeline_uni_moe import AnyToTextPipeline  # noqa: F401  saving a model ships every file imported here
 from .quantization_uni_moe import QuantizationMixin
-
-
-# The library looks for the literal `@use_experts_implementation` (it stands in experts_uni_moe.py) in this very file;
-# without it every model would be pinned to "eager".
 
 
 @dataclass
@@ -103,6 +100,8 @@ class UniMoETextModel(LlamaModel):
     """Llama without its head, with [`UniMoEDecoderLayer`]s. `forward` is Llama's own; hooks record router logits."""
 
     config: UniMoETextConfig
+    # The library would look for experts in this file's text, or believe what it found in Llama's.
+    _can_set_experts_implementation_cached_value = True
     _no_split_modules = ["UniMoEDecoderLayer"]
     _can_record_outputs = {
         "hidden_states": UniMoEDecoderLayer,
@@ -152,6 +151,13 @@ class UniMoEPreTrainedModel(QuantizationMixin, PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_set_experts_implementation_cached_value = True  # as in UniMoETextModel
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Initialisation is as in the library's own models: nothing loaded is in danger, nothing missing is missed."""
+        return False
 
     def init_parallel_plans(self) -> None:
         """Towers are frozen, and not run where a batch lacks their modality: they are not sharded."""
@@ -382,7 +388,7 @@ class UniMoEModel(UniMoEPreTrainedModel):
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> UniMoEModelOutputWithPast:
         r"""
         Args:
@@ -529,7 +535,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> UniMoECausalLMOutputWithPast:
         r"""
         Args:
