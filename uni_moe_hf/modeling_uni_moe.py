@@ -156,7 +156,7 @@ class UniMoEPreTrainedModel(QuantizationMixin, PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Initialisation is as in the library's own models: nothing loaded is in danger, nothing missing is missed."""
+        """No: initialisation is as in the library's own models, towers and missing weights included."""
         return False
 
     def init_parallel_plans(self) -> None:

@@ -245,7 +245,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def language_model(folder: Path, steps: int = 400, batch: int = 32) -> None:
+def language_model(folder: Path, steps: int = 260, batch: int = 32) -> None:
     """A Llama that answers questions about words in its prompt."""
     rng = np.random.default_rng(3)
     samples = text_samples(rng, 6000)
