@@ -57,21 +57,12 @@ def fit(
     modules.eval()
 
 
-def unnamed_tint(shape: int, rng: np.random.Generator) -> np.ndarray:
-    """`(3,)` any bright tint, far from the colour that the shape is held out with."""
-    held_out = next(colour for colour in range(8) if world.pair_split(colour, shape) == "test")
-    while True:
-        tint = rng.integers(40, 245, 3)
-        if tint.max() > 110 and np.abs(tint - list(world.COLOURS.values())[held_out]).max() > 70:
-            return tint
-
-
 def vision_tower(folder: Path, steps: int = 1000, batch: int = 96, pictures: int = 20000) -> None:
     """
     A CLIP-shaped vision model that names colour and shape from the layer that the connector will read.
 
-    Half of the pictures show shapes that are grey or of no named colour: without them a tower learns which pairs of
-    colour and shape exist, and is blind to the pairs that are held out.
+    Half of the pictures show grey shapes: without them a tower learns which pairs of colour and shape exist, and is
+    blind to the pairs that are held out.
     """
     config = CLIPVisionConfig(
         hidden_size=WIDTH,
@@ -88,11 +79,8 @@ def vision_tower(folder: Path, steps: int = 1000, batch: int = 96, pictures: int
     pixels, targets = np.zeros((pictures, world.SIDE, world.SIDE, 3), np.uint8), np.zeros((pictures, 2), np.int64)
     for index in range(pictures):
         facts = make_data.draw_facts("image", "train", rng)
-        shape, tint = world.SHAPES.index(facts["shape"]), world.tint(facts["colour"], rng)
-        targets[index] = colours.index(facts["colour"]), shape
-        if facts["colour"] == world.GREY and rng.random() < 0.5:
-            tint, targets[index, 0] = unnamed_tint(shape, rng), -100
-        pixels[index] = world.picture(tint, facts["shape"], "train", rng)
+        pixels[index] = world.picture(world.tint(facts["colour"], rng), facts["shape"], "train", rng)
+        targets[index] = colours.index(facts["colour"]), world.SHAPES.index(facts["shape"])
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
 
