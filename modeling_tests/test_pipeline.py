@@ -7,7 +7,7 @@ import pytest
 import soundfile
 import torch
 from tiny import film, picture, tiny_model, tiny_processor, tone, user
-from transformers import AutoModel, AutoProcessor, GenerationConfig, TextIteratorStreamer, pipeline
+from transformers import AnyToAnyPipeline, AutoModel, AutoProcessor, GenerationConfig, TextIteratorStreamer, pipeline
 
 from uni_moe_hf import AnyToTextPipeline, UniMoEForConditionalGeneration, UniMoEProcessor
 
@@ -237,3 +237,26 @@ def test_a_saved_pipeline_is_a_whole_folder(pipe, chats, tmp_path):
     assert (type(model), type(processor)) == (UniMoEForConditionalGeneration, UniMoEProcessor)
     loaded = pipeline("any-to-text", model=model, processor=processor)
     assert loaded(chats[4], **NEW) == pipe(chats[4], **NEW)
+
+
+# The library's own task
+
+
+@pytest.fixture
+def stock(pipe, monkeypatch):
+    """`any-to-any`, which asks for torchvision though nothing here uses it; no build of it fits a CPU torch."""
+    monkeypatch.setattr("transformers.pipelines.any_to_any.requires_backends", lambda *_: None)
+    return pipeline("any-to-any", model=pipe.model, processor=pipe.processor)
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_the_stock_pipeline_answers_as_ours_does(stock, pipe, chats, index, caplog):
+    assert type(stock) is AnyToAnyPipeline
+    assert stock(chats[index], **NEW)[0]["generated_text"] == pipe(chats[index], **NEW)[0]["generated_text"]
+    assert "is not supported for any-to-any" not in caplog.text
+
+
+def test_the_stock_pipeline_takes_several_chats_and_plain_text(stock, pipe, chats):
+    answers = [record[0]["generated_text"] for record in stock(chats[:3], **NEW)]
+    assert answers == [pipe(chat, **NEW)[0]["generated_text"] for chat in chats[:3]]
+    assert stock("hello", max_new_tokens=4)[0]["generated_text"].startswith("hello")

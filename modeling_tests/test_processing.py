@@ -609,7 +609,7 @@ def test_arrays_repeat_frames_like_files(processor):
 
 def test_without_any_decoder_the_error_names_both(processor, media, monkeypatch):
     without_decord(monkeypatch)
-    monkeypatch.setattr("transformers.video_utils.is_av_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ImportError, match="pip install decord.*pip install av"):
         encode(processor, user({"type": "video", "path": str(media / "film.mp4")}))
 

@@ -314,3 +314,67 @@ def test_a_model_without_some_towers_loads_alone(child):
 def test_the_answer_is_worth_comparing(child):
     assert torch.load(child["root"] / "logits.pt").std() > 0.1
     assert child["answer"]
+
+
+OLD = """
+import sys, transformers, transformers.configuration_utils as module
+from transformers import AutoConfig, AutoProcessor
+sys.modules.update(dict.fromkeys(["uni_moe_hf"]))
+transformers.__version__ = "5.16.0"
+del module.SubConfigSpec
+for auto in (AutoConfig, AutoProcessor):
+    try:
+        auto.from_pretrained(sys.argv[1], trust_remote_code=True)
+    except ImportError as error:
+        print(error)
+"""
+
+WITHOUT = """
+import sys
+sys.modules.update(dict.fromkeys(["uni_moe_hf", *sys.argv[2].split(",")]))
+from transformers import AutoProcessor
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+try:
+    processor(**{"text": f"<{sys.argv[3]}>", {"video": "videos"}.get(sys.argv[3], sys.argv[3]): sys.argv[4]})
+except ImportError as error:
+    print(error)
+"""
+
+
+def run_alone(code: str, *arguments: object) -> str:
+    """What a process prints in which the package cannot be imported."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folder")
+    model = tiny_model()
+    model.save_pretrained(folder)
+    tiny_processor(model.config).save_pretrained(folder)
+    return folder
+
+
+def test_an_older_library_is_named_in_one_sentence(folder):
+    lines = run_alone(OLD, folder).splitlines()
+    sentence = "Uni-MoE needs transformers 5.23 or newer, this is 5.16.0: `pip install -U transformers`."
+    assert lines == [sentence, sentence]
+
+
+@pytest.mark.parametrize(
+    ("missing", "modality", "message"),
+    [
+        ("soundfile,av", "speech", "Reading audio files needs soundfile or PyAV: `pip install soundfile soxr`"),
+        ("soundfile,av", "audio", "Reading audio files needs soundfile or PyAV"),
+        ("decord,av", "video", "Reading video files needs decord or PyAV: `pip install decord`"),
+        ("soxr", "speech", "resampling needs `pip install soxr`"),
+    ],
+)
+def test_a_missing_optional_library_is_named_in_one_sentence(folder, tmp_path, missing, modality, message):
+    soundfile.write(tmp_path / "clip.wav", tone(), 8000)
+    said = run_alone(WITHOUT, folder, missing, modality, tmp_path / "clip.wav")
+    assert message in said and len(said.splitlines()) == 1

@@ -2,10 +2,18 @@
 
 from typing import ClassVar, Literal
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, Blip2QFormerConfig, LlamaConfig, PreTrainedConfig, WhisperConfig
-from transformers.configuration_utils import SubConfigSpec
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+
+try:
+    from transformers.configuration_utils import SubConfigSpec
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+except ImportError as error:
+    raise ImportError(
+        f"Uni-MoE needs transformers 5.23 or newer, this is {transformers.__version__}: `pip install -U transformers`."
+    ) from error
 
 
 # In the order of `mm_token_type_ids`, counted from 1.

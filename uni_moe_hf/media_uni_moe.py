@@ -9,6 +9,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -117,27 +118,31 @@ def _even_indices(total: int, wanted: int) -> np.ndarray:
 
 
 def _decode_video(source: str, num_frames: int) -> np.ndarray:
-    """`(num_frames, height, width, 3)` through decord, or PyAV where decord is missing."""
-    try:
-        import decord  # noqa: F401
+    """`(num_frames, height, width, 3)` through decord; what it is missing for or cannot read, through PyAV."""
+    backends, errors = [], []
+    for backend, module in (("decord", "decord"), ("pyav", "av")):
+        try:
+            import_module(module)
+            backends.append(backend)
+        except ImportError:
+            continue
+    if not backends:
+        raise ImportError("Reading video files needs decord or PyAV: `pip install decord` or `pip install av`.")
+    for backend in backends:
+        repeats = []
 
-        backend = "decord"
-    except ImportError:
-        backend = "pyav"
+        def sample_indices(metadata: Any, repeats: list = repeats, **_) -> np.ndarray:
+            # Some containers (Matroska) do not say how many frames they hold.
+            wanted = _even_indices(metadata.total_num_frames or _count_frames(source), num_frames)
+            indices, inverse = np.unique(wanted, return_inverse=True)  # decord stumbles over frames asked for twice
+            repeats.append(inverse)
+            return indices
 
-    def sample_indices(metadata: Any, **_) -> np.ndarray:
-        # Some containers (Matroska) do not say how many frames they hold.
-        return _even_indices(metadata.total_num_frames or _count_frames(source), num_frames)
-
-    try:
-        frames, metadata = load_video(source, backend=backend, sample_indices_fn=sample_indices)
-    except ImportError as error:
-        raise ImportError(
-            "Reading video files needs decord or PyAV: `pip install decord` or `pip install av`."
-        ) from error
-    # PyAV gives every frame once; short videos ask for some twice.
-    wanted = np.asarray(metadata.frames_indices)
-    return frames if len(frames) == len(wanted) else frames[np.searchsorted(np.unique(wanted), wanted)]
+        try:
+            return load_video(source, backend=backend, sample_indices_fn=sample_indices)[0][repeats[0]]
+        except Exception as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _count_frames(source: str) -> int:
@@ -229,6 +234,9 @@ def _decode_audio(source: str | bytes, sampling_rate: int) -> np.ndarray:
         try:
             import av
         except ImportError:
+            if isinstance(soundfile_error, ImportError):
+                packages = "`pip install soundfile soxr` or `pip install av soxr`"
+                raise ImportError(f"Reading audio files needs soundfile or PyAV: {packages}.") from None
             raise soundfile_error from None
         with av.open(BytesIO(source) if isinstance(source, bytes) else source) as container:
             if not container.streams.audio:

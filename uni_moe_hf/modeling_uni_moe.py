@@ -335,12 +335,8 @@ class UniMoEModel(UniMoEPreTrainedModel):
         Returns:
             `dict`: modality -> what `get_<modality>_features` returns, for those given; a `mm_encoder_outputs`.
         """
-        given = {
-            "image": (pixel_values,),
-            "video": (pixel_values_videos,),
-            "audio": (input_values, input_values_mask),
-            "speech": (input_features,),
-        }
+        given = {"image": (pixel_values,), "video": (pixel_values_videos,), "speech": (input_features,)}
+        given["audio"] = (input_values, input_values_mask)
         return {
             modality: getattr(self, f"get_{modality}_features")(*inputs, return_dict=True)
             for modality, inputs in given.items()

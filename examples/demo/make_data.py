@@ -18,7 +18,8 @@ import world
 from tqdm import tqdm
 
 
-TRAIN_FILES = {"image": 4400, "video": 2200, "audio": 900, "speech": 1100}
+TRAIN_FILES = {"image": 5000, "video": 2400, "audio": 900, "speech": 1800}
+QUESTION_FILES = 1600  # spoken questions
 EXPERT_ROWS = 0.7  # share of the training files that a stage-2 expert sees
 MIXED_ROWS = {"image+speech": 3000, "image+audio": 600, "video+audio": 600}  # in stage 3, beside 250 of each modality
 TEST_QUESTIONS = 240  # of each task
@@ -136,7 +137,7 @@ def plan(folder: Path, seed: int) -> tuple[dict[str, list[dict]], list[tuple]]:
     """All rows of all JSON files, and the files to write."""
     train = Recorder(folder, "train", seed)
     clips = {kind: [train.clip(kind) for _ in range(count)] for kind, count in TRAIN_FILES.items()}
-    clips["question"] = [train.clip("question") for _ in range(1400)]
+    clips["question"] = [train.clip("question") for _ in range(QUESTION_FILES)]
     rng = train.rng
 
     rows = {"stage1": [], "stage3": []}
@@ -148,7 +149,7 @@ def plan(folder: Path, seed: int) -> tuple[dict[str, list[dict]], list[tuple]]:
             for kind in kinds
             for facts, part in clips[kind][: int(EXPERT_ROWS * len(clips[kind]))]
         ]
-    rows["stage2_speech"] += [row([part], *caption("question", facts)) for facts, part in clips["question"][:800]]
+    rows["stage2_speech"] += [row([part], *caption("question", facts)) for facts, part in clips["question"][:1100]]
 
     def any_clip(kind: str) -> tuple[dict, dict]:
         return clips[kind][rng.integers(len(clips[kind]))]
