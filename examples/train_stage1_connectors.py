@@ -37,6 +37,7 @@ class PartsArguments:
     audio_connector_config: dict | str | None = field(
         default=None, metadata={"help": "Fields of the Q-Former, as JSON; the released size by default."}
     )
+    chat_template: str | None = field(default=None, metadata={"help": "Jinja file in place of Vicuna's template."})
     media_root: str | None = field(default=None, metadata={"help": "Folder that paths in the data start from."})
     max_tokens: int | None = field(default=2048, metadata={"help": "Longest row, media included."})
 
@@ -58,7 +59,8 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, parts: PartsArg
         num_audio_query_tokens=parts.num_audio_query_tokens,
         audio_connector_config=parts.audio_connector_config,
     )
-    processor = build_processor(model.config, AutoTokenizer.from_pretrained(parts.llm))
+    template = None if parts.chat_template is None else Path(parts.chat_template).read_text(encoding="utf-8")
+    processor = build_processor(model.config, AutoTokenizer.from_pretrained(parts.llm), chat_template=template)
     prepare_stage(model, "connectors")
 
     ################

@@ -116,5 +116,5 @@ def __dir__() -> list[str]:
 
 
 # The command line answers `--help` before anything heavy is imported, and registers when it has work to do.
-if Path(sys.argv[0]).stem != "uni-moe":
+if [Path(name).stem for name in sys.argv[:1]] != ["uni-moe"]:
     register()

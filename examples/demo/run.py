@@ -51,6 +51,7 @@ def stage1(root: Path) -> None:
     args = f"--config {CONFIGS / 'stage1_connectors.yaml'} --dataset_name {root / 'data/stage1.jsonl'}"
     args += f" --output_dir {root / 'stage1'} --learning_rate 2e-3 --num_train_epochs 1"
     args += f" --llm {root / 'parts/llm'} --num_speech_query_tokens 8 --num_audio_query_tokens 8"
+    args += f" --chat_template {root / 'parts/llm/chat_template.jinja'}"
     args += "".join(
         f" --{tower} {root / 'parts' / tower}" for tower in ("vision_tower", "speech_tower", "audio_tower")
     )
