@@ -48,8 +48,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     lines = [
-        f"`record_routing`, {date.today()}, torch {torch.__version__}, {platform.machine()}, 1 thread, float32, 4 layers, "
-        f"4 experts, top 2, shared base, LoRA rank 8; {args.repeats} alternating repeats.",
+        f"`record_routing`, {date.today()}, torch {torch.__version__}, {platform.machine()}, 1 thread, float32, "
+        f"4 layers, 4 experts, top 2, shared base, LoRA rank 8; {args.repeats} alternating repeats.",
         "",
         "| shape | tokens | pass | plain, median ms | recorded / plain, median (middle half) |",
         "|---|--:|---|--:|--:|",

@@ -104,14 +104,14 @@ def altered(log_mel: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """`(batch, mel_bins, frames)` as if spoken by other voices: shifted in pitch, with bands and moments missing."""
     log_mel = log_mel.clone()
     for clip in log_mel:
-        clip.copy_(clip.roll(int(rng.integers(-3, 4)), dims=0))
+        clip.copy_(clip.roll(int(rng.integers(-2, 3)), dims=0))
         band, moment = int(rng.integers(0, 70)), int(rng.integers(0, 180))
-        clip[band : band + int(rng.integers(0, 10))] = clip.mean()
-        clip[:, moment : moment + int(rng.integers(0, 20))] = clip.mean()
+        clip[band : band + int(rng.integers(0, 8))] = clip.mean()
+        clip[:, moment : moment + int(rng.integers(0, 15))] = clip.mean()
     return log_mel
 
 
-def speech_tower(folder: Path, steps: int = 300, batch: int = 48, recordings: int = 2400) -> None:
+def speech_tower(folder: Path, steps: int = 500, batch: int = 48, recordings: int = 2400) -> None:
     """A Whisper-shaped model whose encoder tells words and spoken questions apart."""
     config = WhisperConfig(
         d_model=WIDTH,

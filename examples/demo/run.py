@@ -49,7 +49,7 @@ def pretrain(folder: Path, name: str) -> None:
 
 def stage1(root: Path) -> None:
     args = f"--config {CONFIGS / 'stage1_connectors.yaml'} --dataset_name {root / 'data/stage1.jsonl'}"
-    args += f" --output_dir {root / 'stage1'} --learning_rate 2e-3 --num_train_epochs 1"
+    args += f" --output_dir {root / 'stage1'} --learning_rate 2e-3 --num_train_epochs 1.5"
     args += f" --llm {root / 'parts/llm'} --num_speech_query_tokens 8 --num_audio_query_tokens 8"
     args += f" --chat_template {root / 'parts/llm/chat_template.jinja'}"
     args += "".join(
@@ -62,7 +62,7 @@ def stage1(root: Path) -> None:
 
 def stage2(root: Path, expert: str) -> None:
     args = f"--config {CONFIGS / 'stage2_experts.yaml'} --dataset_name {root / f'data/stage2_{expert}.jsonl'}"
-    args += f" --output_dir {root / 'stage2' / expert} --learning_rate 1e-3 --num_train_epochs 1 --lora_r 16"
+    args += f" --output_dir {root / 'stage2' / expert} --learning_rate 1e-3 --num_train_epochs 1.5 --lora_r 16"
     args += f" --model_name_or_path {root / 'stage1'} --modalities {' '.join(EXPERTS[expert])}"
     train_stage2_experts.main(*train_stage2_experts.parse(args.split() + TINY))
 
