@@ -18,7 +18,7 @@ import world
 from tqdm import tqdm
 
 
-TRAIN_FILES = {"image": 5000, "video": 2400, "audio": 900, "speech": 1800}
+TRAIN_FILES = {"image": 5000, "video": 2800, "audio": 900, "speech": 1800}
 QUESTION_FILES = 1600  # spoken questions
 EXPERT_ROWS = 0.7  # share of the training files that a stage-2 expert sees
 MIXED_ROWS = {"image+speech": 3000, "image+audio": 600, "video+audio": 600}  # in stage 3, beside 250 of each modality

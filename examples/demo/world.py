@@ -107,7 +107,7 @@ def tint(colour: str, rng: np.random.Generator) -> np.ndarray:
     """`(3,)` a shade of a named colour; greys vary the most."""
     if colour == GREY:
         return rng.integers(80, 160) + rng.integers(-25, 26, 3)
-    return np.clip(np.array(COLOURS[colour]) + rng.normal(0, 8, 3), 0, 255)
+    return np.clip(np.array(COLOURS[colour]) + rng.normal(0, 14, 3), 0, 255)
 
 
 def picture(tint: np.ndarray, shape: str, split: str, rng: np.random.Generator) -> np.ndarray:
