@@ -1,6 +1,7 @@
 """`uni-moe`: what it prints, its exit codes, and one sentence for whatever goes wrong."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,34 @@ def test_media_stand_in_the_order_of_the_command_line(checkpoint, media, capsys,
     assert chats == [[{"role": "system", "content": "s"}, {"role": "user", "content": [one, words[0], two, words[1]]}]]
 
 
+def test_what_the_checkpoint_says_of_generation_holds(checkpoint, tmp_path, capsys):
+    """Its forbidden words and ends, that is; sampling settings are the command line's."""
+    shutil.copytree(checkpoint, tmp_path / "own")
+    arguments = ("--text", "hello", "--max-new-tokens", 6, "--no-stream", "--dtype", "float32")
+    config = {"bos_token_id": 1, "eos_token_id": [2], "pad_token_id": 0, "suppress_tokens": list(range(3, 260))}
+    (tmp_path / "own/generation_config.json").write_text(json.dumps({**config, "do_sample": True, "temperature": 9.0}))
+    code, out, err = run(capsys, "generate", tmp_path / "own", *arguments)
+    assert code == 0 and out.strip() and out.isprintable() is False or out.strip().isascii()
+    assert (code, out, err) == run(capsys, "generate", tmp_path / "own", *arguments)
+    assert out != run(capsys, "generate", checkpoint, *arguments)[1]
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:7"])
+def test_a_device_that_is_not_there_is_one_sentence(checkpoint, capsys, device):
+    if device.startswith("cuda") and torch.cuda.is_available():
+        pytest.skip("there is one")
+    code, _, err = run(capsys, "generate", checkpoint, "--text", "hi", "--device", device)
+    assert code == 1 and f"There is no device '{device}' here" in err and len(err.strip().splitlines()) == 1
+
+
+def test_cut_weights_are_one_sentence(checkpoint, tmp_path, capsys):
+    shutil.copytree(checkpoint, tmp_path / "cut")
+    weights = tmp_path / "cut/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    code, _, err = run(capsys, "generate", tmp_path / "cut", "--text", "hi")
+    assert code == 1 and err.startswith("uni-moe: ") and len(err.strip().splitlines()) == 1
+
+
 def test_sampling_follows_its_seed(checkpoint, capsys):
     settings = ("--text", "hello", "--temperature", 5, "--max-new-tokens", 12, "--no-stream")
     answers = [run(capsys, "generate", checkpoint, *settings, "--seed", seed)[1] for seed in (1, 1, 2)]
@@ -225,7 +254,17 @@ def test_a_model_of_another_kind_an_adapter_and_a_broken_config_are_refused(chec
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("translate",), ("generate",), ("generate", "x", "--max-new-tokens", "0"), ("info", "x", "--y")]
+    "arguments",
+    [
+        (),
+        ("translate",),
+        ("generate",),
+        ("generate", "x", "--max-new-tokens", "0"),
+        ("info", "x", "--y"),
+        ("generate", "x", "--temperature", "-1"),
+        ("generate", "x", "--temperature", "nan"),
+        ("connectors", "x", "--batch-size", "2"),
+    ],
 )
 def test_wrong_usage_has_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as end:

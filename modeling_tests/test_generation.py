@@ -159,7 +159,8 @@ def turn(model, row: tuple, seed: int = 0) -> tuple[dict, dict]:
 
 @pytest.mark.parametrize("row", [(3,), ("image", 1), MIXED], ids=str)
 @pytest.mark.parametrize("given", ["all clips", "new clips"])
-def test_a_second_question_over_a_filled_cache_is_answered_as_from_scratch(model, row, given):
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_a_second_question_over_a_filled_cache_is_answered_as_from_scratch(model, row, given, chunk):
     first, second = turn(model, row)
     new = second.pop("new")
     every = {name: clips for name, clips in first.items() if name not in second}
@@ -167,7 +168,8 @@ def test_a_second_question_over_a_filled_cache_is_answered_as_from_scratch(model
     fresh = model.generate(**second, **every, **GREEDY)
     filled = model.generate(**first, **GREEDY, return_dict_in_generate=True).past_key_values
     clips = every if given == "all clips" else new
-    assert torch.equal(model.generate(**second, **clips, past_key_values=filled, **GREEDY), fresh)
+    chunks = {"prefill_chunk_size": chunk} if chunk else {}
+    assert torch.equal(model.generate(**second, **clips, past_key_values=filled, **GREEDY, **chunks), fresh)
 
 
 def test_an_answer_goes_on_where_its_cache_ends(model):
@@ -189,6 +191,25 @@ def test_clips_that_fit_neither_the_whole_nor_the_new_part_are_refused(own_model
     clips = {**second.pop("new"), "pixel_values": torch.randn(3, 3, 16, 16)}
     with pytest.raises(ValueError, match="Image features and image tokens do not match, tokens: 4, features: 12"):
         own_model.generate(**second, **clips, past_key_values=filled, **GREEDY)
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+def test_beams_of_a_prompt_with_the_wrong_number_of_clips_are_refused_with_both_counts(own_model, settings):
+    inputs = make_inputs(own_model.config, ("image", 2, "image"))
+    inputs["pixel_values"] = inputs["pixel_values"][:1]
+    with pytest.raises(ValueError, match="Image features and image tokens do not match, tokens: 8, features: 4"):
+        own_model.generate(**inputs, max_new_tokens=2, **settings)
+
+
+@pytest.mark.parametrize("how", ["assistant_model", "prompt_lookup_num_tokens"])
+def test_assisted_decoding_over_a_filled_cache_is_refused(own_model, how):
+    """The library would run the prompt over its own cache again, and answer something else."""
+    first, second = turn(own_model, ("image", 1))
+    filled = own_model.generate(**first, **GREEDY, return_dict_in_generate=True).past_key_values
+    helper = {"assistant_model": own_model, "prompt_lookup_num_tokens": 3}[how]
+    new = second.pop("new")
+    with pytest.raises(ValueError, match="The cache already holds 10 tokens"):
+        own_model.generate(**second, **new, past_key_values=filled, **GREEDY, **{how: helper})
 
 
 # Assistants
@@ -274,14 +295,16 @@ def test_stop_strings_may_be_given_with_the_processor(own_model):
     """`transformers serve` passes the processor where the library asks for a tokenizer."""
     processor = tiny_processor(own_model.config)
     inputs = make_inputs(own_model.config, MIXED)
-    words = own_model.generate(**inputs, **GREEDY)[0, -5:]
-    stop = next(text for text in map(processor.tokenizer.decode, words) if text.strip())
+    settings = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 1}
+    length = inputs["input_ids"].shape[1]
+    words = own_model.generate(**inputs, **settings, suppress_tokens=list(range(3, 260)))[0, length:]
+    stop = processor.tokenizer.decode(words[2]).strip()
+    assert stop
     for tokenizer in (processor, processor.tokenizer):
         stopped = own_model.generate(
-            **inputs, do_sample=False, max_new_tokens=5, stop_strings=[stop], tokenizer=tokenizer
-        )
-        assert stopped.shape[1] <= inputs["input_ids"].shape[1] + 5
-        assert stop in processor.tokenizer.decode(stopped[0, inputs["input_ids"].shape[1] :])
+            **inputs, **settings, suppress_tokens=list(range(3, 260)), stop_strings=[stop], tokenizer=tokenizer
+        )[0, length:]
+        assert len(stopped) <= 3 < len(words) and processor.tokenizer.decode(stopped).endswith(stop)
 
 
 def test_a_resized_vocabulary_never_says_a_placeholder():
@@ -291,5 +314,6 @@ def test_a_resized_vocabulary_never_says_a_placeholder():
     with torch.no_grad():
         model.lm_head.weight[380:384] *= 100
     inputs = make_inputs(model.config, MIXED)
-    words = model.generate(**inputs, max_new_tokens=30, min_new_tokens=30, do_sample=True, temperature=5.0)[0, -30:]
-    assert not {380, 381, 382, 383} & set(words.tolist())
+    for settings in ({"temperature": 5.0}, {"top_k": 1}, {"top_p": 0.5}):
+        words = model.generate(**inputs, max_new_tokens=30, min_new_tokens=30, do_sample=True, **settings)[0, -30:]
+        assert not {380, 381, 382, 383} & set(words.tolist())

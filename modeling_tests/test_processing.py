@@ -896,3 +896,84 @@ def test_a_jpeg_in_memory_is_a_picture(processor):
     expected = processor(images=np.full((16, 16, 3), 128, np.uint8), return_tensors="pt")["pixel_values"]
     # 0.03: JPEG may miss a flat grey by two of 255 levels, over a deviation of 0.26.
     torch.testing.assert_close(inputs["pixel_values"], expected, rtol=0, atol=0.03)
+
+
+def test_base64_is_read_short_or_long_in_lines_or_not(processor):
+    """As a bare source, as servers pass it, and under its own key."""
+    pixels = np.full((64, 64, 3), (200, 30, 30), np.uint8)
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    short, file = file.getvalue(), BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(file, "PNG")
+    for data in (short, file.getvalue()):
+        expected = processor(images=data, return_tensors="np")["pixel_values"]
+        for text in (base64.b64encode(data).decode(), base64.encodebytes(data).decode()):
+            for part in ({"url": text}, {"image": text}, {"base64": text}, {"url": f"data:image/png;base64,{text}"}):
+                inputs = encode(processor, user({"type": "image", **part}))
+                np.testing.assert_array_equal(inputs["pixel_values"].numpy(), expected)
+
+
+def test_a_long_name_that_is_no_file_is_told_shortened(processor):
+    with pytest.raises(ValueError, match="does not exist") as caught:
+        encode(processor, user({"type": "image", "path": "x" * 3000 + ".png"}))
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("kind", ["audio", "speech"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_sound_may_be_a_tensor_of_any_float_with_or_without_gradient(processor, kind, dtype):
+    wave = torch.from_numpy(tone()).to(dtype).requires_grad_()
+    inputs = encode(processor, user({"type": kind, kind: wave}))
+    expected = encode(processor, user({"type": kind, kind: wave.detach().float().numpy()}))
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
+def test_masks_are_white_and_deep_integers_refused(processor):
+    white = processor(images=np.ones((20, 24), bool), return_tensors="np")["pixel_values"]
+    np.testing.assert_array_equal(
+        white, processor(images=np.full((20, 24), 255, np.uint8), return_tensors="np")["pixel_values"]
+    )
+    with pytest.raises(ValueError, match="values up to 30000, where 255 is white"):
+        processor(images=np.full((20, 24), 30000, np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"type": "video", "video": 3}, "A video is a int"),
+        ({"type": "video", "video": Image.new("RGB", (4, 4))}, "A video is a Image"),
+        ({"type": "audio", "audio": {"array": tone(), "sampling_rate": "16000"}}, "must be a number from 1000"),
+    ],
+    ids=["number", "picture", "rate"],
+)
+def test_objects_that_are_no_media_are_refused_in_one_sentence(processor, part, message):
+    with pytest.raises(ValueError, match=message):
+        encode(processor, user(part))
+
+
+def test_a_videos_settings_and_number_of_frames_may_be_given_with_a_call(processor):
+    video = film()
+    plain = processor(text="<video>", videos=[video], return_tensors="pt")["pixel_values_videos"]
+    fewer = processor(text="<video>", videos=[video], num_frames=3, return_tensors="pt")["pixel_values_videos"]
+    assert fewer.shape[1] == 3 and torch.equal(fewer[0, 0], plain[0, 0])
+    settings = {"do_normalize": False, "do_rescale": False}
+    raw = processor(text="<video>", videos=[video], videos_kwargs=settings, return_tensors="pt")
+    assert raw["pixel_values_videos"].max() > 100
+
+
+def test_the_processor_tells_servers_how_many_tokens_clips_become(processor):
+    told = processor._get_num_multimodal_tokens([(20, 24), (9, 9)], [(5, 20, 24)], [1, 16000, 16001])
+    assert (told.num_image_tokens, told.num_video_tokens, told.num_audio_tokens) == ([4, 4], [4], [5, 5, 10])
+
+
+def test_names_of_inputs_are_those_of_the_towers_that_are_there():
+    assert tiny_processor(tiny_config(without=("vision", "audio"))).model_input_names[-1:] == ["input_features"]
+    assert set(tiny_processor().model_input_names) >= {"pixel_values", "pixel_values_videos", "input_values_mask"}
+
+
+def test_very_long_pictures_show_their_middle(processor):
+    """As an unbounded resize and crop would, which the library does: within rounding of the crop."""
+    strip = np.zeros((4, 4000, 3), np.uint8)
+    strip[:, 1990:2010] = 255
+    middle = processor(images=strip, return_tensors="np")["pixel_values"]
+    np.testing.assert_array_equal(middle, processor(images=strip[:, 1900:2100], return_tensors="np")["pixel_values"])

@@ -1,5 +1,6 @@
 """What is counted of routing, under padding, caches and checkpointing; how connectors compare with text."""
 
+import copy
 import json
 import math
 
@@ -96,8 +97,9 @@ def test_rows_that_have_ended_are_not_counted_on(model):
     """Whatever a batch does with rows that have ended, it counts like its rows one by one."""
     inputs = make_inputs(model.config, *ROWS)
     end = int(model.generate(**inputs, max_new_tokens=3, do_sample=False)[1, -2])
-    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": end, "pad_token_id": 0}
-    model.config.text_config.eos_token_id = end
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    before = copy.deepcopy(model.generation_config)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = [end, 2], 0
     try:
         with record_routing(model) as together:
             answers = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
@@ -105,7 +107,7 @@ def test_rows_that_have_ended_are_not_counted_on(model):
             for row in rows_alone(inputs, ROWS):
                 model.generate(**row, **settings)
     finally:
-        model.config.text_config.eos_token_id = 2
+        model.generation_config = before
     assert len({row.tolist().index(end) if end in row else 8 for row in answers}) > 1  # they end at different times
     assert torch.equal(together.report().counts, alone.report().counts)
 
@@ -163,6 +165,18 @@ def test_routing_inside_peft_is_recorded(model):
     assert torch.equal(report_of(wrapped, inputs).counts, report_of(inner, inputs).counts)
 
 
+def test_a_router_that_peft_trains_a_copy_of_is_counted_with_its_adapter_on_and_off():
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model()
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"]))
+    inputs = make_inputs(model.config, *ROWS)
+    tokens = report_of(tiny_model(), inputs).num_tokens
+    assert torch.equal(report_of(wrapped, inputs).num_tokens, tokens)
+    with wrapped.disable_adapter():
+        assert torch.equal(report_of(wrapped, inputs).num_tokens, tokens)
+
+
 @pytest.mark.parametrize("route", ["eager", "grouped_mm", "batched_mm"])
 def test_a_collapsed_router_is_seen(route):
     """All pictures to experts 1 and 2, whatever else: entropy log 2 / log 4, and two dead experts for pictures."""
@@ -189,9 +203,8 @@ def test_a_router_pulled_to_one_side_collapses_in_the_report():
     """A router whose weights prefer two experts for everything: found from its own logits, no hook of ours."""
     model = tiny_model()
     balanced = report_of(model, inputs := make_inputs(model.config, *ROWS))
-    embeddings = model.model.language_model
     with torch.no_grad():
-        for layer in embeddings.layers:
+        for layer in model.model.language_model.layers:
             # Norms after which the first component is always 1 leave the router a constant to lean on.
             layer.post_attention_layernorm.register_forward_hook(
                 lambda _, __, out: torch.cat([torch.ones_like(out[..., :1]), out[..., 1:]], dim=-1)
@@ -262,6 +275,13 @@ def test_a_modality_off_scale_is_warned_of_by_name(caplog):
     assert report.off_scale == ["speech"] and report.ratios["speech"] > 1e4
     assert len(caplog.records) == 1 and "outputs for speech" in caplog.text
     assert "off scale" in str(report) and json.loads(json.dumps(report.to_dict()))["off_scale"] == ["speech"]
+
+
+def test_connector_statistics_are_the_same_in_training_mode():
+    model = tiny_model().train()
+    inputs = make_inputs(model.config, *ROWS)
+    first = connector_statistics(model, inputs)
+    assert model.training and model.model.training and connector_statistics(model, inputs) == first
 
 
 def test_a_batch_of_the_processor_can_be_looked_at(model):

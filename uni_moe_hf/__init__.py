@@ -115,6 +115,6 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-# The command line answers `--help` before anything heavy is imported, and registers when it has work to do.
+# The command `uni-moe` answers `--help` before anything heavy is imported, and registers when it has work to do.
 if [Path(name).stem for name in sys.argv[:1]] != ["uni-moe"]:
     register()

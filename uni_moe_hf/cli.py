@@ -45,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_expected(error: Exception) -> bool:
     """What users, files and missing libraries cause; anything else is ours, and shows where it comes from."""
-    return isinstance(error, ValueError | OSError | ImportError) or type(error).__name__.startswith("StrictDataclass")
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, ValueError | OSError | ImportError) or bool(
+        names & {"StrictDataclassError", "SafetensorError", "OutOfMemoryError"}
+    )
 
 
 class _Part(argparse.Action):
@@ -73,14 +76,16 @@ def _parser() -> argparse.ArgumentParser:
         for kind in MEDIA:
             name = {"audio": "sound", "image": "picture"}.get(kind, kind)
             sub.add_argument(f"--{kind}", action=_Part, metavar="FILE", help=f"a {name}, file or URL; may be repeated")
-        sub.add_argument("--device", default="auto", help="cpu, cuda, ... (default: the fastest there is)")
+        sub.add_argument("--device", default="auto", help="default: cuda where there is one, else cpu")
         sub.add_argument("--dtype", default="auto", choices=["auto", *BYTES], help="default: as saved")
 
     sub = command("generate", _generate, "Answer a question about any mix of media, in the order given.")
     add_conversation(sub)
     sub.add_argument("--system", metavar="TEXT", help="in place of the default system message")
     sub.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="default: 256")
-    sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, the likeliest words")
+    sub.add_argument(
+        "--temperature", type=_temperature, default=0.0, metavar="T", help="default: 0, the likeliest words"
+    )
     sub.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
     sub.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
 
@@ -97,7 +102,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--limit", type=_positive, default=64, metavar="N", help="rows to read, spread over the file (default: 64)"
         )
-        sub.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default: 8")
+        if run is _routing:  # connectors are looked at in one batch: norms of a few rows do not say much
+            sub.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default: 8")
         sub.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -106,6 +112,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def _temperature(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or above")
     return number
 
 
@@ -149,6 +162,10 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
 
     has_gpu = torch.cuda.is_available()
     device = ("cuda" if has_gpu else "cpu") if args.device == "auto" else args.device
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"There is no device '{device}' here; leave out --device, or use cpu.") from error
     processor = AutoProcessor.from_pretrained(args.checkpoint)
     model = AutoModel.from_pretrained(args.checkpoint, dtype=args.dtype).eval().to(device)
     logging.set_verbosity_warning()  # what is said from here on is about the user's data
@@ -156,15 +173,15 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from transformers import GenerationConfig, TextStreamer, set_seed
+    from transformers import TextStreamer, set_seed
 
     model, processor = _load(args)
     system = [{"role": "system", "content": args.system}] if args.system else []
     inputs = _encoded(processor, [*system, {"role": "user", "content": args.parts}])
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     if not args.temperature:
-        # Without the checkpoint's own sampling settings, of which greedy search would warn.
-        model.generation_config = GenerationConfig.from_model_config(model.config)
+        for name in ("temperature", "top_k", "top_p", "min_p", "typical_p"):  # greedy search would warn of them
+            setattr(model.generation_config, name, None)
     set_seed(args.seed)
     streamer = (
         None if args.no_stream else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -216,7 +233,6 @@ def _connectors(args: argparse.Namespace) -> None:
     from .routing import connector_statistics
 
     model, processor = _load(args)
-    # One batch of everything: norms of a few rows do not say much.
     args.batch_size = args.limit
     for inputs in _batches(args, model, processor):
         _print_report(connector_statistics(model, inputs), args)

@@ -17,7 +17,7 @@ from transformers import (
     SuppressTokensLogitsProcessor,
 )
 from transformers.generation import CandidateGenerator
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
 from .configuration_uni_moe import MODALITIES
 
@@ -50,6 +50,12 @@ class UniMoEGenerationMixin(GenerationMixin):
         for modality, outputs in mm_encoder_output.items():
             clips = outputs.pooler_output  # (clips, tokens, H)
             tokens = (input_ids == getattr(self.config, f"{modality}_token_id")).sum(dim=1)  # (B,)
+            if int(tokens.sum()) != clips.shape[0] * clips.shape[1]:
+                raise ValueError(
+                    f"{modality.capitalize()} features and {modality} tokens do not match, tokens: "
+                    f"{int(tokens.sum())}, features: {clips.shape[0] * clips.shape[1]}; beams and several sequences "
+                    "need all clips of the prompt."
+                )
             rows = clips.split((tokens // clips.shape[1]).tolist())
             expanded[modality] = _features(torch.cat([row for row in rows for _ in range(expand_size)]))
         return expanded
@@ -71,23 +77,33 @@ class UniMoEGenerationMixin(GenerationMixin):
         if not mm_encoder_outputs or (num_new == 1 < input_ids.shape[1]):  # an answer's words are no placeholders
             return model_inputs
         if num_new < input_ids.shape[1]:
-            is_new = torch.arange(input_ids.shape[1], device=input_ids.device) >= input_ids.shape[1] - num_new  # (T,)
-            mm_encoder_outputs = {
-                modality: _features(rows.unsqueeze(0))
-                for modality, outputs in mm_encoder_outputs.items()
-                if len(rows := self._rows_at(modality, outputs.pooler_output, input_ids, is_new))
-            }
+            mm_encoder_outputs = self._last(mm_encoder_outputs, input_ids, num_new)
         return {**model_inputs, "mm_encoder_outputs": mm_encoder_outputs}
 
-    def _rows_at(
-        self, modality: str, clips: torch.Tensor, input_ids: torch.Tensor, wanted: torch.Tensor
-    ) -> torch.Tensor:
-        """Those `(n, H)` of `(clips, tokens, H)` features whose placeholders stand at `wanted` `(T,)` positions."""
-        is_clip = input_ids == getattr(self.config, f"{modality}_token_id")  # (B, T)
-        rows = clips.flatten(0, 1)
-        if len(rows) != is_clip.sum():  # only new clips were given, or the wrong ones: the forward pass will tell
-            return rows
-        return rows[wanted.expand_as(is_clip)[is_clip].to(rows.device)]
+    def _prefill(
+        self, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs
+    ) -> ModelOutput:
+        """As in the library, whose chunks would take the clips of a filled cache for those behind it."""
+        encoded, mask = model_kwargs.get("mm_encoder_outputs"), model_kwargs.get("attention_mask")
+        cache = model_kwargs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        is_whole = mask is None or mask.shape[1] == input_ids.shape[1]  # else the ids are the new ones alone
+        if encoded and past and is_whole and generation_config.prefill_chunk_size is not None:
+            model_kwargs["mm_encoder_outputs"] = self._last(encoded, input_ids, input_ids.shape[1] - past)
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def _last(self, encoded: EncoderOutputs, input_ids: torch.Tensor, num_tokens: int) -> EncoderOutputs:
+        """The features whose placeholders are among the last `num_tokens` of `input_ids` `(B, T)`."""
+        is_last = torch.arange(input_ids.shape[1], device=input_ids.device) >= input_ids.shape[1] - num_tokens  # (T,)
+        kept = {}
+        for modality, outputs in encoded.items():
+            is_clip = input_ids == getattr(self.config, f"{modality}_token_id")  # (B, T)
+            rows = outputs.pooler_output.flatten(0, 1)  # (tokens of all clips, H)
+            if len(rows) == is_clip.sum():  # else only new clips were given, or wrong ones: the forward pass will tell
+                rows = rows[is_last.expand_as(is_clip)[is_clip].to(rows.device)]
+            if len(rows):
+                kept[modality] = _features(rows.unsqueeze(0))
+        return kept
 
     def _get_logits_processor(
         self, generation_config: GenerationConfig, *args, encoder_input_ids: torch.Tensor | None = None, **kwargs
@@ -108,7 +124,8 @@ class UniMoEGenerationMixin(GenerationMixin):
         # A table that was resized for new words has rows for placeholders as well.
         ids = [getattr(self.config, f"{modality}_token_id") for modality in MODALITIES]
         if scored := [token_id for token_id in ids if token_id < text_config.vocab_size]:
-            processors.append(SuppressTokensLogitsProcessor(scored, device=self.device))
+            # Before any other: what keeps the likeliest words must not be left with these alone.
+            processors.insert(0, SuppressTokensLogitsProcessor(scored, device=kwargs.get("device")))
         return processors
 
     def _get_stopping_criteria(self, *args, tokenizer=None, **kwargs) -> StoppingCriteriaList:
@@ -119,6 +136,12 @@ class UniMoEGenerationMixin(GenerationMixin):
         self, *args, assistant_model: PreTrainedModel | None = None, model_kwargs: dict, **kwargs
     ) -> CandidateGenerator:
         """As in the library; an assistant is given this model's features, so it must have room for them."""
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and int(cache.get_seq_length()):
+            raise ValueError(
+                f"The cache already holds {int(cache.get_seq_length())} tokens, and assisted decoding would run the "
+                "prompt over them again; leave out `past_key_values`, or the assistant."
+            )
         if assistant_model is not None and (encoded := model_kwargs.get("mm_encoder_outputs")):
             width, needed = (m.config.get_text_config().hidden_size for m in (assistant_model, self))
             is_text_only = not hasattr(assistant_model.base_model, "encode_media")

@@ -1,7 +1,7 @@
 """
 From whatever a user has to pictures, frames and waveforms: paths, URLs, bytes, base64, arrays, `datasets` entries.
 
-Files may lie about what they hold. Everything read here is bounded in time and memory, and fails with one sentence.
+Files may lie about what they hold: what is read is bounded in memory, and fails with one sentence.
 """
 
 import base64
@@ -25,8 +25,9 @@ MAX_FETCHED_BYTES, MAX_FETCH_SECONDS, MAX_SILENT_SECONDS = 1 << 30, 600, 30
 MAX_AUDIO_SECONDS = 3600
 # What sound files may claim, in hertz: resampling a wrong number could fill any memory.
 MIN_RATE, MAX_RATE = 1_000, 768_000
-# No path is longer; longer text is base64, which is how servers hand media over.
-MAX_PATH_CHARACTERS = 4096
+# Text is base64, which is how servers hand media over, where it is longer than any path, or names no file and has
+# neither a dot, which most paths have and base64 has not, nor the shortness of a name.
+MAX_PATH_CHARACTERS, MIN_BASE64_CHARACTERS = 4096, 128
 
 
 def load_image(source: Any):
@@ -67,6 +68,10 @@ def array_to_image(array: np.ndarray):
 
     if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):
         array = array.transpose(1, 2, 0)
+    if array.dtype.kind == "b":
+        array = array * 255
+    if array.dtype.kind in "iu" and array.dtype.itemsize > 1 and array.max(initial=0) > 255:
+        raise ValueError(f"it holds values up to {array.max()}, where 255 is white")
     if array.dtype.kind == "f":
         if not np.isfinite(array).all():
             raise ValueError("it holds NaN or infinite values")
@@ -98,7 +103,10 @@ def load_frames(source: Any, num_frames: int) -> list:
             file.flush()
             return load_frames(file.name, num_frames)
     if not isinstance(source, str):
-        frames = list(source)
+        try:
+            frames = list(source)
+        except TypeError as error:
+            raise ValueError(f"A video is a {type(source).__name__}; give a file or a list of pictures.") from error
         if not frames:
             raise ValueError("A video has 0 frames; remove it or check how it was cut.")
         return [load_image(frames[index]) for index in _even_indices(len(frames), num_frames)]
@@ -198,6 +206,9 @@ def check_waveform(waveform: Any) -> np.ndarray:
     Raises:
         ValueError: no samples, integers, more than two axes, or values that are not finite.
     """
+    if hasattr(waveform, "detach"):  # a tensor of any device; NumPy has no bfloat16
+        waveform = waveform.detach().cpu()
+        waveform = waveform.float() if waveform.is_floating_point() else waveform
     waveform = np.asarray(waveform)
     if waveform.dtype.kind in "iu" and waveform.size:
         raise ValueError(
@@ -229,7 +240,9 @@ def _decode_audio(source: str | bytes, sampling_rate: int) -> np.ndarray:
         import soundfile
 
         with soundfile.SoundFile(BytesIO(source) if isinstance(source, bytes) else source) as file:
-            return _resampled(_joined_mono(_soundfile_blocks(file), file.samplerate), file.samplerate, sampling_rate)
+            waveform, rate = _joined_mono(_soundfile_blocks(file), file.samplerate), file.samplerate
+    except _TooLongError:
+        raise
     except Exception as soundfile_error:
         try:
             import av
@@ -245,7 +258,12 @@ def _decode_audio(source: str | bytes, sampling_rate: int) -> np.ndarray:
             resampler = av.AudioResampler(format="fltp")
             frames = (f for frame in container.decode(audio=0) for f in resampler.resample(frame))
             rate = container.streams.audio[0].rate
-            return _resampled(_joined_mono((frame.to_ndarray().T for frame in frames), rate), rate, sampling_rate)
+            waveform = _joined_mono((frame.to_ndarray().T for frame in frames), rate)
+    return _resampled(waveform, rate, sampling_rate)
+
+
+class _TooLongError(ValueError):
+    """Another decoder would not find the clip any shorter."""
 
 
 def _soundfile_blocks(file) -> Iterator[np.ndarray]:
@@ -261,14 +279,14 @@ def _joined_mono(blocks: Iterator[np.ndarray], rate: int) -> np.ndarray:
         pieces.append(block.mean(axis=1))
         total += len(block)
         if total > MAX_AUDIO_SECONDS * rate:
-            raise ValueError(f"it lasts longer than the {MAX_AUDIO_SECONDS} s that are read at once: cut it")
+            raise _TooLongError(f"it lasts longer than the {MAX_AUDIO_SECONDS} s that are read at once: cut it")
     return np.concatenate(pieces)
 
 
 def _resampled(waveform: np.ndarray, rate: int, sampling_rate: int) -> np.ndarray:
     """`soxr_hq`, which is what the original's librosa uses."""
-    if not MIN_RATE <= rate <= MAX_RATE:
-        raise ValueError(f"A clip's sampling rate is {rate} Hz; it must lie between {MIN_RATE} and {MAX_RATE} Hz.")
+    if not isinstance(rate, int | float | np.number) or not MIN_RATE <= rate <= MAX_RATE:
+        raise ValueError(f"A clip's sampling rate is {rate} Hz; it must be a number from {MIN_RATE} to {MAX_RATE}.")
     if rate == sampling_rate or len(waveform) == 0:
         return waveform
     try:
@@ -290,15 +308,24 @@ def _resolved(source: Any, kind: str) -> Any:
             source = _fetch(text, kind)
         elif text.startswith("data:") or len(text) > MAX_PATH_CHARACTERS:
             source = from_base64(text)
-        elif not Path(text).is_file():
-            raise ValueError(f"{kind} file '{text}' does not exist; check the path.")
-        else:
+        elif _is_file(text):
             source = text
+        elif len(text) > MIN_BASE64_CHARACTERS and "." not in text:
+            source = from_base64(text)
+        else:
+            raise ValueError(f"{kind} file '{text[:200]}' does not exist; check the path.")
     if source is None:
         raise ValueError(f"{kind} has no source: neither a path, nor bytes, nor an array.")
     if (isinstance(source, bytes) and not source) or (isinstance(source, str) and Path(source).stat().st_size == 0):
         raise ValueError(f"{kind} {_name(source)} could not be read: it is empty (0 bytes).")
     return source
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError:  # longer than the file system allows
+        return False
 
 
 def _name(source: Any) -> str:
@@ -336,7 +363,7 @@ def from_base64(text: str) -> bytes:
         ValueError: the text is no base64.
     """
     try:
-        return base64.b64decode(text.rpartition(",")[2], validate=True)
+        return base64.b64decode("".join(text.rpartition(",")[2].split()), validate=True)
     except ValueError as error:
         raise ValueError(f"A source of {len(text)} characters is no valid base64 ({error}).") from error
 

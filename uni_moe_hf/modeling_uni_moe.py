@@ -96,7 +96,7 @@ class UniMoEDecoderLayer(LlamaDecoderLayer):
             self.mlp = UniMoESparseMoeBlock(config)
 
 
-class UniMoETextModel(LlamaModel):
+class UniMoETextModel(QuantizationMixin, LlamaModel):
     """Llama without its head, with [`UniMoEDecoderLayer`]s. `forward` is Llama's own; hooks record router logits."""
 
     config: UniMoETextConfig
@@ -335,8 +335,8 @@ class UniMoEModel(UniMoEPreTrainedModel):
         Returns:
             `dict`: modality -> what `get_<modality>_features` returns, for those given; a `mm_encoder_outputs`.
         """
-        given = {"image": (pixel_values,), "video": (pixel_values_videos,), "speech": (input_features,)}
-        given["audio"] = (input_values, input_values_mask)
+        given = {"image": (pixel_values,), "video": (pixel_values_videos,)}
+        given |= {"audio": (input_values, input_values_mask), "speech": (input_features,)}
         return {
             modality: getattr(self, f"get_{modality}_features")(*inputs, return_dict=True)
             for modality, inputs in given.items()

@@ -31,7 +31,7 @@ class QuantizationMixin:
             return
         # torchao's `FqnToConfig` names tensors, the stacks among them; everything else looks for linear layers.
         names_tensors = hasattr(getattr(quantization, "quant_type", None), "fqn_to_config")
-        text_config, method = self.config.text_config, getattr(quantization.quant_method, "value", "")
+        text_config, method = self.config.get_text_config(), getattr(quantization.quant_method, "value", "")
         if text_config.is_sparse and not getattr(quantization, "dequantize", False):
             if method in ("fp8", "mxfp8"):
                 if text_config.expert_lora_rank > 0:

@@ -117,10 +117,17 @@ class RoutingReport:
 class RoutingRecorder:
     """Counts routes while [`record_routing`] is open; [`report`] may be asked for at any time."""
 
-    def __init__(self, config: Any, routers: Mapping[int, nn.Module]):
+    def __init__(self, config: Any, layers: tuple[int, ...], generation_config: Any = None):
         text_config = config.get_text_config()
         self.config = config
-        self.layers = tuple(routers)
+        self.layers = layers
+        ends = [
+            getattr(c, name, None)
+            for c in (text_config, generation_config)
+            for name in ("eos_token_id", "pad_token_id")
+        ]
+        ends = [token_id for end in ends for token_id in (end if isinstance(end, list) else [end])]
+        self._end_ids = torch.tensor(sorted({token_id for token_id in ends if token_id is not None}), dtype=torch.long)
         self.num_experts, self.top_k = text_config.num_experts, text_config.num_experts_per_tok
         names = text_config.expert_names or [str(expert) for expert in range(self.num_experts)]
         self.expert_names = tuple(names)
@@ -161,15 +168,10 @@ class RoutingRecorder:
             types = types.masked_fill(~is_real.to(types.device), len(TOKEN_TYPES))
         if ids is not None and types.shape[1] == 1 and int(past) > 0:
             # Rows of a batch that have ended get a token in every step until all have.
-            types = types.masked_fill(torch.isin(ids, self._end_ids(ids.device)), len(TOKEN_TYPES))
+            self._end_ids = self._end_ids.to(ids.device)
+            types = types.masked_fill(torch.isin(ids, self._end_ids), len(TOKEN_TYPES))
         self._types = types.flatten()
         self._waiting = set(self.layers)
-
-    def _end_ids(self, device: torch.device) -> torch.Tensor:
-        text_config = self.config.get_text_config()
-        ends = text_config.eos_token_id if isinstance(text_config.eos_token_id, list) else [text_config.eos_token_id]
-        ids = [token_id for token_id in (*ends, text_config.pad_token_id) if token_id is not None]
-        return torch.tensor(ids, dtype=torch.long, device=device)
 
     def _after_router(self, layer: int, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
         """Adds a router's choices. Gradient checkpointing runs it a second time, without the model around it."""
@@ -205,7 +207,8 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
     Counts which experts the tokens of each modality are sent to, in forward passes, `generate` and training alike.
 
     Every real token counts once per layer: padding does not, nor what gradient checkpointing computes again, nor the
-    filling of rows that have ended. Beams and an assistant's rejected guesses are tokens like any other.
+    filling of rows that have ended, by the ids in the model's configs. Beams and an assistant's rejected guesses are
+    tokens like any other; padding in a flex attention mask that was made beforehand cannot be told from the rest.
 
     Args:
         model (`nn.Module`): A Uni-MoE with sparse layers, bare or inside PEFT, a trainer or DDP.
@@ -232,16 +235,18 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
     roots = roots or [module for _, module, kind in named if kind == "UniMoETextModel"]
     if not roots:
         raise ValueError(f"A {type(model).__name__} holds no Uni-MoE, so there is no routing to record.")
-    routers = {
-        int(name.split("layers.")[-1].split(".")[0]): module
+    # PEFT keeps a trained copy of a router beside the original; whichever runs is counted.
+    routers = [
+        (int(name.split("layers.")[-1].split(".")[0]), module)
         for name, module, kind in named
         if kind == "UniMoETopKRouter"
-    }
+    ]
     if not routers:
         raise ValueError("All layers of this model are dense, so there is no routing to record; grow experts first.")
-    recorder = RoutingRecorder(roots[0].config, routers)
+    layers = tuple(dict.fromkeys(layer for layer, _ in routers))
+    recorder = RoutingRecorder(roots[0].config, layers, getattr(model, "generation_config", None))
     handles = [roots[0].register_forward_pre_hook(recorder._before_model, with_kwargs=True)]
-    for layer, router in routers.items():
+    for layer, router in routers:
         handles.append(
             router.register_forward_hook(lambda _, __, output, layer=layer: recorder._after_router(layer, output))
         )
@@ -339,7 +344,10 @@ def connector_statistics(model: nn.Module, batch: Mapping[str, Any], max_ratio: 
     if root is None:
         raise ValueError(f"A {type(model).__name__} holds no Uni-MoE, so there are no connectors to look at.")
     names = ("pixel_values", "pixel_values_videos", "input_values", "input_values_mask", "input_features")
+    was_training = root.training
+    root.eval()  # dropout would blur the numbers
     encoded = root.encode_media(**{name: batch[name] for name in names if batch.get(name) is not None})
+    root.train(was_training)
     if not encoded:
         raise ValueError(f"The batch holds no media, only {sorted(batch)}; pass pictures, videos, sound or speech.")
     table = root.get_input_embeddings()

@@ -49,7 +49,7 @@ def pretrain(folder: Path, name: str) -> None:
 
 def stage1(root: Path) -> None:
     args = f"--config {CONFIGS / 'stage1_connectors.yaml'} --dataset_name {root / 'data/stage1.jsonl'}"
-    args += f" --output_dir {root / 'stage1'} --learning_rate 2e-3 --num_train_epochs 1.5"
+    args += f" --output_dir {root / 'stage1'} --learning_rate 2e-3 --num_train_epochs 1.3"
     args += f" --llm {root / 'parts/llm'} --num_speech_query_tokens 8 --num_audio_query_tokens 8"
     args += f" --chat_template {root / 'parts/llm/chat_template.jinja'}"
     args += "".join(
