@@ -3,11 +3,11 @@
 from typing import ClassVar, Literal
 
 import transformers
-from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, Blip2QFormerConfig, LlamaConfig, PreTrainedConfig, WhisperConfig
 
 
 try:
+    from huggingface_hub.dataclasses import strict
+    from transformers import AutoConfig, Blip2QFormerConfig, LlamaConfig, PreTrainedConfig, WhisperConfig
     from transformers.configuration_utils import SubConfigSpec
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 except ImportError as error:
