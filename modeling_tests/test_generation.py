@@ -7,24 +7,10 @@ import torch
 from tiny import MIXED, MODALITIES, assert_logits_equal, make_inputs, rows_alone, tiny_model, tiny_processor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from uni_moe_hf import UniMoEForConditionalGeneration
-
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["own", "shared"])
-def model(request) -> UniMoEForConditionalGeneration:
-    """Not to be changed by tests."""
-    return tiny_model({"shared_expert_base": request.param})
-
-
-@pytest.fixture(scope="module")
-def own_model() -> UniMoEForConditionalGeneration:
-    """Not to be changed by tests."""
-    return tiny_model()
 
 
 def test_greedy_generation_with_a_cache_equals_generation_without(model):

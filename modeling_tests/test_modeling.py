@@ -37,18 +37,6 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["own", "shared"])
-def model(request) -> UniMoEForConditionalGeneration:
-    """Not to be changed by tests."""
-    return tiny_model({"shared_expert_base": request.param})
-
-
-@pytest.fixture(scope="module")
-def own_model() -> UniMoEForConditionalGeneration:
-    """Not to be changed by tests."""
-    return tiny_model()
-
-
 # Forward
 
 

@@ -35,12 +35,6 @@ def seed(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["own", "shared"])
-def model(request) -> UniMoEForConditionalGeneration:
-    """Not to be changed by tests."""
-    return tiny_model({"shared_expert_base": request.param})
-
-
 def valid(logits: torch.Tensor, inputs: dict) -> torch.Tensor:
     """Padding attends to nothing, and kernels differ in what they make of that."""
     return logits[inputs["attention_mask"].bool()]

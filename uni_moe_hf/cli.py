@@ -200,7 +200,7 @@ def _encoded(processor: Any, chat: list[dict]) -> Any:
     )
 
 
-def _batches(args: argparse.Namespace, model: Any, processor: Any) -> Iterator[Any]:
+def _batches(args: argparse.Namespace, batch_size: int, model: Any, processor: Any) -> Iterator[Any]:
     """Model inputs: the conversation, or batches of the rows of `--data`."""
     if args.parts:
         yield _encoded(processor, [{"role": "user", "content": args.parts}]).to(model.device, model.dtype)
@@ -212,8 +212,8 @@ def _batches(args: argparse.Namespace, model: Any, processor: Any) -> Iterator[A
     rows = load_rows(args.data)
     rows = rows.select(range(0, len(rows), -(-len(rows) // args.limit)))  # spread over the file, which may be sorted
     collate = UniMoEDataCollator(processor, media_root=Path(args.data).parent)
-    for start in range(0, len(rows), args.batch_size):
-        batch = collate([rows[index] for index in range(start, min(start + args.batch_size, len(rows)))])
+    for start in range(0, len(rows), batch_size):
+        batch = collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
         yield BatchFeature({name: batch[name] for name in batch if name != "labels"}).to(model.device, model.dtype)
 
 
@@ -224,7 +224,7 @@ def _routing(args: argparse.Namespace) -> None:
 
     model, processor = _load(args)
     with record_routing(model) as routing, torch.no_grad():
-        for inputs in _batches(args, model, processor):
+        for inputs in _batches(args, args.batch_size, model, processor):
             model(**inputs, logits_to_keep=1)
     _print_report(routing.report(), args)
 
@@ -233,8 +233,7 @@ def _connectors(args: argparse.Namespace) -> None:
     from .routing import connector_statistics
 
     model, processor = _load(args)
-    args.batch_size = args.limit
-    for inputs in _batches(args, model, processor):
+    for inputs in _batches(args, args.limit, model, processor):
         _print_report(connector_statistics(model, inputs), args)
 
 
