@@ -17,7 +17,7 @@ from uni_moe_hf.experts_uni_moe import UniMoELoraExperts, UniMoESparseMoeBlock, 
 
 
 HIDDEN, INNER, RANK, EXPERTS = 16, 24, 8, 4
-ROUTES = ["eager", "grouped_mm", "batched_mm"]
+ROUTES = ["eager", "auto", "segmented", "grouped_mm", "batched_mm"]
 
 both_bases = pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 every_route = pytest.mark.parametrize("route", ROUTES)

@@ -1,15 +1,55 @@
 """
 How LoRA experts are computed: the routes behind `experts_implementation`.
 
-Letters: N tokens, K experts per token, S = N * K routed rows, E experts, H hidden, I intermediate, R LoRA rank.
-`UniMoELoraExperts.forward` is the readable reference ("eager"); the routes here give the same numbers.
+| name | what it is | chosen by "auto" |
+|---|---|---|
+| "eager" | the readable reference, [`UniMoELoraExperts.forward`] | where no other route can serve: quantised stacks |
+| "segmented" | rows sorted by expert, one dense product after the other, backward written by hand | training; CPU |
+| "grouped_mm" | one grouped product for all experts, plain autograd | compiled and exported code; bases that train |
+| "batched_mm" | gathered copies of weights, static shapes | up to 8 tokens on an accelerator, without gradients |
+
+The choice depends on what is computed, never on timings: a run that is resumed takes the routes that it took.
+
+Letters: N tokens, K experts per token, S = N * K routed rows, E experts, H hidden, I intermediate, R LoRA rank; n rows
+of one expert.
 """
 
 import torch
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface, _grouped_linear
 
+from .expert_segments_uni_moe import FEW_TOKENS, FrozenWeights, LoraFactors, segmented_experts
 from .quantization_uni_moe import is_quantised
+
+
+def auto_lora_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """
+    The route that [`choose_route`] names.
+
+    Arguments and result as in [`grouped_mm_lora_experts_forward`].
+    """
+    route = LoraExpertsInterface._global_mapping[choose_route(self, hidden_states)]
+    return route(self, hidden_states, top_k_index, top_k_weights)
+
+
+def choose_route(self: nn.Module, hidden_states: torch.Tensor) -> str:
+    """
+    The rule behind `experts_implementation="auto"`.
+
+    Args:
+        self (`UniMoELoraExperts`): The experts.
+        hidden_states (`torch.Tensor` of shape `(N, H)`): One row per token.
+
+    Returns:
+        `str`: "segmented", "batched_mm" or "grouped_mm" (which hands what it cannot serve on to "eager").
+    """
+    if not _can_be_segmented(self):
+        return "grouped_mm"
+    if hidden_states.device.type != "cpu" and hidden_states.shape[0] <= FEW_TOKENS and not torch.is_grad_enabled():
+        return "batched_mm"
+    return "segmented"
 
 
 def grouped_mm_lora_experts_forward(
@@ -117,13 +157,117 @@ def _fits_grouped_mm(self: nn.Module, hidden_states: torch.Tensor) -> bool:
     return all(size * width % 16 == 0 for size in sizes)
 
 
+def segmented_lora_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """
+    Rows sorted by expert; each expert's rows go through dense products, and backward is written by hand.
+
+    Only LoRA, the router's weights and the tokens get gradients. Kept for backward are the tokens, gate and up (with a
+    shared base: of each token, not of each routed row) and the low-rank rows, or the tokens alone where
+    `expert_activations="recompute"`. With a shared base every frozen product, the last one too, runs once per token:
+    the weighted sum over a token's experts is taken before it.
+
+    Arguments and result as in [`grouped_mm_lora_experts_forward`].
+    """
+    if not _can_be_segmented(self):
+        return grouped_mm_lora_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+    device = hidden_states.device.type
+    autocast = torch.is_autocast_enabled(device)
+    tokens = hidden_states.to(torch.get_autocast_dtype(device)) if autocast else hidden_states
+    factors = self.lora_tensors(tokens)
+    lora = None if factors is None else LoraFactors(*factors, self.lora_scaling)
+    with torch.autocast(device, enabled=False):
+        output = segmented_experts(
+            tokens,
+            top_k_weights.to(tokens.dtype),
+            top_k_index,
+            _frozen_weights(self),
+            lora,
+            self.num_experts,
+            dropout=self.lora_dropout.p if self.training and lora is not None else 0.0,
+            recompute=self.config.expert_activations == "recompute",
+        )
+    return output.to(hidden_states.dtype)
+
+
+def _can_be_segmented(self: nn.Module) -> bool:
+    """
+    Whether the frozen weights are plain tensors that may be read where they lie, and nothing but LoRA learns.
+
+    Not so when compiling (the number of an expert's rows is read), and when a shared base's layers must be *called*:
+    quantised, wrapped by PEFT, offloaded or split.
+    """
+    if torch.compiler.is_compiling() or self.config.hidden_act != "silu":
+        return False
+    if self.shared_base:
+        layers = (self.base.gate_proj, self.base.up_proj, self.base.down_proj)
+        if any(type(layer) is not nn.Linear or _is_hooked(layer) for layer in layers):
+            return False
+        weights = [layer.weight for layer in layers]
+    else:
+        weights = [self.gate_up_proj, self.down_proj]
+    return all(type(weight) is nn.Parameter and _is_frozen(weight) for weight in weights)
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    """Whether something acts on the layer's calls: hooks, or a `forward` put in place of its own."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks) or "forward" in layer.__dict__
+
+
+def _is_frozen(weight: torch.Tensor) -> bool:
+    return not (weight.requires_grad and torch.is_grad_enabled())
+
+
+def _frozen_weights(self: nn.Module) -> FrozenWeights:
+    if self.shared_base:
+        return FrozenWeights(self.base.gate_proj.weight, self.base.up_proj.weight, self.base.down_proj.weight)
+    # Halves of rows, so that each expert's part is contiguous: oneDNN is a thousand times slower on strided weights.
+    return FrozenWeights(*self.gate_up_proj.chunk(2, dim=1), self.down_proj)
+
+
 class LoraExpertsInterface(ExpertsInterface):
-    """The library's names for its expert routes, bound to the functions that know about LoRA."""
+    """Names of routes, the library's among them, bound to the functions that know about LoRA."""
 
     _global_mapping = {
+        "auto": auto_lora_experts_forward,
+        "segmented": segmented_lora_experts_forward,
         "grouped_mm": grouped_mm_lora_experts_forward,
         "batched_mm": batched_mm_lora_experts_forward,
     }
 
 
-__all__ = ["LoraExpertsInterface", "batched_mm_lora_experts_forward", "grouped_mm_lora_experts_forward"]
+class ExpertsRouteMixin:
+    """Lets a model name the routes above, and take "auto" where nothing is asked for."""
+
+    # The library would look for experts in the model's own file, or believe what it found in Llama's.
+    _can_set_experts_implementation_cached_value = True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """
+        Args:
+            requested_experts (`str`, *optional*): A name, or `None` for "auto".
+
+        Returns:
+            `str`: The name.
+
+        Raises:
+            ValueError: no route has this name.
+        """
+        names = ("eager", *LoraExpertsInterface._global_mapping)
+        if requested_experts is not None and requested_experts not in names:
+            known = ", ".join(f'"{name}"' for name in names)
+            raise ValueError(f'There is no `experts_implementation="{requested_experts}"`; there are {known}.')
+        return requested_experts or "auto"
+
+
+__all__ = [
+    "ExpertsRouteMixin",
+    "LoraExpertsInterface",
+    "auto_lora_experts_forward",
+    "batched_mm_lora_experts_forward",
+    "choose_route",
+    "grouped_mm_lora_experts_forward",
+    "segmented_lora_experts_forward",
+]

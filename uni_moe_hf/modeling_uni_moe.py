@@ -34,6 +34,7 @@ from transformers.utils.output_capturing import OutputRecorder, select_hidden_st
 from .beats_uni_moe import BeatsModel
 from .configuration_uni_moe import MODALITIES, UniMoEConfig, UniMoETextConfig
 from .connectors_uni_moe import AudioConnector, SpeechConnector, VisionConnector
+from .expert_kernels_uni_moe import ExpertsRouteMixin
 from .experts_uni_moe import UniMoEExpertLora, UniMoELoraExperts, UniMoESparseMoeBlock, UniMoETopKRouter
 from .generation_uni_moe import UniMoEGenerationMixin, joined
 from .pipeline_uni_moe import AnyToTextPipeline  # noqa: F401  saving a model ships every file imported here
@@ -96,12 +97,10 @@ class UniMoEDecoderLayer(LlamaDecoderLayer):
             self.mlp = UniMoESparseMoeBlock(config)
 
 
-class UniMoETextModel(QuantizationMixin, LlamaModel):
+class UniMoETextModel(ExpertsRouteMixin, QuantizationMixin, LlamaModel):
     """Llama without its head, with [`UniMoEDecoderLayer`]s. `forward` is Llama's own; hooks record router logits."""
 
     config: UniMoETextConfig
-    # The library would look for experts in this file's text, or believe what it found in Llama's.
-    _can_set_experts_implementation_cached_value = True
     _no_split_modules = ["UniMoEDecoderLayer"]
     _can_record_outputs = {
         "hidden_states": UniMoEDecoderLayer,
@@ -139,7 +138,7 @@ class UniMoETextModel(QuantizationMixin, LlamaModel):
             init.zeros_(module.down_b)
 
 
-class UniMoEPreTrainedModel(QuantizationMixin, PreTrainedModel):
+class UniMoEPreTrainedModel(ExpertsRouteMixin, QuantizationMixin, PreTrainedModel):
     """Initialisation, saving and loading of Uni-MoE models."""
 
     config: UniMoEConfig
@@ -152,7 +151,6 @@ class UniMoEPreTrainedModel(QuantizationMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_set_experts_implementation_cached_value = True  # as in UniMoETextModel
 
     @classmethod
     def is_custom_code(cls) -> bool:
