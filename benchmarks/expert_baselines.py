@@ -105,7 +105,7 @@ class OriginalExperts(nn.Module):
 
 
 class MixtralPeftExperts(nn.Module):
-    """(c) Transformers' stacked experts under PEFT's `target_parameters`. LoRA there joins gate and up: other numbers."""
+    """(c) Transformers' stacked experts under PEFT's `target_parameters`, whose LoRA joins gate and up."""
 
     def __init__(self, experts: UniMoELoraExperts, implementation: str = "grouped_mm"):
         super().__init__()
@@ -189,13 +189,18 @@ class _FastestDense(torch.autograd.Function):
     def forward(ctx, rows, gate_weight, up_weight, down_weight):
         gate, up = _linear(rows, gate_weight), _linear(rows, up_weight)
         ctx.save_for_backward(gate, up, gate_weight, up_weight, down_weight)
-        return _linear(_swiglu(gate, up), down_weight)
+        return _linear(_swiglu(gate, up, torch.empty_like(gate)), down_weight)
 
     @staticmethod
     def backward(ctx, grad_output):
         gate, up, gate_weight, up_weight, down_weight = ctx.saved_tensors
         ones = torch.ones_like(grad_output[:, :1])
-        _, grad_gate, grad_up, _ = _swiglu_backward(_linear(grad_output, down_weight.t()), gate, up, ones)
+        grad_inner, inner, grad_up = (
+            _linear(grad_output, down_weight.t()),
+            torch.empty_like(gate),
+            torch.empty_like(up),
+        )
+        _, grad_gate, grad_up, _ = _swiglu_backward(grad_inner, gate, up, ones, inner, grad_up)
         grad_rows = _add_linear(_linear(grad_gate, gate_weight.t()), grad_up, up_weight.t())
         return grad_rows, None, None, None
 
@@ -203,9 +208,9 @@ class _FastestDense(torch.autograd.Function):
 class DenseOnSameBytes(nn.Module):
     """(a) for decoding: a SwiGLU as wide as the chosen experts together, so that it reads what they read."""
 
-    def __init__(self, experts: UniMoELoraExperts):
+    def __init__(self, experts: UniMoELoraExperts, chosen: int):
         super().__init__()
-        chosen = range(1 if experts.shared_base else experts.config.num_experts_per_tok)
+        chosen = range(1 if experts.shared_base else chosen)
         parts = [frozen_of(experts, index) for index in chosen]
         self.gate, self.up, self.down = (
             torch.cat([part[name] for part in parts], dim=1 if name == "down_proj" else 0).detach()

@@ -30,7 +30,7 @@ def auto_lora_experts_forward(
 
     Arguments and result as in [`grouped_mm_lora_experts_forward`].
     """
-    route = LoraExpertsInterface._global_mapping[choose_route(self, hidden_states)]
+    route = ROUTES[choose_route(self, hidden_states)]
     return route(self, hidden_states, top_k_index, top_k_weights)
 
 
@@ -172,7 +172,11 @@ def segmented_lora_experts_forward(
     """
     if not _can_be_segmented(self):
         return grouped_mm_lora_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    return _segmented(self, hidden_states, top_k_index, top_k_weights)
 
+
+def _segmented(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
+    """[`segmented_lora_experts_forward`] where nothing is in the way."""
     device = hidden_states.device.type
     autocast = torch.is_autocast_enabled(device)
     tokens = hidden_states.to(torch.get_autocast_dtype(device)) if autocast else hidden_states
@@ -225,6 +229,14 @@ def _frozen_weights(self: nn.Module) -> FrozenWeights:
         return FrozenWeights(self.base.gate_proj.weight, self.base.up_proj.weight, self.base.down_proj.weight)
     # Halves of rows, so that each expert's part is contiguous: oneDNN is a thousand times slower on strided weights.
     return FrozenWeights(*self.gate_up_proj.chunk(2, dim=1), self.down_proj)
+
+
+# What `choose_route` may answer.
+ROUTES = {
+    "segmented": _segmented,
+    "grouped_mm": grouped_mm_lora_experts_forward,
+    "batched_mm": batched_mm_lora_experts_forward,
+}
 
 
 class LoraExpertsInterface(ExpertsInterface):

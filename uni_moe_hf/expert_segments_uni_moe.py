@@ -6,8 +6,8 @@ With x the rows of one expert, w their routing weights, s the LoRA scaling, and 
     gate = x Wg' + s x Ag' Bg'      up = x Wu' + s x Au' Bu'      inner = silu(gate) * up
     output[token] += w (inner Wd' + s inner Ad' Bd')
 
-With a shared base, W is the same for all experts, so `x Wg'` and `x Wu'` run once per token, and so does the last frozen
-product: `sum_k w_k (inner_k Wd') = (sum_k w_k inner_k) Wd'`.
+With a shared base, W is the same for all experts, so `x Wg'` and `x Wu'` run once per token, and so does the last
+frozen product: `sum_k w_k (inner_k Wd') = (sum_k w_k inner_k) Wd'`.
 
 Letters: N tokens, K experts per token, S = N * K routed rows, E experts, H hidden, I intermediate, R LoRA rank; n rows
 of one expert, padding included.
@@ -24,6 +24,9 @@ from torch.autograd.function import once_differentiable
 
 # At most so many tokens are "decoding": reading weights then costs more than any arithmetic.
 FEW_TOKENS = 8
+
+# Of each operand of an elementwise pass: some five of them fit a core's second-level cache.
+CACHED_BYTES = 192 * 1024
 
 
 class FrozenWeights(NamedTuple):
@@ -89,24 +92,20 @@ def segmented_experts(
         scaling = 0.0 if lora is None else lora.scaling
         settings = (num_experts, scaling, dropout, recompute)
         return _SegmentedExperts.apply(tokens, weights, index, *frozen, *factors, settings)
-    split = _few_segments if tokens.shape[0] <= FEW_TOKENS else _segments
-    output, _ = _run_segments(tokens, split(index, weights, num_experts), frozen, lora, _Dropout(0.0), keep=False)
-    return output
+    if tokens.shape[0] <= FEW_TOKENS:
+        segments = _few_segments(index, weights)
+    else:
+        segments = _cut(*_sort_by_expert(index, num_experts), index, weights)
+    return _run_segments(tokens, segments, frozen, lora, _Masks(0.0), keep=False)[0]
 
 
 class _Segment(NamedTuple):
-    """The routed rows of one expert: their tokens `(n,)` and weights `(n, 1)`; `size` rows with padding."""
+    """The routed rows of one expert: their tokens `(n,)` (`None`: the only one), weights `(n, 1)`, size with padding."""
 
     expert: int
-    tokens: torch.Tensor
+    tokens: torch.Tensor | None
     weights: torch.Tensor
     size: int
-
-
-def _segments(index: torch.Tensor, weights: torch.Tensor, num_experts: int) -> list[_Segment]:
-    """The routing `(N, K)` by expert; idle experts are left out. Reads the row counts: one wait for the device."""
-    order, counts = _sort_by_expert(index, num_experts)
-    return list(_cut(order, counts, index, weights))
 
 
 def _sort_by_expert(index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, list[int]]:
@@ -115,29 +114,30 @@ def _sort_by_expert(index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor
     return torch.argsort(flat, stable=True), torch.bincount(flat, minlength=num_experts).tolist()
 
 
-def _cut(order: torch.Tensor, counts: list[int], index: torch.Tensor, weights: torch.Tensor) -> Iterator[_Segment]:
+def _cut(order: torch.Tensor, counts: list[int], index: torch.Tensor, weights: torch.Tensor) -> list[_Segment]:
+    """The sorted rows, cut where the expert changes."""
     token_of_row = order // index.shape[1]
     weight_of_row = weights.reshape(-1)[order].unsqueeze(-1)
-    start = 0
+    segments, start = [], 0
     for expert, count in enumerate(counts):
         if count:
             rows = slice(start, start + count)
-            yield _Segment(expert, token_of_row[rows], weight_of_row[rows], _padded(count, weights))
+            segments.append(_Segment(expert, token_of_row[rows], weight_of_row[rows], _padded(count, weights)))
             start += count
-
-
-def _few_segments(index: torch.Tensor, weights: torch.Tensor, num_experts: int) -> list[_Segment]:
-    """As [`_segments`] for a few tokens: sorting a handful of numbers with tensors costs more than the experts."""
-    slots_of = {}
-    for slot, expert in enumerate(index.reshape(-1).tolist()):
-        slots_of.setdefault(expert, []).append(slot)
-    flat, top_k = weights.reshape(-1, 1), index.shape[1]
-    segments = []
-    for expert, slots in slots_of.items():
-        tokens = torch.tensor([slot // top_k for slot in slots], device=index.device)
-        chosen = flat[slots[0] : slots[0] + 1] if len(slots) == 1 else flat[slots]
-        segments.append(_Segment(expert, tokens, chosen, len(slots)))
     return segments
+
+
+def _few_segments(index: torch.Tensor, weights: torch.Tensor) -> list[_Segment]:
+    """As [`_cut`] for a few tokens: sorting a handful of numbers with tensors costs more than the experts."""
+    flat, top_k = weights.reshape(-1, 1), index.shape[1]
+    experts = index.reshape(-1).tolist()
+    if index.shape[0] == 1 and len(set(experts)) == top_k:
+        return [_Segment(expert, None, flat[slot : slot + 1], 1) for slot, expert in enumerate(experts)]
+    slots_of = {}
+    for slot, expert in enumerate(experts):
+        slots_of.setdefault(expert, []).append(slot)
+    tokens = torch.arange(index.shape[0], device=index.device).repeat_interleave(top_k)
+    return [_Segment(expert, tokens[slots], flat[slots], len(slots)) for expert, slots in slots_of.items()]
 
 
 def _padded(count: int, like: torch.Tensor) -> int:
@@ -153,21 +153,33 @@ def _padded(count: int, like: torch.Tensor) -> int:
     return -(-count // step) * step
 
 
-class _Dropout:
-    """Dropout whose masks come from a seed: backward draws them again, in the same order, instead of keeping them."""
+class _Masks:
+    """Dropout masks drawn from a seed: backward draws them again, in the same order, instead of keeping them."""
 
     def __init__(self, probability: float, seed: int = 0, device: torch.device | None = None):
-        self.probability = probability
+        self.keep = 1.0 - probability
         self.generator = torch.Generator(device).manual_seed(seed) if probability else None
 
-    def __call__(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rows after dropout, and the mask to multiply their gradient with (`None`: nothing was dropped)."""
-        if not self.probability:
-            return rows, None
-        keep = 1.0 - self.probability
-        mask = torch.empty_like(rows).bernoulli_(keep, generator=self.generator)
-        mask = mask.div_(keep) if keep else mask
-        return rows * mask, mask
+    def draw(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """What to multiply `rows` with, and later their gradient; `None` where nothing is dropped."""
+        if self.generator is None:
+            return None
+        mask = torch.empty_like(rows).bernoulli_(self.keep, generator=self.generator)
+        return mask.div_(self.keep) if self.keep else mask
+
+
+class _Scratch:
+    """Buffers that the experts of a call share: a new one for each costs page faults, a tenth of a step."""
+
+    def __init__(self, like: torch.Tensor, segments: list[_Segment]):
+        self.like, self.rows = like, max((segment.size for segment in segments), default=0)
+        self.buffers = {}
+
+    def __call__(self, name: str, size: int, width: int) -> torch.Tensor:
+        """`(size, width)` of the buffer of this name; holds what the last call left there."""
+        if name not in self.buffers:
+            self.buffers[name] = self.like.new_empty(self.rows, width)
+        return self.buffers[name][:size]
 
 
 def _run_segments(
@@ -175,54 +187,41 @@ def _run_segments(
     segments: list[_Segment],
     frozen: FrozenWeights,
     lora: LoraFactors | None,
-    dropout: _Dropout,
+    masks: _Masks,
     keep: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The output `(N, H)`, and what [`_SegmentedExperts`] keeps for backward."""
-    gate_weight, up_weight, down_weight = frozen
-    shared, kept = down_weight.dim() == 2, []
-    output = torch.zeros_like(tokens)
+    shared, (hidden, inner_size) = frozen.down.dim() == 2, frozen.down.shape[-2:]
+    scratch, kept, output = _Scratch(tokens, segments), [], torch.zeros_like(tokens)
     if shared:
-        base_gate, base_up = _linear(tokens, gate_weight), _linear(tokens, up_weight)  # (N, I)
+        base_gate, base_up = _linear(tokens, frozen.gate), _linear(tokens, frozen.up)  # (N, I)
         inner_sum = torch.zeros_like(base_gate)
-        kept += [base_gate, base_up]
+        kept += [base_gate, base_up] if keep else []
     for expert, token, weight, size in segments:
+        rows = _take(tokens, token, scratch("rows", size, hidden))  # (n, H)
         if shared:
-            rows = _take(tokens, token, size) if lora is not None else None  # (n, H)
-            gate, up = _take(base_gate, token, size), _take(base_up, token, size)  # (n, I)
+            gate = _take(base_gate, token, scratch("gate", size, inner_size))  # (n, I)
+            up = _take(base_up, token, scratch("up", size, inner_size))  # (n, I)
         else:
-            rows = _take(tokens, token, size)
-            gate, up = _linear(rows, gate_weight[expert]), _linear(rows, up_weight[expert])
+            gate, up = _linear(rows, frozen.gate[expert]), _linear(rows, frozen.up[expert])
         if lora is not None:
             factors = lora.of(expert)
-            low = _linear(dropout(rows)[0], factors.gate_up_a).mul_(lora.scaling)  # (n, 2R)
+            low = _low_rank(rows, factors.gate_up_a, lora.scaling, masks.draw(rows))  # (n, 2R)
             gate, up = _add_low_rank(gate, up, low, factors)
-        inner = _swiglu(gate, up)  # (n, I)
-        if shared:
+        inner = _swiglu(gate, up, scratch("inner", size, inner_size))
+        low_down = (
+            None if lora is None else _low_rank(inner, factors.down_a, lora.scaling, masks.draw(inner))
+        )  # (n, R)
+        if keep:
+            kept += ([] if shared else [gate, up]) + ([] if lora is None else [low, low_down])
+        if not shared:
+            result = _linear(inner, frozen.down[expert])  # (n, H)
+            _put(output, token, result if lora is None else _add_linear(result, low_down, factors.down_b), weight)
+        else:
             if lora is not None:
-                low_down = _linear(dropout(inner)[0], factors.down_a).mul_(lora.scaling)  # (n, R)
                 _put(output, token, _linear(low_down, factors.down_b), weight)
             _put(inner_sum, token, inner, weight)
-        else:
-            rows_out = _linear(inner, down_weight[expert])  # (n, H)
-            if lora is not None:
-                low_down = _linear(dropout(inner)[0], factors.down_a).mul_(lora.scaling)
-                rows_out = _add_linear(rows_out, low_down, factors.down_b)
-            _put(output, token, rows_out, weight)
-            kept += [gate, up]
-        if lora is not None:
-            kept += [low, low_down]
-        if not keep:
-            kept.clear()
-    if shared:
-        output = _add_linear(output, inner_sum, down_weight)
-    return output, kept
-
-
-def _add_low_rank(gate, up, low, factors: _ExpertLora) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gate and up `(n, I)`, which may be overwritten, with LoRA's part; `low` `(n, 2R)` holds both low-rank rows."""
-    low_gate, low_up = (half.contiguous() for half in low.chunk(2, dim=1))
-    return _add_linear(gate, low_gate, factors.gate_b), _add_linear(up, low_up, factors.up_b)
+    return (_add_linear(output, inner_sum, frozen.down) if shared else output), kept
 
 
 class _SegmentedExperts(torch.autograd.Function):
@@ -240,13 +239,19 @@ class _SegmentedExperts(torch.autograd.Function):
         order, counts = _sort_by_expert(index, num_experts)
         # From the global generator, so that a checkpointed forward that is run again draws it again.
         seed = int(torch.randint(2**62, ())) if dropout else 0
-        segments = list(_cut(order, counts, index, weights))
-        masks = _Dropout(dropout, seed, tokens.device)
-        output, kept = _run_segments(tokens, segments, FrozenWeights(gate, up, down), lora, masks, keep=not recompute)
+        output, kept = _run_segments(
+            tokens,
+            _cut(order, counts, index, weights),
+            FrozenWeights(gate, up, down),
+            lora,
+            _Masks(dropout, seed, tokens.device),
+            keep=not recompute,
+        )
+        # All tensors go this way, none on `ctx`: hooks that offload or count what is saved must see them.
         ctx.save_for_backward(
             tokens, weights, index, order, gate, up, down, gate_up_a, gate_up_b, down_a, down_b, *kept
         )
-        ctx.counts, ctx.scaling, ctx.dropout, ctx.seed = counts, scaling, dropout, seed
+        ctx.counts, ctx.settings, ctx.seed = counts, settings, seed
         return output
 
     @staticmethod
@@ -257,118 +262,145 @@ class _SegmentedExperts(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx, grad_output):
-        tokens, weights, index, order, gate_weight, up_weight, down_weight, *rest = ctx.saved_tensors
-        lora = None if rest[0] is None else LoraFactors(*rest[:4], ctx.scaling)
-        kept, recompute = iter(rest[4:]), len(rest) == 4
-        dropout = _Dropout(ctx.dropout, ctx.seed, tokens.device)
-        shared = down_weight.dim() == 2
+        tokens, weights, index, order, *rest = ctx.saved_tensors
+        _, scaling, dropout, recompute = ctx.settings
+        frozen, factors, kept = FrozenWeights(*rest[:3]), rest[3:7], iter(rest[7:])
+        lora = None if factors[0] is None else LoraFactors(*factors, scaling)
+        grads = None if lora is None else LoraFactors(*(torch.zeros_like(factor) for factor in factors), scaling)
+        shared, (hidden, inner_size) = frozen.down.dim() == 2, frozen.down.shape[-2:]
+        segments = _cut(order, ctx.counts, index, weights)
+        masks, scratch = _Masks(dropout, ctx.seed, tokens.device), _Scratch(tokens, segments)
 
         grad_tokens, grad_weights = torch.zeros_like(tokens), []
-        grad_lora = (
-            None if lora is None else LoraFactors(*(torch.zeros_like(factor) for factor in lora[:4]), lora.scaling)
-        )
         if shared:
             if recompute:
-                base_gate, base_up = _linear(tokens, gate_weight), _linear(tokens, up_weight)
+                base_gate, base_up = _linear(tokens, frozen.gate), _linear(tokens, frozen.up)
             else:
                 base_gate, base_up = next(kept), next(kept)
-            grad_inner_sum = _linear(grad_output, down_weight.t())  # (N, I)
+            grad_inner_sum = _linear(grad_output, frozen.down.t())  # (N, I)
             grad_base_gate, grad_base_up = torch.zeros_like(base_gate), torch.zeros_like(base_up)
-        for expert, token, weight, size in _cut(order, ctx.counts, index, weights):
-            factors = None if lora is None else lora.of(expert)
-            rows = _take(tokens, token, size)
-            dropped_rows, rows_mask = dropout(rows) if lora is not None else (rows, None)
+        for expert, token, weight, size in segments:
             # What forward knew.
+            rows = _take(tokens, token, scratch("rows", size, hidden))  # (n, H)
             if shared:
-                gate, up = _take(base_gate, token, size), _take(base_up, token, size)
+                gate = _take(base_gate, token, scratch("gate", size, inner_size))  # (n, I)
+                up = _take(base_up, token, scratch("up", size, inner_size))  # (n, I)
             elif recompute:
-                gate, up = _linear(rows, gate_weight[expert]), _linear(rows, up_weight[expert])
+                gate, up = _linear(rows, frozen.gate[expert]), _linear(rows, frozen.up[expert])
             else:
                 gate, up = next(kept), next(kept)
-            low = low_down = None
-            if lora is not None and recompute:
-                low = _linear(dropped_rows, factors.gate_up_a).mul_(lora.scaling)
-            elif lora is not None:
-                low, low_down = next(kept), next(kept)
-            if lora is not None and (shared or recompute):
-                gate, up = _add_low_rank(gate, up, low, factors)
-
-            # Down: gradients of its input, per unit of routing weight.
-            grad_rows = _take(grad_output, token, size)  # (n, H)
-            if shared:
-                grad_inner = _take(grad_inner_sum, token, size)  # (n, I)
-            else:
-                grad_inner = _linear(grad_rows, down_weight[expert].t())
+            low = low_down = rows_mask = inner_mask = None
             if lora is not None:
-                grad_low_down = _linear(grad_rows, factors.down_b.t()).mul_(lora.scaling)  # (n, R)
-                if ctx.dropout:
-                    inner_mask = dropout(torch.ones_like(gate))[0]
-                    grad_inner += _linear(grad_low_down, factors.down_a.t()).mul_(inner_mask)
+                factors, rows_mask = lora.of(expert), masks.draw(rows)
+                if recompute:
+                    low = _low_rank(rows, factors.gate_up_a, scaling, rows_mask)  # (n, 2R)
                 else:
-                    grad_inner = _add_linear(grad_inner, grad_low_down, factors.down_a.t())
-            inner, grad_gate, grad_up, grad_weight = _swiglu_backward(grad_inner, gate, up, _pad(weight, size))
+                    low, low_down = next(kept), next(kept)
+                if shared or recompute:
+                    gate, up = _add_low_rank(gate, up, low, factors)
+                inner_mask = masks.draw(gate)
+
+            # Through the down projection and SwiGLU, first per unit of routing weight.
+            grad_rows = _take(grad_output, token, scratch("grad_rows", size, hidden))  # (n, H)
+            if shared:
+                grad_inner = _take(grad_inner_sum, token, scratch("grad_inner", size, inner_size))  # (n, I)
+            else:
+                grad_inner = _linear(grad_rows, frozen.down[expert].t())
+            if lora is not None:
+                grad_low_down = _linear(grad_rows, factors.down_b.t()).mul_(scaling)  # (n, R)
+                grad_inner = _add_masked(grad_inner, grad_low_down, factors.down_a.t(), inner_mask)
+            weight = F.pad(weight, (0, 0, 0, size - weight.shape[0]))
+            inner, grad_gate, grad_up, grad_weight = _swiglu_backward(
+                grad_inner,
+                gate,
+                up,
+                weight,
+                inner=scratch("inner", size, inner_size),
+                grad_up=up if shared or recompute else scratch("grad_up", size, inner_size),
+            )
             grad_weights.append(grad_weight[: token.shape[0]])
 
-            # Gate and up.
-            grad_low = None
+            # To LoRA.
             if lora is not None:
-                if ctx.dropout:
-                    inner *= inner_mask
                 if low_down is None:
-                    low_down = _linear(inner, factors.down_a).mul_(lora.scaling)
-                grads, weight = grad_lora.of(expert), _pad(weight, size)
-                low_gate, low_up = (half.contiguous() for half in low.chunk(2, dim=1))
-                grads.down_b.copy_(_outer(low_down * weight, grad_rows).t())
-                grads.down_a.copy_(_outer(grad_low_down * weight, inner))
-                grads.gate_b.copy_(_outer(low_gate, grad_gate).t())
-                grads.up_b.copy_(_outer(low_up, grad_up).t())
+                    low_down = _low_rank(inner, factors.down_a, scaling, inner_mask)
+                low_gate, low_up = low.chunk(2, dim=1)
                 grad_low = torch.cat([_linear(grad_gate, factors.gate_b.t()), _linear(grad_up, factors.up_b.t())], 1)
-                grad_low.mul_(lora.scaling)  # (n, 2R)
-                grads.gate_up_a.copy_(_outer(grad_low, dropped_rows))
-            grad_rows = None
+                grad_low.mul_(scaling)  # (n, 2R)
+                grad = grads.of(expert)
+                grad.down_b.copy_(_outer(low_down * weight, grad_rows).t())
+                grad.down_a.copy_(_outer(grad_low_down * weight, _masked(inner, inner_mask)))
+                grad.gate_b.copy_(_outer(low_gate.contiguous(), grad_gate).t())
+                grad.up_b.copy_(_outer(low_up.contiguous(), grad_up).t())
+                grad.gate_up_a.copy_(_outer(grad_low, _masked(rows, rows_mask)))
+
+            # To the tokens.
             if shared:
                 _put(grad_base_gate, token, grad_gate)
                 _put(grad_base_up, token, grad_up)
+                grad_rows = grad_rows.zero_() if lora is not None else None
             else:
-                grad_rows = _linear(grad_gate, gate_weight[expert].t())
-                grad_rows = _add_linear(grad_rows, grad_up, up_weight[expert].t())
+                grad_rows = _linear(grad_gate, frozen.gate[expert].t())
+                grad_rows = _add_linear(grad_rows, grad_up, frozen.up[expert].t())
             if lora is not None:
-                if rows_mask is not None or grad_rows is None:
-                    low_part = _linear(grad_low, factors.gate_up_a.t())
-                    low_part = low_part if rows_mask is None else low_part.mul_(rows_mask)
-                    grad_rows = low_part if grad_rows is None else grad_rows.add_(low_part)
-                else:
-                    grad_rows = _add_linear(grad_rows, grad_low, factors.gate_up_a.t())
+                grad_rows = _add_masked(grad_rows, grad_low, factors.gate_up_a.t(), rows_mask)
             if grad_rows is not None:
                 _put(grad_tokens, token, grad_rows)
         if shared:
-            grad_tokens = _add_linear(grad_tokens, grad_base_gate, gate_weight.t())
-            grad_tokens = _add_linear(grad_tokens, grad_base_up, up_weight.t())
-        grad_of_row = torch.empty_like(weights).reshape(-1)
-        grad_of_row[order] = torch.cat(grad_weights) if grad_weights else grad_of_row
-        factors = (None,) * 4 if lora is None else grad_lora[:4]
-        return grad_tokens, grad_of_row.view_as(weights), None, None, None, None, *factors, None
+            grad_tokens = _add_linear(grad_tokens, grad_base_gate, frozen.gate.t())
+            grad_tokens = _add_linear(grad_tokens, grad_base_up, frozen.up.t())
+        grad_routing = torch.empty_like(weights)
+        if grad_weights:
+            grad_routing.view(-1)[order] = torch.cat(grad_weights)
+        return grad_tokens, grad_routing, *(None,) * 4, *((None,) * 4 if grads is None else grads[:4]), None
 
 
 # Rows
 
 
-def _take(source: torch.Tensor, rows: torch.Tensor, size: int) -> torch.Tensor:
-    """`(size, width)`: the rows named by `rows` `(n,)`, then rows of zeros, which stay zero in every product."""
-    taken = source.new_empty(size, source.shape[1])
-    torch.index_select(source, 0, rows, out=taken[: rows.shape[0]])
-    taken[rows.shape[0] :].zero_()
-    return taken
+def _take(source: torch.Tensor, rows: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    """`out`, filled with the rows of `source` named by `rows` `(n,)`, then with zeros: they stay zero throughout."""
+    if rows is None:
+        return out.copy_(source)
+    torch.index_select(source, 0, rows, out=out[: rows.shape[0]])
+    out[rows.shape[0] :].zero_()
+    return out
 
 
-def _put(target: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-    """Adds `values` `(size, width)`, overwritten, times `weights` `(n, 1)` to the named rows; no row is named twice."""
+def _put(
+    target: torch.Tensor, rows: torch.Tensor | None, values: torch.Tensor, weights: torch.Tensor | None = None
+) -> None:
+    """Adds `values` `(size, width)`, overwritten, times `weights` `(n, 1)` to the named rows, each named once."""
+    if rows is None:
+        target.addcmul_(values, weights)
+        return
     values = values[: rows.shape[0]]
     target.index_add_(0, rows, values if weights is None else values.mul_(weights))
 
 
-def _pad(column: torch.Tensor, size: int) -> torch.Tensor:
-    return F.pad(column, (0, 0, 0, size - column.shape[0]))
+def _masked(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return rows if mask is None else rows * mask
+
+
+# LoRA
+
+
+def _low_rank(rows: torch.Tensor, first: torch.Tensor, scaling: float, mask: torch.Tensor | None) -> torch.Tensor:
+    """Rows after dropout and LoRA's first factor, scaled: `(n, R)` or `(n, 2R)`."""
+    return _linear(_masked(rows, mask), first).mul_(scaling)
+
+
+def _add_low_rank(gate, up, low, factors: _ExpertLora) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate and up `(n, I)`, which may be overwritten, with LoRA's part; `low` `(n, 2R)` holds both low-rank rows."""
+    low_gate, low_up = (half.contiguous() for half in low.chunk(2, dim=1))
+    return _add_linear(gate, low_gate, factors.gate_b), _add_linear(up, low_up, factors.up_b)
+
+
+def _add_masked(base: torch.Tensor, low: torch.Tensor, first: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """`base`, which may be overwritten, plus a gradient that goes back through LoRA's first factor and dropout."""
+    if mask is None:
+        return _add_linear(base, low, first)
+    return base.add_(_linear(low, first).mul_(mask))
 
 
 # Products. Weights follow the rows' dtype, which differs from theirs under autocast only.
@@ -385,7 +417,7 @@ def _linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _add_linear(base: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`base + rows @ weight.T`; `base` may be overwritten."""
     weight = weight.to(rows.dtype)
-    if _prefers_onednn(rows, weight):
+    if rows.shape[1] >= 16 and _prefers_onednn(rows, weight):
         return torch.ops.mkldnn._linear_pointwise.binary(rows, base, weight, None, "add")
     return base.addmm_(rows, weight.t())
 
@@ -396,12 +428,11 @@ def _outer(narrow: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
 
 
 def _prefers_onednn(rows: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Float32 on a CPU with AVX-512, where MKL may take its AVX2 kernels; small products are cheaper to call in MKL."""
+    """Float32 on a CPU with AVX-512, where MKL may take its AVX2 kernels; MKL is the quicker to call for small ones."""
     return (
         rows.dtype == torch.float32
         and rows.device.type == "cpu"
-        and rows.shape[0] * weight.numel() > 1_000_000
-        and min(weight.shape) >= 16
+        and (rows.shape[0] * weight.numel() > 4_000_000 or (rows.shape[0] <= FEW_TOKENS and weight.numel() > 100_000))
         and torch.backends.mkldnn.enabled
         and _has_onednn_linear()
     )
@@ -430,43 +461,51 @@ def _has_onednn_linear() -> bool:
 
 
 def _blocks(rows: torch.Tensor) -> Iterator[slice]:
-    """On a CPU 64 rows at a time, so that what one pass writes the next one finds in the cache."""
-    step = 64 if rows.device.type == "cpu" else max(rows.shape[0], 1)
-    return (slice(start, start + step) for start in range(0, rows.shape[0], step))
+    """On a CPU so many rows at a time that what one pass writes the next one finds in the cache."""
+    count, width = rows.shape
+    step = max(1, CACHED_BYTES // (width * rows.element_size())) if rows.device.type == "cpu" else max(1, count)
+    return (slice(start, start + step) for start in range(0, count, step))
 
 
-def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """`silu(gate) * up`."""
-    inner = torch.empty_like(gate)
+def _swiglu(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`out`, filled with `silu(gate) * up`."""
     for block in _blocks(gate):
-        torch.ops.aten.silu.out(gate[block], out=inner[block]).mul_(up[block])
-    return inner
+        torch.ops.aten.silu.out(gate[block], out=out[block]).mul_(up[block])
+    return out
 
 
 def _swiglu_backward(
-    grad_inner: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, weights: torch.Tensor
+    grad_inner: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    weights: torch.Tensor,
+    inner: torch.Tensor,
+    grad_up: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Args:
         grad_inner (`torch.Tensor` of shape `(n, I)`): Gradient per unit of routing weight; overwritten.
         gate, up (`torch.Tensor` of shape `(n, I)`): As in forward.
         weights (`torch.Tensor` of shape `(n, 1)`): Routing weights.
+        inner (`torch.Tensor` of shape `(n, I)`): Filled with `silu(gate) * up`.
+        grad_up (`torch.Tensor` of shape `(n, I)`): Filled with the gradient of `up`, and may be `up`.
 
     Returns:
-        `tuple(torch.Tensor)`: *inner* `(n, I)`, gradients of *gate* and *up* `(n, I)`, and of the *weights* `(n,)`.
+        `tuple(torch.Tensor)`: *inner*, gradients of *gate* (in the memory of `grad_inner`) and *up* `(n, I)`, and of
+        the *weights* `(n,)`.
     """
-    inner, grad_gate, grad_up = (torch.empty_like(gate) for _ in range(3))
     grad_weights = gate.new_empty(gate.shape[0])
     for block in _blocks(gate):
-        g, u, grad, out_gate, out_up = gate[block], up[block], grad_inner[block], grad_gate[block], grad_up[block]
-        torch.ops.aten.silu.out(g, out=out_up)
-        torch.mul(out_up, u, out=inner[block])
-        torch.mul(grad, inner[block], out=out_gate)
-        torch.sum(out_gate, 1, out=grad_weights[block])
+        g, u, grad, inner_block = gate[block], up[block], grad_inner[block], inner[block]
+        activated = F.silu(g)
+        torch.mul(activated, u, out=inner_block)
+        product = grad * inner_block
+        torch.sum(product, 1, out=grad_weights[block])
         grad.mul_(weights[block])
-        out_up.mul_(grad)
-        torch.ops.aten.silu_backward.grad_input(grad.mul_(u), g, grad_input=out_gate)
-    return inner, grad_gate, grad_up, grad_weights
+        torch.mul(grad, u, out=product)
+        torch.mul(grad, activated, out=grad_up[block])
+        torch.ops.aten.silu_backward.grad_input(product, g, grad_input=grad)
+    return inner, grad_inner, grad_up, grad_weights
 
 
 __all__ = ["FEW_TOKENS", "FrozenWeights", "LoraFactors", "segmented_experts"]
