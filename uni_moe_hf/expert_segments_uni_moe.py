@@ -47,6 +47,7 @@ class LoraFactors(NamedTuple):
     scaling: float
 
     def of(self, expert: int) -> "_ExpertLora":
+        """One expert's factors."""
         gate_b, up_b = self.gate_up_b[expert].chunk(2)
         return _ExpertLora(self.gate_up_a[expert], gate_b, up_b, self.down_a[expert], self.down_b[expert])
 
@@ -93,17 +94,16 @@ def segmented_experts(
         settings = (num_experts, scaling, dropout, recompute)
         return _SegmentedExperts.apply(tokens, weights, index, *frozen, *factors, settings)
     if tokens.shape[0] <= FEW_TOKENS:
-        segments = _few_segments(index, weights)
-    else:
-        segments = _cut(*_sort_by_expert(index, num_experts), index, weights)
+        return _run_few(tokens, weights, index, frozen, lora)
+    segments = _cut(*_sort_by_expert(index, num_experts), index, weights)
     return _run_segments(tokens, segments, frozen, lora, _Masks(0.0), keep=False)[0]
 
 
 class _Segment(NamedTuple):
-    """The routed rows of one expert: their tokens `(n,)` (`None`: the only one), weights `(n, 1)`, size with padding."""
+    """The routed rows of one expert: their tokens `(n,)` and weights `(n, 1)`; `size` rows with padding."""
 
     expert: int
-    tokens: torch.Tensor | None
+    tokens: torch.Tensor
     weights: torch.Tensor
     size: int
 
@@ -125,19 +125,6 @@ def _cut(order: torch.Tensor, counts: list[int], index: torch.Tensor, weights: t
             segments.append(_Segment(expert, token_of_row[rows], weight_of_row[rows], _padded(count, weights)))
             start += count
     return segments
-
-
-def _few_segments(index: torch.Tensor, weights: torch.Tensor) -> list[_Segment]:
-    """As [`_cut`] for a few tokens: sorting a handful of numbers with tensors costs more than the experts."""
-    flat, top_k = weights.reshape(-1, 1), index.shape[1]
-    experts = index.reshape(-1).tolist()
-    if index.shape[0] == 1 and len(set(experts)) == top_k:
-        return [_Segment(expert, None, flat[slot : slot + 1], 1) for slot, expert in enumerate(experts)]
-    slots_of = {}
-    for slot, expert in enumerate(experts):
-        slots_of.setdefault(expert, []).append(slot)
-    tokens = torch.arange(index.shape[0], device=index.device).repeat_interleave(top_k)
-    return [_Segment(expert, tokens[slots], flat[slots], len(slots)) for expert, slots in slots_of.items()]
 
 
 def _padded(count: int, like: torch.Tensor) -> int:
@@ -222,6 +209,53 @@ def _run_segments(
                 _put(output, token, _linear(low_down, factors.down_b), weight)
             _put(inner_sum, token, inner, weight)
     return (_add_linear(output, inner_sum, frozen.down) if shared else output), kept
+
+
+def _run_few(
+    tokens: torch.Tensor,
+    weights: torch.Tensor,
+    index: torch.Tensor,
+    frozen: FrozenWeights,
+    lora: LoraFactors | None,
+) -> torch.Tensor:
+    """
+    [`_run_segments`] for a few tokens, without gradients. Decoding costs what reading weights costs, plus the calls:
+    nothing is sorted, padded or kept, and a single token is not gathered either.
+    """
+    shared, single, top_k = frozen.down.dim() == 2, tokens.shape[0] == 1, index.shape[1]
+    slots_of = {}
+    for slot, expert in enumerate(index.reshape(-1).tolist()):
+        slots_of.setdefault((expert, slot) if single else (expert, None), []).append(slot)
+    output, weights = torch.zeros_like(tokens), weights.reshape(-1, 1)
+    if shared:
+        base_gate, base_up = _linear(tokens, frozen.gate), _linear(tokens, frozen.up)  # (N, I)
+        inner_sum = torch.zeros_like(base_gate)
+    for (expert, _), slots in slots_of.items():
+        if single:
+            rows, weight = tokens, weights[slots[0] : slots[0] + 1]
+        else:
+            token = torch.tensor([slot // top_k for slot in slots], device=tokens.device)
+            rows, weight = tokens[token], weights[slots]
+        if not shared:
+            gate, up = _linear(rows, frozen.gate[expert]), _linear(rows, frozen.up[expert])  # (n, I)
+        else:
+            gate, up = (base_gate, base_up) if single else (base_gate[token], base_up[token])
+        if lora is not None:
+            factors = lora.of(expert)
+            low_gate, low_up = F.linear(rows, factors.gate_up_a).chunk(2, dim=1)  # (n, R)
+            gate = torch.addmm(gate, low_gate, factors.gate_b.t(), alpha=lora.scaling)
+            up = torch.addmm(up, low_up, factors.up_b.t(), alpha=lora.scaling)
+        inner = F.silu(gate).mul_(up)
+        sums = [(inner_sum, inner)] if shared else [(output, _linear(inner, frozen.down[expert]))]
+        if lora is not None:
+            low = F.linear(F.linear(inner, factors.down_a), factors.down_b)  # (n, H)
+            sums.append((output, low.mul_(lora.scaling)))
+        for target, values in sums:
+            if single:
+                target.addcmul_(values, weight)
+            else:
+                target.index_add_(0, token, values * weight)
+    return _add_linear(output, inner_sum, frozen.down) if shared else output
 
 
 class _SegmentedExperts(torch.autograd.Function):
@@ -358,22 +392,15 @@ class _SegmentedExperts(torch.autograd.Function):
 # Rows
 
 
-def _take(source: torch.Tensor, rows: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+def _take(source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """`out`, filled with the rows of `source` named by `rows` `(n,)`, then with zeros: they stay zero throughout."""
-    if rows is None:
-        return out.copy_(source)
     torch.index_select(source, 0, rows, out=out[: rows.shape[0]])
     out[rows.shape[0] :].zero_()
     return out
 
 
-def _put(
-    target: torch.Tensor, rows: torch.Tensor | None, values: torch.Tensor, weights: torch.Tensor | None = None
-) -> None:
+def _put(target: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:
     """Adds `values` `(size, width)`, overwritten, times `weights` `(n, 1)` to the named rows, each named once."""
-    if rows is None:
-        target.addcmul_(values, weights)
-        return
     values = values[: rows.shape[0]]
     target.index_add_(0, rows, values if weights is None else values.mul_(weights))
 
@@ -408,7 +435,7 @@ def _add_masked(base: torch.Tensor, low: torch.Tensor, first: torch.Tensor, mask
 
 def _linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`rows @ weight.T`."""
-    weight = weight.to(rows.dtype)
+    weight = weight if weight.dtype == rows.dtype else weight.to(rows.dtype)
     if _prefers_onednn(rows, weight):
         return torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
     return F.linear(rows, weight)
@@ -416,7 +443,7 @@ def _linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _add_linear(base: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`base + rows @ weight.T`; `base` may be overwritten."""
-    weight = weight.to(rows.dtype)
+    weight = weight if weight.dtype == rows.dtype else weight.to(rows.dtype)
     if rows.shape[1] >= 16 and _prefers_onednn(rows, weight):
         return torch.ops.mkldnn._linear_pointwise.binary(rows, base, weight, None, "add")
     return base.addmm_(rows, weight.t())
@@ -428,7 +455,7 @@ def _outer(narrow: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
 
 
 def _prefers_onednn(rows: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Float32 on a CPU with AVX-512, where MKL may take its AVX2 kernels; MKL is the quicker to call for small ones."""
+    """Float32 on a CPU with AVX-512, where MKL may take its AVX2 kernels; small ones are quicker to call in MKL."""
     return (
         rows.dtype == torch.float32
         and rows.device.type == "cpu"
