@@ -13,7 +13,7 @@ Letters: N tokens, K experts per token, S = N * K routed rows, E experts, H hidd
 of one expert, padding included.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -437,7 +437,7 @@ def _linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`rows @ weight.T`."""
     weight = weight if weight.dtype == rows.dtype else weight.to(rows.dtype)
     if _prefers_onednn(rows, weight):
-        return torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
+        return _onednn_linear()(rows, weight, None, "none", [], "")
     return F.linear(rows, weight)
 
 
@@ -445,7 +445,7 @@ def _add_linear(base: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) ->
     """`base + rows @ weight.T`; `base` may be overwritten."""
     weight = weight if weight.dtype == rows.dtype else weight.to(rows.dtype)
     if rows.shape[1] >= 16 and _prefers_onednn(rows, weight):
-        return torch.ops.mkldnn._linear_pointwise.binary(rows, base, weight, None, "add")
+        return _onednn_linear().binary(rows, base, weight, None, "add")
     return base.addmm_(rows, weight.t())
 
 
@@ -461,27 +461,31 @@ def _prefers_onednn(rows: torch.Tensor, weight: torch.Tensor) -> bool:
         and rows.device.type == "cpu"
         and (rows.shape[0] * weight.numel() > 4_000_000 or (rows.shape[0] <= FEW_TOKENS and weight.numel() > 100_000))
         and torch.backends.mkldnn.enabled
-        and _has_onednn_linear()
+        and _onednn_linear() is not None
     )
 
 
 @cache
-def _has_onednn_linear() -> bool:
-    """Whether the private operator is there and gives what the public ones give, tried once per process."""
+def _onednn_linear() -> Callable | None:
+    """
+    Torch's private operator for `rows @ weight.T` through oneDNN, tried once per process against the public ones.
+
+    Public is only `torch.set_float32_matmul_precision("medium")`, for the whole process, and on AMX it means bf16.
+    """
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
+        return None
     generator = torch.Generator().manual_seed(0)
     rows, weight, base = (torch.randn(*shape, generator=generator) for shape in ((24, 48), (32, 48), (24, 32)))
-    expected = rows @ weight.T
     try:
         operator = torch.ops.mkldnn._linear_pointwise
         plain = operator(rows, weight, None, "none", [], "")
-        turned = operator(rows, weight.T.contiguous().T, None, "none", [], "")
+        turned = operator(rows, weight.t().contiguous().t(), None, "none", [], "")
         added = operator.binary(rows, base, weight, None, "add")
     except (AttributeError, RuntimeError, TypeError):
-        return False
+        return None
+    expected = rows @ weight.t()
     pairs = ((plain, expected), (turned, expected), (added, base + expected))
-    return all(torch.allclose(actual, wanted, atol=1e-4) for actual, wanted in pairs)
+    return operator if all(torch.allclose(actual, wanted, atol=1e-4) for actual, wanted in pairs) else None
 
 
 # SwiGLU
