@@ -9,6 +9,7 @@ import pytest
 import soundfile
 from safetensors.numpy import load_file
 from tiny import tone
+from transformers.audio_utils import spectrogram, window_function
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from uni_moe_hf import UniMoEFeatureExtractor
@@ -43,6 +44,45 @@ def test_filterbank_equals_the_original(extractor, golden, clip):
     fbank = extractor.kaldi_fbank(waveform)
     assert fbank.dtype == np.float32
     np.testing.assert_allclose(fbank, golden[f"{clip}/fbank_normalized"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.013, 0.5, 0.9875, 0.99, 1.0])
+def test_log_mel_equals_that_of_the_library_in_float64(extractor, seconds):
+    """1e-5, on windows that zeros extend by any amount; the library's own float32 path is as far off."""
+    clip = noise(int(seconds * RATE))
+    padded = np.pad(clip, (0, RATE - len(clip)))
+    expected = extractor._np_extract_fbank_features(padded[None], "cpu")[0]
+    np.testing.assert_allclose(extractor(speech=clip)["input_features"][0], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("samples", [1, 159, 160, 161, 401, 9000, RATE - 1, RATE])
+def test_filterbank_equals_that_of_the_library_in_float64(extractor, samples):
+    """1e-4, on windows that their last sample extends by any amount."""
+    clip = noise(samples)
+    padded = np.pad(clip, (0, RATE - samples), mode="edge").astype(np.float64)
+    energies = spectrogram(
+        padded * 2**15,
+        window_function(400, "povey", periodic=False),
+        frame_length=400,
+        hop_length=160,
+        fft_length=512,
+        power=2.0,
+        center=False,
+        preemphasis=0.97,
+        remove_dc_offset=True,
+        mel_filters=extractor._fbank_filters.double().numpy(),
+        log_mel="log",
+        mel_floor=1.192092955078125e-07,
+    )
+    expected = (energies.T - extractor.fbank_mean) / (2 * extractor.fbank_std)
+    np.testing.assert_allclose(extractor(audio=clip)["input_values"][0], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.3, -0.7])
+def test_a_constant_has_no_energy_in_the_filterbank(extractor, level):
+    values = extractor(audio=np.full(RATE // 2, level, dtype=np.float32))["input_values"][0]
+    silence = (np.log(1.192092955078125e-07) - extractor.fbank_mean) / (2 * extractor.fbank_std)
+    np.testing.assert_allclose(values, silence, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("picture", ["square", "tall", "wide"])

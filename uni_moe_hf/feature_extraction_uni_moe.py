@@ -9,10 +9,21 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from transformers import BatchFeature, WhisperFeatureExtractor
-from transformers.audio_utils import mel_filter_bank, window_function
+from transformers.audio_utils import mel_filter_bank
 
 from .media_uni_moe import check_waveform
+
+
+# The smallest energy that Kaldi takes the logarithm of: float32's epsilon.
+FBANK_FLOOR = 1.192092955078125e-07
+
+
+def _power(spectrum: torch.Tensor) -> torch.Tensor:
+    """Squared magnitudes; `abs` would take a root first."""
+    return spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
 
 
 class UniMoEFeatureExtractor(WhisperFeatureExtractor):
@@ -105,8 +116,11 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
             data["input_values_mask"] = np.stack([self._frame_mask(window) for window in windows])
         if speech is not None:
             windows = self._windows(speech, "speech", self.max_speech_windows)
-            log_mel = super().__call__(windows, sampling_rate=self.sampling_rate, return_tensors="np")
-            data["input_features"] = log_mel["input_features"]
+            if self.dither:
+                features = super().__call__(windows, sampling_rate=self.sampling_rate, return_tensors="np")
+                data["input_features"] = features["input_features"]
+            else:
+                data["input_features"] = np.stack([self._log_mel(window) for window in windows])
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _windows(self, clips: np.ndarray | list[np.ndarray], kind: str, max_windows: int | None) -> list[np.ndarray]:
@@ -137,13 +151,30 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
             ]
         return windows
 
+    def _log_mel(self, window: np.ndarray) -> np.ndarray:
+        """
+        `(feature_size, mel_frames)` log-mel of a window, as [`WhisperFeatureExtractor`] gives it for one extended by
+        zeros. Frames that hold nothing but these zeros are known beforehand.
+        """
+        half, hop = self.n_fft // 2, self.hop_length
+        count = min(self.nb_max_frames, 1 + (len(window) + half - 1) // hop)  # frames that reach a sample
+        waveform = torch.from_numpy(np.ascontiguousarray(window, dtype=np.float32))
+        waveform = F.pad(waveform, (0, self.n_samples - len(window)))
+        waveform = F.pad(waveform[None], (half, half), mode="reflect")[0]
+        frames = waveform.unfold(0, self.n_fft, hop)[:count] * torch.hann_window(self.n_fft)
+        power = _power(torch.fft.rfft(frames))  # (count, n_fft // 2 + 1)
+        log_mel = torch.full((self.nb_max_frames, self.feature_size), 1e-10)
+        torch.mm(power, torch.from_numpy(self.mel_filters).float(), out=log_mel[:count])
+        log_mel = log_mel.clamp_(min=1e-10).log10_()
+        return torch.maximum(log_mel, log_mel.max() - 8.0).add_(4.0).div_(4.0).t().numpy()
+
     @cached_property
-    def _fbank_filters(self) -> np.ndarray:
+    def _fbank_filters(self) -> torch.Tensor:
         """`(257, num_audio_mel_bins)` Kaldi mel filters."""
         with warnings.catch_warnings():
             # 128 bins over 512 points leave the lowest filters empty, in Kaldi and in BEATs' training alike.
             warnings.filterwarnings("ignore", message="At least one mel filter has all zero values")
-            return mel_filter_bank(
+            filters = mel_filter_bank(
                 num_frequency_bins=257,
                 num_mel_filters=self.num_audio_mel_bins,
                 min_frequency=20.0,
@@ -153,11 +184,21 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
                 mel_scale="kaldi",
                 triangularize_in_mel_space=True,
             )
+        return torch.from_numpy(filters).float()
 
     def _fbank(self, window: np.ndarray) -> np.ndarray:
-        """`(frames, num_audio_mel_bins)` normalised Kaldi filterbank of a window, extended by its last sample."""
-        window = np.pad(window, (0, self.n_samples - len(window)), mode="edge")
-        return self.kaldi_fbank(window)
+        """
+        `(frames, num_audio_mel_bins)` normalised Kaldi filterbank of a window, extended by its last sample. Frames of
+        nothing but that sample hold no energy.
+        """
+        frames = 1 + (self.n_samples - 400) // 160
+        count = min(frames, -(-len(window) // 160))  # frames that reach a sample
+        end = 160 * (count - 1) + 400
+        window = np.pad(window[:end], (0, max(0, end - len(window))), mode="edge")
+        silence = (np.log(FBANK_FLOOR) - self.fbank_mean) / (2 * self.fbank_std)
+        fbank = np.full((frames, self.num_audio_mel_bins), silence, dtype=np.float32)
+        fbank[:count] = self.kaldi_fbank(window)
+        return fbank
 
     def kaldi_fbank(self, waveform: np.ndarray) -> np.ndarray:
         """
@@ -168,14 +209,16 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
             `np.ndarray` of shape `(frames, num_audio_mel_bins)`, float32: log energies of 25 ms frames every 10 ms, as
             `torchaudio.compliance.kaldi.fbank` gives them, normalised by BEATs' constants.
         """
-        # As `spectrogram(preemphasis=0.97, remove_dc_offset=True, ...)` of the library, which takes frames one by one.
-        frames = np.lib.stride_tricks.sliding_window_view(waveform.astype(np.float64) * 2**15, 400)[::160]
-        frames = frames - frames.mean(axis=1, keepdims=True)  # (frames, 400)
-        previous = np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
-        frames = (frames - 0.97 * previous) * window_function(400, "povey", periodic=False)
-        power = np.abs(np.fft.rfft(frames, n=512)) ** 2  # (frames, 257)
-        fbank = np.log(np.maximum(power @ self._fbank_filters, 1.192092955078125e-07))  # (frames, mel bins)
-        return ((fbank - self.fbank_mean) / (2 * self.fbank_std)).astype(np.float32)
+        frames = torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32)).unfold(0, 400, 160)
+        # The mean of equal samples must be exactly that sample: their frame has no energy, not a trace of it.
+        frames = frames - frames.mean(dim=1, keepdim=True, dtype=torch.float64).float()  # (frames, 400)
+        emphasised = torch.empty_like(frames)
+        torch.sub(frames[:, 1:], frames[:, :-1], alpha=0.97, out=emphasised[:, 1:])
+        torch.mul(frames[:, 0], 1 - 0.97, out=emphasised[:, 0])
+        window = 2**15 * torch.hann_window(400, periodic=False).pow(0.85)  # Povey's, on 16-bit samples
+        power = _power(torch.fft.rfft(emphasised.mul_(window), n=512))  # (frames, 257)
+        fbank = torch.mm(power, self._fbank_filters).clamp_(min=FBANK_FLOOR).log_()
+        return fbank.sub_(self.fbank_mean).div_(2 * self.fbank_std).numpy()
 
     def _frame_mask(self, window: np.ndarray) -> np.ndarray:
         """`(frames,)` 1 where a frame holds a real sample, by BEATs' own arithmetic: equal runs of samples."""

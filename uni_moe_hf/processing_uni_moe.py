@@ -17,7 +17,7 @@ from transformers.processing_utils import MultiModalData
 from transformers.utils import logging
 
 from .configuration_uni_moe import MODALITIES
-from .media_uni_moe import from_base64, load_frames, load_image, load_waveform
+from .media_uni_moe import from_base64, load_frames, load_image, load_waveform, shrink_to_centre
 
 
 logger = logging.get_logger(__name__)
@@ -256,7 +256,7 @@ class UniMoEProcessor(ProcessorMixin):
         rate = self.feature_extractor.sampling_rate
         if clips.get("image"):
             images = [self._framed(load_image(image)) for image in clips["image"]]
-            data["pixel_values"] = self.image_processor(images, **image_kwargs)["pixel_values"]
+            data["pixel_values"] = self._pixels(images, image_kwargs)
             num_tokens["image"] = [self.image_seq_length] * len(images)
         if clips.get("video"):
             video_kwargs = {**image_kwargs, **kwargs["videos_kwargs"], "return_tensors": "np"}
@@ -265,7 +265,7 @@ class UniMoEProcessor(ProcessorMixin):
             video_kwargs = {name: value for name, value in video_kwargs.items() if name in known}
             videos = [load_frames(video, num_frames) for video in clips["video"]]
             frames = [self._framed(frame) for frame in chain.from_iterable(videos)]
-            pixel_values = np.asarray(self.image_processor(frames, **video_kwargs)["pixel_values"])
+            pixel_values = self._pixels(frames, video_kwargs)
             data["pixel_values_videos"] = pixel_values.reshape(len(videos), num_frames, *pixel_values.shape[1:])
             num_tokens["video"] = [self._num_video_tokens(num_frames)] * len(videos)
         for modality, per_window in (("audio", self.num_audio_query_tokens), ("speech", self.num_speech_query_tokens)):
@@ -300,6 +300,34 @@ class UniMoEProcessor(ProcessorMixin):
         canvas = Image.new(image.mode, (side, side), colour)
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return canvas
+
+    def _pixels(self, images: list, kwargs: dict) -> np.ndarray:
+        """
+        `(num_images, 3, height, width)` as the image processor gives them.
+
+        The usual way, CLIP's with Pillow, passes over every pixel six times; resizing and one affine map give the same.
+        """
+        processor = self.image_processor
+        steps = ("resize", "center_crop", "rescale", "normalize", "convert_rgb")
+        usual = (
+            type(processor).__name__ == "CLIPImageProcessorPil"
+            and set(kwargs) == {"return_tensors"}
+            and all(getattr(processor, f"do_{step}") for step in steps)
+            and processor.size.shortest_edge is not None
+            and processor.size.longest_edge is None
+            and max(processor.crop_size.height, processor.crop_size.width) <= processor.size.shortest_edge
+        )
+        if not usual:
+            return np.asarray(processor(images, **kwargs)["pixel_values"])
+        height, width = processor.crop_size.height, processor.crop_size.width
+        mean, std = (np.asarray(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+        scale, shift = (processor.rescale_factor / std).astype(np.float32), (-mean / std).astype(np.float32)
+        pixels = np.empty((len(images), 3, height, width), dtype=np.float32)
+        for image, out in zip(images, pixels, strict=True):
+            centre = shrink_to_centre(image, processor.size.shortest_edge, height, width, processor.resample)
+            np.multiply(centre.transpose(2, 0, 1), scale, out=out)
+            out += shift
+        return pixels
 
     def _check_modality(self, modality: str, count: int) -> None:
         if modality not in self.modalities:
