@@ -8,7 +8,6 @@ half of them. Largest differences are between what the model would get from eith
 """
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -98,9 +97,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     lines = [
-        f"Front ends, {date.today()}, torch {torch.__version__}, {platform.machine()}, 1 thread; {args.repeats} rounds.",
+        f"Front ends, {date.today()}, torch {torch.__version__}, 1 thread, {args.repeats} rounds.",
         "",
-        "| input, and the library's path | library, ms | ours, ms | library / ours (middle half) | largest difference |",
+        "| input, and the library's path | library, ms | ours, ms | library / ours (middle half) | difference |",
         "|---|--:|--:|--:|--:|",
     ]
     for name, library, ours in pairs():

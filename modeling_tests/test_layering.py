@@ -18,7 +18,8 @@ MIDDLE = {"experts_uni_moe", "connectors_uni_moe", "beats_uni_moe"}
 DRAWING = {
     "configuration_uni_moe": set(),
     "quantization_uni_moe": set(),
-    "expert_kernels_uni_moe": {"configuration_uni_moe", "quantization_uni_moe"},
+    "expert_segments_uni_moe": set(),
+    "expert_kernels_uni_moe": {"configuration_uni_moe", "expert_segments_uni_moe", "quantization_uni_moe"},
     "experts_uni_moe": {"configuration_uni_moe", "expert_kernels_uni_moe", "quantization_uni_moe"},
     "connectors_uni_moe": {"configuration_uni_moe"},
     "beats_uni_moe": {"configuration_uni_moe"},
@@ -26,7 +27,8 @@ DRAWING = {
     "feature_extraction_uni_moe": {"configuration_uni_moe", "media_uni_moe"},
     "pipeline_uni_moe": set(),
     "generation_uni_moe": {"configuration_uni_moe"},
-    "modeling_uni_moe": {"configuration_uni_moe", "generation_uni_moe", "pipeline_uni_moe", "quantization_uni_moe"}
+    "modeling_uni_moe": {"configuration_uni_moe", "expert_kernels_uni_moe", "generation_uni_moe", "pipeline_uni_moe"}
+    | {"quantization_uni_moe"}
     | MIDDLE,
     "processing_uni_moe": {"configuration_uni_moe", "feature_extraction_uni_moe", "media_uni_moe"},
 }

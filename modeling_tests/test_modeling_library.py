@@ -81,7 +81,7 @@ def test_kernels_may_be_chosen_for_each_part(model):
 # Experts
 
 
-@pytest.mark.parametrize("route", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("route", ["eager", "auto", "segmented", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("how", ["str", "dict"])
 def test_the_experts_route_may_be_named_when_loading_a_model_with_towers(model, route, how, tmp_path):
     model.save_pretrained(tmp_path)
@@ -98,7 +98,7 @@ def test_the_experts_route_does_not_depend_on_a_llama_made_before():
         LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     )
     model = tiny_model()
-    assert model.model.language_model.config._experts_implementation == "grouped_mm"
+    assert model.model.language_model.config._experts_implementation == "auto"
     model.set_experts_implementation("batched_mm")
     assert model.model.language_model.config._experts_implementation == "batched_mm"
 

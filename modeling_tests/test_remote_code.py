@@ -20,6 +20,7 @@ HUB_FILES = {
     "configuration_uni_moe.py",
     "connectors_uni_moe.py",
     "expert_kernels_uni_moe.py",
+    "expert_segments_uni_moe.py",
     "experts_uni_moe.py",
     "generation_uni_moe.py",
     "modeling_uni_moe.py",

@@ -136,7 +136,7 @@ def _padded(count: int, like: torch.Tensor) -> int:
     """
     if like.device.type != "cpu" or like.dtype == torch.float64:
         return count
-    step = max(8, 1 << max(count.bit_length() - 5, 0))
+    step = max(4, 1 << max(count.bit_length() - 5, 0))
     return -(-count // step) * step
 
 

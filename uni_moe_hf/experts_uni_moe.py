@@ -98,8 +98,8 @@ class UniMoELoraExperts(nn.Module):
     * own base (`shared_expert_base=False`): `gate_up_proj` `(E, 2I, H)`, gate rows first, and `down_proj` `(E, H, I)`;
     * shared base (`shared_expert_base=True`): one [`LlamaMLP`] `base`; an expert is that plus its own LoRA.
 
-    `forward` goes through the route that `experts_implementation` names: "eager" (below), "grouped_mm" or
-    "batched_mm" (`expert_kernels_uni_moe.py`).
+    `forward` goes through the route that `experts_implementation` names: "eager" is below, the others are in
+    `expert_kernels_uni_moe.py`, and "auto", the default, chooses among them.
 
     Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.2; `LlamaMLPLoRA` of
     `Uni_MoE_8e/Uni_MoE_speech/model@f5e82dd` for LoRA inside the experts.
@@ -193,7 +193,8 @@ class UniMoELoraExperts(nn.Module):
         """
         if self.lora is None:
             raise ValueError("These experts hold no LoRA (rank 0 or already merged), so there is nothing to merge.")
-        if is_quantised(self.base.gate_proj.weight if self.shared_base else self.gate_up_proj):
+        frozen = self.base.gate_proj.weight if self.shared_base else self.gate_up_proj
+        if is_quantised(frozen):
             raise ValueError("Quantised experts cannot be merged; load the model without `quantization_config`.")
         gate_up_difference, down_difference = self._lora_difference(self.lora)
         if self.shared_base:
@@ -201,7 +202,7 @@ class UniMoELoraExperts(nn.Module):
             down = self.base.down_proj.weight.expand_as(down_difference)
         else:
             gate_up, down = self.gate_up_proj, self.down_proj
-        trains = gate_up.requires_grad
+        trains = frozen.requires_grad
         self.gate_up_proj = nn.Parameter((gate_up.float() + gate_up_difference).to(gate_up.dtype), trains)
         self.down_proj = nn.Parameter((down.float() + down_difference).to(down.dtype), trains)
         # Kept for `unmerge_lora`, outside the module tree so that saving does not see them.

@@ -351,27 +351,6 @@ def _fetch(url: str, kind: str) -> bytes:
     return bytes(data)
 
 
-def shrink_to_centre(image, short_side: int, height: int, width: int, resample: int) -> np.ndarray:
-    """
-    The pixels that shrinking or enlarging a picture and cropping its centre leave, without those that the crop drops.
-
-    Args:
-        image (`PIL.Image.Image`): RGB.
-        short_side (`int`): Length of its shorter side after resizing; the longer one is rounded down.
-        height, width (`int`): Of the crop, neither larger than `short_side`.
-        resample (`int`): Pillow's filter.
-
-    Returns:
-        `np.ndarray` of shape `(height, width, 3)`, `uint8`: bit for bit what resizing and cropping give.
-    """
-    long_side = int(short_side * max(image.size) / min(image.size))
-    new_width, new_height = (short_side, long_side) if image.width <= image.height else (long_side, short_side)
-    left, top = (new_width - width) // 2, (new_height - height) // 2
-    # Pillow resizes along the width first; columns that fall away need not be resized along the height.
-    image = image.resize((new_width, image.height), resample).crop((left, 0, left + width, image.height))
-    return np.asarray(image.resize((width, new_height), resample))[top : top + height]
-
-
 def from_base64(text: str) -> bytes:
     """
     Args:
@@ -389,12 +368,4 @@ def from_base64(text: str) -> bytes:
         raise ValueError(f"A source of {len(text)} characters is no valid base64 ({error}).") from error
 
 
-__all__ = [
-    "array_to_image",
-    "check_waveform",
-    "from_base64",
-    "load_frames",
-    "load_image",
-    "load_waveform",
-    "shrink_to_centre",
-]
+__all__ = ["array_to_image", "check_waveform", "from_base64", "load_frames", "load_image", "load_waveform"]

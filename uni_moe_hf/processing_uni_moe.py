@@ -17,7 +17,7 @@ from transformers.processing_utils import MultiModalData
 from transformers.utils import logging
 
 from .configuration_uni_moe import MODALITIES
-from .media_uni_moe import from_base64, load_frames, load_image, load_waveform, shrink_to_centre
+from .media_uni_moe import from_base64, load_frames, load_image, load_waveform
 
 
 logger = logging.get_logger(__name__)
@@ -305,7 +305,7 @@ class UniMoEProcessor(ProcessorMixin):
         """
         `(num_images, 3, height, width)` as the image processor gives them.
 
-        The usual way, CLIP's with Pillow, passes over every pixel six times; resizing and one affine map give the same.
+        CLIP's usual way passes over every pixel six times; here resizing and one affine map give the same.
         """
         processor = self.image_processor
         steps = ("resize", "center_crop", "rescale", "normalize", "convert_rgb")
@@ -319,12 +319,16 @@ class UniMoEProcessor(ProcessorMixin):
         )
         if not usual:
             return np.asarray(processor(images, **kwargs)["pixel_values"])
-        height, width = processor.crop_size.height, processor.crop_size.width
+        height, width, side = processor.crop_size.height, processor.crop_size.width, processor.size.shortest_edge
         mean, std = (np.asarray(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
         scale, shift = (processor.rescale_factor / std).astype(np.float32), (-mean / std).astype(np.float32)
         pixels = np.empty((len(images), 3, height, width), dtype=np.float32)
         for image, out in zip(images, pixels, strict=True):
-            centre = shrink_to_centre(image, processor.size.shortest_edge, height, width, processor.resample)
+            long_side = int(side * max(image.size) / min(image.size))
+            new_width, new_height = (side, long_side) if image.width <= image.height else (long_side, side)
+            left, top = (new_width - width) // 2, (new_height - height) // 2
+            centre = image.resize((new_width, new_height), processor.resample)
+            centre = np.asarray(centre.crop((left, top, left + width, top + height)))
             np.multiply(centre.transpose(2, 0, 1), scale, out=out)
             out += shift
         return pixels
