@@ -11,7 +11,7 @@ time. Routing is drawn anew from a skewed router; "fixed" repeats one draw, "cha
 
 (a) dense SwiGLU of equal active FLOPs, `F.linear`; (a*) the same through the fastest product (the limit); (b) the
 original: a loop over PEFT-wrapped layers; (b ckpt) under gradient checkpointing; (c) Mixtral's experts under PEFT's
-`target_parameters`; (d) MixLoRA.
+`target_parameters`; (d) MixLoRA; (e), on a GPU, our layer through torch's grouped kernels.
 """
 
 import argparse
@@ -75,11 +75,12 @@ def cases(device: str) -> list[Case]:
     return listed
 
 
-def candidates(case: Case) -> list[str]:
+def candidates(case: Case, device: str) -> list[str]:
     """Names of what competes in a case."""
+    grouped = ["(e)"] * (device != "cpu")
     if case.kind == "decode":
-        return ["ours, merged"] * (case.storage == "own") + ["ours, live", "(a)", "(b)", "(c)"]
-    names = ["ours"] + ["ours, recompute", "(b ckpt)"] * (case.kind == "train") + ["(a)", "(a*)", "(b)"]
+        return ["ours, merged"] * (case.storage == "own") + ["ours, live", "(a)", "(b)", "(c)"] + grouped
+    names = grouped + ["ours"] + ["ours, recompute", "(b ckpt)"] * (case.kind == "train") + ["(a)", "(a*)", "(b)"]
     return names + (["(c)"] if case.storage == "own" else ["(d)"])
 
 
@@ -113,6 +114,7 @@ class Candidate:
         self.layers = []
         for _ in range(copies):
             experts = layers.ours(shape, expert_activations=recompute).to(device, DTYPES[case.dtype])
+            experts.config._experts_implementation = "grouped_mm" if name == "(e)" else "auto"
             if name == "ours, merged":
                 experts.merge_lora()
                 experts.requires_grad_(False)
@@ -213,7 +215,7 @@ def measure(case: Case, repeats: int, device: str, threads: int) -> dict[str, di
     """For each candidate: seconds of every round, kept and peak memory, largest relative error against (b)."""
     context = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
     workers = {}
-    for name in candidates(case):
+    for name in candidates(case, device):
         here, there = context.Pipe()
         process = context.Process(target=serve, args=(there, case, name, device, threads), daemon=True)
         process.start()
@@ -269,7 +271,7 @@ def lines_of(case: Case, found: dict[str, dict]) -> list[str]:
         for other in ("(a)", "(a*)"):
             cells.append(quotient(mine, found[other]) if other in found else "")
         rival = "(b ckpt)" if name == "ours, recompute" else "(b)"
-        for other in (rival, "(c)", "(d)"):
+        for other in (rival, "(c)", "(d)", "(e)"):
             cells.append(quotient(found[other], mine) if other in found else "")
         cells.append(quotient(mine, mine, "fixed") if case.kind == "changing" else "")
         if "memory" in mine:
@@ -327,11 +329,13 @@ def main() -> None:
     device = processor() if args.device == "cpu" else torch.cuda.get_device_name()
     lines = [
         f"LoRA experts, {date.today()}, torch {torch.__version__}, {device}, {args.threads} thread(s){g}. "
-        f"Top 2; medians over at least {args.repeats} rounds (middle half).",
+        f"Top 2; medians over at least {args.repeats} rounds (middle half). "
+        + "GPU: not run."
+        * (args.device == "cpu"),
         "",
-        "| case | | ms | time / (a) | time / (a*) | (b) / time | (c) / time | (d) / time | changing / fixed "
-        "| kept / peak MiB | kept / peak over (b) | error |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| case | | ms | time / (a) | time / (a*) | (b) / time | (c) / time | (d) / time | (e) / time "
+        "| changing / fixed | kept / peak MiB | kept / peak over (b) | error |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     print("\n".join(lines), flush=True)
     for case in cases(args.device):

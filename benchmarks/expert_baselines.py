@@ -22,7 +22,6 @@ def ours(shape: dict, **fields) -> UniMoELoraExperts:
     """Our experts with random weights; the frozen ones do not learn. All other layers copy theirs."""
     settings = {"num_hidden_layers": 1, "num_attention_heads": 1, "expert_lora_alpha": 2 * shape["expert_lora_rank"]}
     config = UniMoETextConfig(**settings, **shape, **fields)
-    config._experts_implementation = "auto"
     experts = UniMoELoraExperts(config)
     for name, parameter in experts.named_parameters():
         parameter.requires_grad_("lora" in name)

@@ -42,6 +42,9 @@ class MixtureArguments:
     shared_base: bool = field(default=True, metadata={"help": "One frozen network for all experts."})
     layers: str = field(default="all", metadata={"help": "Which layers become sparse: all or even."})
     num_experts_per_tok: int = field(default=2, metadata={"help": "Experts per token."})
+    expert_activations: str = field(
+        default="save", metadata={"help": "What experts keep for backward: save, or recompute for their input alone."}
+    )
     media_root: str | None = field(default=None, metadata={"help": "Folder that paths in the data start from."})
     max_tokens: int | None = field(default=2048, metadata={"help": "Longest row, media included."})
 
@@ -70,6 +73,7 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, mixture: Mixtur
             model.save_pretrained(grown)
             AutoProcessor.from_pretrained(mixture.model_name_or_path).save_pretrained(grown)
     model = UniMoEForConditionalGeneration.from_pretrained(grown)
+    model.config.text_config.expert_activations = mixture.expert_activations
     processor = AutoProcessor.from_pretrained(grown)
     peft_config = prepare_stage(model, "moe")
 

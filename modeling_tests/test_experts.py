@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -571,6 +572,14 @@ def test_autocast_of_segments_gives_the_gradients_of_eager(shared):
         if tensor is not None:
             assert results[1][name].dtype == tensor.dtype, name
             assert (results[1][name] - tensor).abs().max() <= 0.05 * tensor.abs().max(), name
+
+
+@pytest.mark.parametrize("when", ["made", "changed"])
+def test_what_experts_keep_is_save_or_recompute(when):
+    with pytest.raises(StrictDataclassError, match="expert_activations"):
+        if when == "made":
+            make_config(expert_activations="keep")
+        make_config().expert_activations = "keep"
 
 
 # The rule
