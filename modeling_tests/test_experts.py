@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -603,13 +604,26 @@ def test_the_rule_takes_segments_unless_weights_must_be_called_or_learn(shared):
         assert choose_route(wrapped, tokens) == "grouped_mm"
 
 
-def test_the_rule_does_not_look_at_the_number_of_tokens_on_a_cpu_and_gathers_few_elsewhere():
+def test_the_rule_does_not_look_at_the_number_of_tokens_on_a_cpu_and_gathers_few_elsewhere(monkeypatch):
     experts = freeze(make_experts(False, "auto"))
-    few, many = torch.zeros(8, HIDDEN, device="meta"), torch.zeros(9, HIDDEN, device="meta")
+    for question in ("_can_be_segmented", "_has_values"):
+        monkeypatch.setattr(expert_kernels_uni_moe, question, lambda *args: True)
+    few, many = (SimpleNamespace(device=torch.device("cuda"), shape=(count, HIDDEN)) for count in (8, 9))
     assert choose_route(experts, few) == choose_route(experts, many) == "segmented"
     with torch.no_grad():
         assert (choose_route(experts, few), choose_route(experts, many)) == ("batched_mm", "segmented")
         assert choose_route(experts, torch.zeros(1, HIDDEN)) == "segmented"
+
+
+@both_bases
+@pytest.mark.parametrize("count", [1, 50])
+def test_shapes_are_found_without_values(shared, count):
+    """On the meta device and with fake tensors, as size estimates and profilers do."""
+    experts = freeze(make_experts(shared, "auto"))
+    with torch.no_grad():
+        assert copy.deepcopy(experts).to("meta")(*(t.to("meta") for t in routed(count))).shape == (count, HIDDEN)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert experts(*(mode.from_tensor(t) for t in routed(count))).shape == (count, HIDDEN)
 
 
 @both_bases

@@ -3,10 +3,10 @@ How LoRA experts are computed: the routes behind `experts_implementation`.
 
 | name | what it is | chosen by "auto" |
 |---|---|---|
-| "eager" | the readable reference, [`UniMoELoraExperts.forward`] | where no other route can serve: quantised stacks |
-| "segmented" | rows sorted by expert, one dense product after the other, backward written by hand | training; CPU |
+| "eager" | the readable reference, [`UniMoELoraExperts.forward`] | quantised stacks, sizes that no other route takes |
+| "segmented" | rows sorted by expert, one dense product after the other, backward written by hand | elsewhere |
 | "grouped_mm" | one grouped product for all experts, plain autograd | compiled and exported code; bases that train |
-| "batched_mm" | gathered copies of weights, static shapes | up to 8 tokens on an accelerator, without gradients |
+| "batched_mm" | gathered copies of weights, static shapes | on an accelerator up to 8 tokens without gradients; meta |
 
 The choice depends on what is computed, never on timings: a run that is resumed takes the routes that it took.
 
@@ -45,7 +45,9 @@ def choose_route(self: nn.Module, hidden_states: torch.Tensor) -> str:
     Returns:
         `str`: "segmented", "batched_mm" or "grouped_mm" (which hands what it cannot serve on to "eager").
     """
-    if not _can_be_segmented(self):
+    if not torch.compiler.is_compiling() and not _has_values(hidden_states):
+        return "batched_mm"
+    if not _can_be_segmented(self, hidden_states):
         return "grouped_mm"
     if hidden_states.device.type != "cpu" and hidden_states.shape[0] <= FEW_TOKENS and not torch.is_grad_enabled():
         return "batched_mm"
@@ -170,7 +172,7 @@ def segmented_lora_experts_forward(
 
     Arguments and result as in [`grouped_mm_lora_experts_forward`].
     """
-    if not _can_be_segmented(self):
+    if not _can_be_segmented(self, hidden_states):
         return grouped_mm_lora_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     return _segmented(self, hidden_states, top_k_index, top_k_weights)
 
@@ -196,14 +198,14 @@ def _segmented(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
     return output.to(hidden_states.dtype)
 
 
-def _can_be_segmented(self: nn.Module) -> bool:
+def _can_be_segmented(self: nn.Module, hidden_states: torch.Tensor) -> bool:
     """
     Whether the frozen weights are plain tensors that may be read where they lie, and nothing but LoRA learns.
 
-    Not so when compiling (the number of an expert's rows is read), and when a shared base's layers must be *called*:
-    quantised, wrapped by PEFT, offloaded or split.
+    Not so when compiling or on tensors without values (the number of an expert's rows is read), and when a shared
+    base's layers must be *called*: quantised, wrapped by PEFT, offloaded or split.
     """
-    if torch.compiler.is_compiling() or self.config.hidden_act != "silu":
+    if torch.compiler.is_compiling() or not _has_values(hidden_states) or self.config.hidden_act != "silu":
         return False
     if self.shared_base:
         layers = (self.base.gate_proj, self.base.up_proj, self.base.down_proj)
@@ -213,6 +215,11 @@ def _can_be_segmented(self: nn.Module) -> bool:
     else:
         weights = [self.gate_up_proj, self.down_proj]
     return all(type(weight) is nn.Parameter and _is_frozen(weight) for weight in weights)
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    """Not so on the meta device, and for fake tensors, which are a type of their own."""
+    return type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta
 
 
 def _is_hooked(layer: nn.Module) -> bool:

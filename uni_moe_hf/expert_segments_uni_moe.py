@@ -196,9 +196,8 @@ def _run_segments(
             low = _low_rank(rows, factors.gate_up_a, lora.scaling, masks.draw(rows))  # (n, 2R)
             gate, up = _add_low_rank(gate, up, low, factors)
         inner = _swiglu(gate, up, scratch("inner", size, inner_size))
-        low_down = (
-            None if lora is None else _low_rank(inner, factors.down_a, lora.scaling, masks.draw(inner))
-        )  # (n, R)
+        if lora is not None:
+            low_down = _low_rank(inner, factors.down_a, lora.scaling, masks.draw(inner))  # (n, R)
         if keep:
             kept += ([] if shared else [gate, up]) + ([] if lora is None else [low, low_down])
         if not shared:
