@@ -516,6 +516,17 @@ def test_frozen_weights_get_neither_gradients_nor_copies(shared):
 
 
 @both_bases
+@both_activations
+def test_frozen_lora_gets_no_gradients_and_changes_none(shared, activations):
+    experts = freeze(make_experts(shared, "auto", expert_activations=activations))
+    expected = output_and_gradients(experts, *routed())
+    actual = output_and_gradients(copy.deepcopy(experts).requires_grad_(False), *routed())
+    for name in ("output", "tokens", "weights"):
+        assert torch.equal(actual.pop(name), expected[name])
+    assert set(actual.values()) == {None}
+
+
+@both_bases
 def test_a_token_that_overflows_spoils_itself_alone(shared):
     experts = freeze(make_experts(shared, "auto"))
     tokens, index, weights = routed()

@@ -299,7 +299,9 @@ class _SegmentedExperts(torch.autograd.Function):
         _, scaling, dropout, recompute = ctx.settings
         frozen, factors, kept = FrozenWeights(*rest[:3]), rest[3:7], iter(rest[7:])
         lora = None if factors[0] is None else LoraFactors(*factors, scaling)
-        grads = None if lora is None else LoraFactors(*(torch.zeros_like(factor) for factor in factors), scaling)
+        grads = None
+        if any(ctx.needs_input_grad[6:10]):
+            grads = LoraFactors(*(torch.zeros_like(factor) for factor in factors), scaling)
         shared, (hidden, inner_size) = frozen.down.dim() == 2, frozen.down.shape[-2:]
         segments = _cut(order, ctx.counts, index, weights)
         masks, scratch = _Masks(dropout, ctx.seed, tokens.device), _Scratch(tokens, segments)
@@ -355,11 +357,12 @@ class _SegmentedExperts(torch.autograd.Function):
 
             # To LoRA.
             if lora is not None:
+                grad_low = torch.cat([_linear(grad_gate, factors.gate_b.t()), _linear(grad_up, factors.up_b.t())], 1)
+                grad_low.mul_(scaling)  # (n, 2R)
+            if grads is not None:
                 if low_down is None:
                     low_down = _low_rank(inner, factors.down_a, scaling, inner_mask)
                 low_gate, low_up = low.chunk(2, dim=1)
-                grad_low = torch.cat([_linear(grad_gate, factors.gate_b.t()), _linear(grad_up, factors.up_b.t())], 1)
-                grad_low.mul_(scaling)  # (n, 2R)
                 grad = grads.of(expert)
                 grad.down_b.copy_(_outer(low_down * weight, grad_rows).t())
                 grad.down_a.copy_(_outer(grad_low_down * weight, _masked(inner, inner_mask)))

@@ -1,0 +1,31 @@
+"""The benchmark scripts still run: their smallest cases, whose numbers must agree; nothing here is timed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+SMALLEST = {
+    "bench_experts.py": ["--only", "tiny E4", "--repeats", "2"],
+    "bench_frontends.py": ["--repeats", "2"],
+    "bench_routing.py": ["--repeats", "2"],
+}
+
+
+def test_every_benchmark_is_listed_here():
+    assert {path.name for path in (ROOT / "benchmarks").glob("bench_*.py")} == set(SMALLEST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SMALLEST)
+def test_a_benchmark_writes_its_table(script, tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / script, *SMALLEST[script], "--output", tmp_path / "table.md"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr
+    table = (tmp_path / "table.md").read_text()
+    assert table.strip() in run.stdout
+    assert len([line for line in table.splitlines() if line.startswith("| ")]) > 3
+    assert "DISAGREES" not in table
