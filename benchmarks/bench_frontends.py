@@ -1,13 +1,14 @@
 """
 Sound and pictures to features: ours against Transformers' own paths, as ratios inside one run.
 
-    python benchmarks/bench_frontends.py [--repeats 15] [--output benchmarks/results/frontends.md]
+    OMP_NUM_THREADS=1 python benchmarks/bench_frontends.py [--repeats 15] [--output benchmarks/results/frontends.md]
 
 One thread, the process's CPU time, the two variants in turn; medians of the quotients of one round, with the middle
 half of them. Largest differences are between what the model would get from either.
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -95,6 +96,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        parser.error("Set OMP_NUM_THREADS=1: NumPy's threads would spin beside ours, and count.")
     torch.set_num_threads(1)
     lines = [
         f"Front ends, {date.today()}, torch {torch.__version__}, 1 thread, {args.repeats} rounds.",

@@ -1,5 +1,6 @@
 """The benchmark scripts still run: their smallest cases, whose numbers must agree; nothing here is timed."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ def test_every_benchmark_is_listed_here():
 @pytest.mark.parametrize("script", SMALLEST)
 def test_a_benchmark_writes_its_table(script, tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / script, *SMALLEST[script], "--output", tmp_path / "table.md"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=500, env=one_thread)
     assert run.returncode == 0, run.stderr
     table = (tmp_path / "table.md").read_text()
     assert table.strip() in run.stdout

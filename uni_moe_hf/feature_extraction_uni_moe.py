@@ -5,6 +5,7 @@ Speech windows become Whisper's log-mel (`input_features`), sound windows BEATs'
 """
 
 import warnings
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -21,9 +22,16 @@ from .media_uni_moe import check_waveform
 FBANK_FLOOR = 1.192092955078125e-07
 
 
-def _power(spectrum: torch.Tensor) -> torch.Tensor:
-    """Squared magnitudes; `abs` would take a root first."""
-    return spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
+def _mel_energies(
+    frames: torch.Tensor, windowed: Callable[[torch.Tensor], torch.Tensor], n_fft: int, filters: torch.Tensor
+) -> torch.Tensor:
+    """`(num_frames, mel_bins)`; 128 frames at a time, so that one step finds in the cache what the last one wrote."""
+    energies = torch.empty(frames.shape[0], filters.shape[1])
+    for block, out in zip(frames.split(128), energies.split(128), strict=True):
+        spectrum = torch.fft.rfft(windowed(block), n=n_fft)  # (128, n_fft // 2 + 1)
+        power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)  # `abs` would take a root first
+        torch.mm(power, filters, out=out)
+    return energies
 
 
 class UniMoEFeatureExtractor(WhisperFeatureExtractor):
@@ -161,11 +169,11 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
         waveform = torch.from_numpy(np.ascontiguousarray(window, dtype=np.float32))
         waveform = F.pad(waveform, (0, self.n_samples - len(window)))
         waveform = F.pad(waveform[None], (half, half), mode="reflect")[0]
-        frames = waveform.unfold(0, self.n_fft, hop)[:count] * torch.hann_window(self.n_fft)
-        power = _power(torch.fft.rfft(frames))  # (count, n_fft // 2 + 1)
-        log_mel = torch.full((self.nb_max_frames, self.feature_size), 1e-10)
-        torch.mm(power, torch.from_numpy(self.mel_filters).float(), out=log_mel[:count])
-        log_mel = log_mel.clamp_(min=1e-10).log10_()
+        frames, window = waveform.unfold(0, self.n_fft, hop)[:count], torch.hann_window(self.n_fft)
+        filters = torch.from_numpy(self.mel_filters).float()
+        energies = _mel_energies(frames, lambda block: block * window, self.n_fft, filters)  # (count, feature_size)
+        log_mel = torch.full((self.nb_max_frames, self.feature_size), -10.0)
+        log_mel[:count] = energies.clamp_(min=1e-10).log10_()
         return torch.maximum(log_mel, log_mel.max() - 8.0).add_(4.0).div_(4.0).t().numpy()
 
     @cached_property
@@ -210,14 +218,17 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
             `torchaudio.compliance.kaldi.fbank` gives them, normalised by BEATs' constants.
         """
         frames = torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32)).unfold(0, 400, 160)
-        # The mean of equal samples must be exactly that sample: their frame has no energy, not a trace of it.
-        frames = frames - frames.mean(dim=1, keepdim=True, dtype=torch.float64).float()  # (frames, 400)
-        emphasised = torch.empty_like(frames)
-        torch.sub(frames[:, 1:], frames[:, :-1], alpha=0.97, out=emphasised[:, 1:])
-        torch.mul(frames[:, 0], 1 - 0.97, out=emphasised[:, 0])
         window = 2**15 * torch.hann_window(400, periodic=False).pow(0.85)  # Povey's, on 16-bit samples
-        power = _power(torch.fft.rfft(emphasised.mul_(window), n=512))  # (frames, 257)
-        fbank = torch.mm(power, self._fbank_filters).clamp_(min=FBANK_FLOOR).log_()
+
+        def windowed(block: torch.Tensor) -> torch.Tensor:
+            # The mean of equal samples must be exactly that sample: their frame has no energy, not a trace of it.
+            block = block - block.mean(dim=1, keepdim=True, dtype=torch.float64).float()
+            emphasised = torch.empty_like(block)
+            torch.sub(block[:, 1:], block[:, :-1], alpha=0.97, out=emphasised[:, 1:])
+            torch.mul(block[:, 0], 1 - 0.97, out=emphasised[:, 0])
+            return emphasised.mul_(window)
+
+        fbank = _mel_energies(frames, windowed, 512, self._fbank_filters).clamp_(min=FBANK_FLOOR).log_()
         return fbank.sub_(self.fbank_mean).div_(2 * self.fbank_std).numpy()
 
     def _frame_mask(self, window: np.ndarray) -> np.ndarray:
