@@ -113,7 +113,7 @@ class UniMoETextConfig(LlamaConfig):
         expert_lora_alpha (`float`, *optional*, defaults to 16): LoRA products are scaled by `alpha / rank`.
         expert_lora_dropout (`float`, *optional*, defaults to 0.0): Dropout before each LoRA's first factor.
         expert_activations (`str`, *optional*, defaults to `"save"`): What experts keep for backward: `"save"` keeps
-            gate, up and low-rank rows, `"recompute"` the layer's input alone, for about a third more time.
+            gate, up and low-rank rows, `"recompute"` the layer's input alone, for up to a third more time.
         router_dtype (`str`, *optional*, defaults to `"float32"`): Precision in which router logits are computed.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.0): Weight of the load-balancing loss; the paper's
             ablation (Table 8) finds that it does not help specialised experts.

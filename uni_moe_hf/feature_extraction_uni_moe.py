@@ -25,10 +25,10 @@ FBANK_FLOOR = 1.192092955078125e-07
 def _mel_energies(
     frames: torch.Tensor, windowed: Callable[[torch.Tensor], torch.Tensor], n_fft: int, filters: torch.Tensor
 ) -> torch.Tensor:
-    """`(num_frames, mel_bins)`; 128 frames at a time, so that one step finds in the cache what the last one wrote."""
+    """`(num_frames, mel_bins)`; 512 frames at a time, so that one step finds in the cache what the last one wrote."""
     energies = torch.empty(frames.shape[0], filters.shape[1])
-    for block, out in zip(frames.split(128), energies.split(128), strict=True):
-        spectrum = torch.fft.rfft(windowed(block), n=n_fft)  # (128, n_fft // 2 + 1)
+    for block, out in zip(frames.split(512), energies.split(512), strict=True):
+        spectrum = torch.fft.rfft(windowed(block), n=n_fft)  # (512, n_fft // 2 + 1)
         power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)  # `abs` would take a root first
         torch.mm(power, filters, out=out)
     return energies
