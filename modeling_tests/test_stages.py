@@ -9,6 +9,8 @@ from tiny import picture, tiny_config, tiny_model, tiny_processor
 from tiny_training import make_trainer, rows, write_media
 
 from uni_moe_hf import UniMoEDataCollator, UniMoEForConditionalGeneration
+from uni_moe_hf.expert_kernels_uni_moe import choose_route
+from uni_moe_hf.experts_uni_moe import UniMoELoraExperts
 from uni_moe_hf.stages import prepare_stage, stage_table
 
 
@@ -200,3 +202,11 @@ def test_a_text_only_model_has_no_projectors_to_train():
     names = trainable(get_peft_model(model, prepare_stage(model, "moe")))
     assert names
     assert not any("connector" in name for name in names)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_stage_three_under_peft_takes_the_fast_route(shared):
+    model = tiny_model({"shared_expert_base": shared})
+    trained = get_peft_model(model, prepare_stage(model, "moe")).train()
+    layers = [module for module in trained.modules() if isinstance(module, UniMoELoraExperts)]
+    assert {choose_route(experts, torch.zeros(20, experts.hidden_size)) for experts in layers} == {"segmented"}
