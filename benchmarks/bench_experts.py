@@ -24,11 +24,11 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from comparing import WARM_UP, quotient
 
 
 SHAPES = {"tiny": (64, 128, 256), "mid": (512, 1376, 1024), "large": (1024, 2816, 2048), "7b": (4096, 11008, 8192)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-WARM_UP = 2
 # Relative error (Frobenius) against (b) that counts as agreement: rounding of the dtype, summed in another order.
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 
@@ -255,12 +255,6 @@ def measure(case: Case, repeats: int, device: str, threads: int) -> dict[str, di
     return found
 
 
-def quotient(slow: dict, fast: dict, key: str = "seconds") -> str:
-    """`slow / fast`, the median over rounds and the middle half."""
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(slow["seconds"], fast[key], strict=True)], n=4)
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
-
-
 def lines_of(case: Case, found: dict[str, dict]) -> list[str]:
     """Table rows of one case."""
     lines = []
@@ -269,11 +263,11 @@ def lines_of(case: Case, found: dict[str, dict]) -> list[str]:
             continue
         cells = [case.name, name, f"{1000 * statistics.median(mine['seconds']):.3g}"]
         for other in ("(a)", "(a*)"):
-            cells.append(quotient(mine, found[other]) if other in found else "")
+            cells.append(quotient(mine["seconds"], found[other]["seconds"]) if other in found else "")
         rival = "(b ckpt)" if name == "ours, recompute" else "(b)"
         for other in (rival, "(c)", "(d)", "(e)"):
-            cells.append(quotient(found[other], mine) if other in found else "")
-        cells.append(quotient(mine, mine, "fixed") if case.kind == "changing" else "")
+            cells.append(quotient(found[other]["seconds"], mine["seconds"]) if other in found else "")
+        cells.append(quotient(mine["seconds"], mine["fixed"]) if case.kind == "changing" else "")
         if "memory" in mine:
             (kept, peak), (rival_kept, rival_peak) = mine["memory"], found["(b)"]["memory"]
             cells.append(f"{kept:.1f} / {peak:.1f}")

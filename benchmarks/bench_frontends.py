@@ -13,10 +13,12 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from comparing import alternate, publish, quotient
 from PIL import Image
 from transformers import WhisperFeatureExtractor
 from transformers.audio_utils import spectrogram, window_function
@@ -90,6 +92,13 @@ def pairs() -> list[tuple[str, Callable, Callable]]:
     ]
 
 
+def seconds(way: Callable) -> float:
+    """CPU time of one call."""
+    start = time.process_time()
+    way()
+    return time.process_time() - start
+
+
 def main() -> None:
     """Prints a table, and writes it where `--output` says."""
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
@@ -106,24 +115,13 @@ def main() -> None:
         "|---|--:|--:|--:|--:|",
     ]
     for name, library, ours in pairs():
-        times = {library: [], ours: []}
         difference = np.abs(library() - ours()).max()
-        for number in range(args.repeats + 2):
-            for way in (library, ours) if number % 2 else (ours, library):
-                start = time.process_time()
-                way()
-                if number >= 2:
-                    times[way].append(1000 * (time.process_time() - start))
-        quotients = [slow / fast for slow, fast in zip(times[library], times[ours], strict=True)]
-        low, middle, high = statistics.quantiles(quotients, n=4)
+        slow, fast = alternate(partial(seconds, library), partial(seconds, ours), args.repeats)
         lines.append(
-            f"| {name} | {statistics.median(times[library]):.1f} | {statistics.median(times[ours]):.2f} "
-            f"| {middle:.1f} ({low:.1f} to {high:.1f}) | {difference:.1e} |"
+            f"| {name} | {1000 * statistics.median(slow):.1f} | {1000 * statistics.median(fast):.2f} "
+            f"| {quotient(slow, fast, digits=1)} | {difference:.1e} |"
         )
-    table = "\n".join(lines)
-    print(table)
-    if args.output:
-        args.output.write_text(table + "\n")
+    publish(lines, args.output)
 
 
 if __name__ == "__main__":

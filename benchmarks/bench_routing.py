@@ -13,9 +13,11 @@ import statistics
 import time
 from contextlib import nullcontext
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
+from comparing import alternate, publish, quotient
 
 from uni_moe_hf import UniMoEConfig, UniMoEForConditionalGeneration, record_routing
 
@@ -60,23 +62,13 @@ def main() -> None:
         ids = torch.randint(3, 1000, TOKENS[name])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         for kind in ("forward", "forward and backward"):
-            train, plain, ratios = kind != "forward", [], []
-            for repeat in range(args.repeats + 2):
-                pair = {}
-                for record in (False, True) if repeat % 2 else (True, False):
-                    pair[record] = seconds(model, inputs, train, record)
-                if repeat >= 2:  # the first ones warm up
-                    plain.append(1000 * pair[False])
-                    ratios.append(pair[True] / pair[False])
-            low, middle, high = statistics.quantiles(ratios, n=4)
+            step = partial(seconds, model, inputs, kind != "forward")
+            plain, recorded = alternate(partial(step, False), partial(step, True), args.repeats)
             lines.append(
-                f"| {name} | {ids.numel()} | {kind} | {statistics.median(plain):.1f} | "
-                f"{middle:.3f} ({low:.3f} to {high:.3f}) |"
+                f"| {name} | {ids.numel()} | {kind} | {1000 * statistics.median(plain):.1f} "
+                f"| {quotient(recorded, plain, digits=3)} |"
             )
-    table = "\n".join(lines)
-    print(table)
-    if args.output:
-        args.output.write_text(table + "\n")
+    publish(lines, args.output)
 
 
 if __name__ == "__main__":

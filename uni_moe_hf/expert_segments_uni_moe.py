@@ -36,6 +36,11 @@ class FrozenWeights(NamedTuple):
     up: torch.Tensor
     down: torch.Tensor
 
+    @property
+    def shared(self) -> bool:
+        """Whether all experts have the same ones."""
+        return self.down.dim() == 2
+
 
 class LoraFactors(NamedTuple):
     """LoRA of all experts, gate before up: `(E, 2R, H)`, `(E, 2I, R)`, `(E, R, I)`, `(E, H, R)`; and its scaling."""
@@ -178,7 +183,7 @@ def _run_segments(
     keep: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The output `(N, H)`, and what [`_SegmentedExperts`] keeps for backward."""
-    shared, (hidden, inner_size) = frozen.down.dim() == 2, frozen.down.shape[-2:]
+    shared, (hidden, inner_size) = frozen.shared, frozen.down.shape[-2:]
     scratch, kept, output = _Scratch(tokens, segments), [], torch.zeros_like(tokens)
     if shared:
         base_gate, base_up = _linear(tokens, frozen.gate), _linear(tokens, frozen.up)  # (N, I)
@@ -221,7 +226,7 @@ def _run_few(
     [`_run_segments`] for a few tokens, without gradients. Decoding costs what reading weights costs, plus the calls:
     nothing is sorted, padded or kept, and a single token is not gathered either.
     """
-    shared, single, top_k = frozen.down.dim() == 2, tokens.shape[0] == 1, index.shape[1]
+    shared, single, top_k = frozen.shared, tokens.shape[0] == 1, index.shape[1]
     slots_of = {}
     for slot, expert in enumerate(index.reshape(-1).tolist()):
         slots_of.setdefault((expert, slot) if single else (expert, None), []).append(slot)
@@ -302,7 +307,7 @@ class _SegmentedExperts(torch.autograd.Function):
         grads = None
         if any(ctx.needs_input_grad[6:10]):
             grads = LoraFactors(*(torch.zeros_like(factor) for factor in factors), scaling)
-        shared, (hidden, inner_size) = frozen.down.dim() == 2, frozen.down.shape[-2:]
+        shared, (hidden, inner_size) = frozen.shared, frozen.down.shape[-2:]
         segments = _cut(order, ctx.counts, index, weights)
         masks, scratch = _Masks(dropout, ctx.seed, tokens.device), _Scratch(tokens, segments)
 
