@@ -1,5 +1,5 @@
 """
-`uni-moe`: ask a checkpoint, describe it, look inside it.
+`uni-moe`: ask a checkpoint, describe it, look inside it, make one from the original's files.
 
 Nothing heavy is imported before a command has work to do, so `--help` and wrong usage answer at once. Exit codes: 0
 done, 1 failed with one sentence on stderr, 2 wrong usage, 130 interrupted.
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         `int`: the exit code.
     """
     args = _parser().parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else list(argv)
     try:
         _check_files(args)
         args.run(args)
@@ -65,9 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="uni-moe", description=__doc__.strip().splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Any, text: str, reads_checkpoint: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder or a Hub id")
+        if reads_checkpoint:
+            sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder or a Hub id")
         sub.set_defaults(run=run, parts=None, data=None)
         return sub
 
@@ -105,6 +107,44 @@ def _parser() -> argparse.ArgumentParser:
         if run is _routing:  # connectors are looked at in one batch: norms of a few rows do not say much
             sub.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default: 8")
         sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command("convert", _convert, "Convert a checkpoint of the original code into one folder.", False)
+    sub.add_argument("--base", metavar="DIR", help="the base model (Uni-MoE-*-base): weights, config, tokenizer")
+    sub.add_argument("--finetuned", metavar="DIR", help="stage 3 (Uni-MoE-*-e2, -v1.5); without it the base alone")
+    sub.add_argument("--vision-tower", metavar="DIR", help="the CLIP it was trained with")
+    ears = sub.add_mutually_exclusive_group()
+    ears.add_argument("--speech-tower", metavar="DIR", help="the Whisper it was trained with")
+    ears.add_argument("--audio-tower", metavar="FILE", help="the BEATs it was trained with (BEATs_*.pt)")
+    sub.add_argument("--experts", metavar="DIR", help="of the 8-expert set: its mlp_*.bin")
+    sub.add_argument("--output", metavar="DIR", required=True, help="a new folder")
+    sub.add_argument(
+        "--lora",
+        choices=["merge", "keep"],
+        default="merge",
+        help="add LoRA to the weights, or keep it in the experts and in OUTPUT/adapter (default: merge)",
+    )
+    sub.add_argument(
+        "--router-lora",
+        choices=["drop", "merge"],
+        default="drop",
+        help="what some routers have by accident: lost as in the original's loader, or added (default: drop)",
+    )
+    sub.add_argument("--dtype", choices=list(BYTES), help="default: that of the base")
+    sub.add_argument("--tokenizer", metavar="DIR", help="default: that of the base")
+    sub.add_argument("--expert-names", nargs="+", metavar="NAME", help="one for each expert")
+    sub.add_argument("--reverse", metavar="DIR", help="back to the original's layout, of a model converted with keep")
+
+    sub = command("merge-modalities", _merge_modalities, "Join a model for sound and one for speech.", False)
+    sub.add_argument("--audio-model", metavar="DIR", required=True, help="a converted model with BEATs")
+    sub.add_argument("--speech-model", metavar="DIR", required=True, help="a converted model with Whisper")
+    sub.add_argument("--output", metavar="DIR", required=True, help="a new folder")
+    sub.add_argument(
+        "--experts", nargs="+", metavar="EAR:NAME", help="such as audio:0 speech:2, in order (default: all of both)"
+    )
+    sub.add_argument(
+        "--prefer", choices=["audio", "speech"], help="whose vision connector and adapter to take where they differ"
+    )
+    sub.add_argument("--experts-per-token", type=_positive, metavar="N", help="default: that of the audio model")
     return parser
 
 
@@ -130,19 +170,25 @@ def _check_files(args: argparse.Namespace) -> None:
             raise ValueError(f"There is no file '{path}' for --{part['type']}; check the path.")
     if args.parts and args.data:
         raise ValueError("Both a conversation and --data were given; give one of the two.")
-    if args.run is not _info and not args.parts and not args.data:
+    if args.run in (_generate, _routing, _connectors) and not args.parts and not args.data:
         options = ["text", *MEDIA] + ["data"] * (args.run is not _generate)
         raise ValueError(f"There is nothing to look at; give one or more of --{', --'.join(options)}.")
 
 
-def _config(checkpoint: str) -> "UniMoEConfig":
-    from transformers import AutoConfig, logging
+def _register() -> None:
+    from transformers import logging
 
     from . import register
 
     register()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def _config(checkpoint: str) -> "UniMoEConfig":
+    from transformers import AutoConfig
+
+    _register()
     if not Path(checkpoint).exists() and (checkpoint.count("/") != 1 or checkpoint.startswith((".", "/", "~"))):
         raise ValueError(f"There is no checkpoint '{checkpoint}'; give a folder or a Hub id.")
     if (Path(checkpoint) / "adapter_config.json").is_file():
@@ -253,6 +299,62 @@ def _info(args: argparse.Namespace) -> None:
     lines += [f"{f'memory in {dtype}':<28}{size:>15.3f} GB" for dtype, size in facts["memory_gb"].items()]
     lines += ["", *(f"{name:<28}{facts[name]}" for name in ("takes", "experts", "stage", "dtype", "licence"))]
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    if args.reverse:
+        given = [name for name in ("base", "finetuned", "vision_tower", "speech_tower") if getattr(args, name)]
+        if given:
+            raise ValueError(
+                f"--reverse takes a folder and --output alone, but --{given[0].replace('_', '-')} is given."
+            )
+        from .conversion import revert_checkpoint
+
+        revert_checkpoint(args.reverse, args.output, progress=True)
+        sys.stdout.write(f"{args.output}: in the original's layout\n")
+        return
+    for name in ("base", "vision_tower"):
+        if getattr(args, name) is None:
+            raise ValueError(f"--{name.replace('_', '-')} is missing; `uni-moe convert --help` shows what is needed.")
+    _register()
+    from .conversion import convert_checkpoint
+
+    names = (
+        "base finetuned vision_tower speech_tower audio_tower experts lora router_lora dtype tokenizer expert_names"
+    )
+    done = convert_checkpoint(
+        output=args.output,
+        command=_command_line(args),
+        progress=True,
+        **{name: getattr(args, name) for name in names.split()},
+    )
+    lines = [f"{done.output}: {describe(str(done.output))['description']}, {done.num_tensors} tensors"]
+    lines += [f"left out: {', '.join(f'{count} of {role}' for role, count in done.dropped.items())}"]
+    sys.stdout.write("\n".join([*lines, *([done.processor] if done.processor else [])]) + "\n")
+
+
+def _merge_modalities(args: argparse.Namespace) -> None:
+    _register()
+    from .merging import merge_modalities
+
+    merge_modalities(
+        args.audio_model,
+        args.speech_model,
+        args.output,
+        experts=args.experts,
+        prefer=args.prefer,
+        num_experts_per_tok=args.experts_per_token,
+        command=_command_line(args),
+        progress=True,
+    )
+    sys.stdout.write(f"{args.output}: {describe(args.output)['description']}\n")
+
+
+def _command_line(args: argparse.Namespace) -> str:
+    """As it was typed."""
+    import shlex
+
+    return shlex.join(["uni-moe", *args.argv])
 
 
 def describe(checkpoint: str) -> dict[str, Any]:
