@@ -1,58 +1,36 @@
 """BEATs: parity with the original, padding, and the library's ways to run it."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
+from golden import FIXTURES
 from safetensors.torch import load_file
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from uni_moe_hf import BeatsConfig, BeatsModel
-
-
-FIXTURES = Path(__file__).parent / "fixtures"
-CONFIG_NAMES = {
-    "encoder_embed_dim": "hidden_size",
-    "encoder_layers": "num_hidden_layers",
-    "encoder_attention_heads": "num_attention_heads",
-    "encoder_ffn_embed_dim": "intermediate_size",
-    "embed_dim": "patch_embedding_size",
-    "input_patch_size": "patch_size",
-    "conv_pos": "num_conv_pos_embeddings",
-    "conv_pos_groups": "num_conv_pos_embedding_groups",
-    "num_buckets": "num_buckets",
-    "max_distance": "max_bucket_distance",
-}
-
-
-def original_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The original's keys as ours: one bias table for all layers, and weight norm's factors multiplied."""
-    norm, direction = (weights.pop(f"encoder.pos_conv.0.weight_{factor}") for factor in "gv")
-    converted = {
-        "encoder.pos_conv.weight": direction * (norm / direction.norm(dim=(0, 1), keepdim=True)),
-        "encoder.pos_conv.bias": weights.pop("encoder.pos_conv.0.bias"),
-    }
-    for name, tensor in weights.items():
-        if "relative_attention_bias" in name:
-            name = "encoder.relative_attention_bias.weight"
-        converted[name] = tensor
-    return converted
+from uni_moe_hf.original_format import beats_config
 
 
 @pytest.fixture(scope="module")
 def beats() -> BeatsModel:
     """The tiny random checkpoint whose outputs the original code computed."""
-    checkpoint = torch.load(FIXTURES / "beats.pt", weights_only=True)
-    config = BeatsConfig(**{ours: checkpoint["cfg"][theirs] for theirs, ours in CONFIG_NAMES.items()})
-    model = BeatsModel(config).eval()
-    model.load_state_dict(original_weights(checkpoint["model"]), strict=True)
+    checkpoint = torch.load(FIXTURES / "audio" / "beats.pt", weights_only=True)
+    weights = checkpoint["model"]
+    # The original repeats the bias table in every layer and keeps weight norm's factors.
+    norm, direction = (weights.pop(f"encoder.pos_conv.0.weight_{factor}") for factor in "gv")
+    weights["encoder.pos_conv.weight"] = direction * (norm / direction.norm(dim=(0, 1), keepdim=True))
+    weights["encoder.pos_conv.bias"] = weights.pop("encoder.pos_conv.0.bias")
+    for name in [name for name in weights if "relative_attention_bias" in name]:
+        weights["encoder.relative_attention_bias.weight"] = weights.pop(name)
+    model = BeatsModel(beats_config(checkpoint["cfg"])).eval()
+    model.load_state_dict(weights, strict=True)
     return model
 
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, torch.Tensor]:
-    return load_file(FIXTURES / "frontends.safetensors")
+    return load_file(FIXTURES / "audio" / "frontends.safetensors")
 
 
 def fbanks(windows: int = 2, frames: int = 96, seed: int = 0) -> torch.Tensor:

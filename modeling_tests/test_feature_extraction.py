@@ -22,7 +22,7 @@ FRAMES = 98  # 25 ms every 10 ms of one second
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, np.ndarray]:
-    return load_file(Path(__file__).parent / "fixtures" / "frontends.safetensors")
+    return load_file(Path(__file__).parent / "fixtures" / "audio" / "frontends.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,8 @@ DRAWING = {
     | MIDDLE,
     "processing_uni_moe": {"configuration_uni_moe", "feature_extraction_uni_moe", "media_uni_moe"},
 }
-TOOLS = {"composition", "stages", "data", "training", "conversion", "routing", "plotting", "cli"}
+TOOLS = {"composition", "stages", "data", "training", "routing", "plotting", "cli"}
+TOOLS |= {"checkpoints", "original_format", "original_files", "conversion", "merging", "model_card"}
 
 # What every installation has, and what a Hub file may use where it is there.
 ALLOWED = {"torch", "numpy", "transformers", "huggingface_hub", "tokenizers", "PIL"} | set(sys.stdlib_module_names)

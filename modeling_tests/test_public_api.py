@@ -34,11 +34,14 @@ PUBLIC = {
     "build_model",
     "build_processor",
     "connector_statistics",
+    "convert_checkpoint",
     "export_expert",
     "grow_experts",
     "load_rows",
+    "merge_modalities",
     "prepare_stage",
     "record_routing",
+    "revert_checkpoint",
     "row_to_messages",
 }
 

@@ -30,11 +30,14 @@ _MODULES = {
     "build_model": "composition",
     "build_processor": "composition",
     "connector_statistics": "routing",
+    "convert_checkpoint": "conversion",
     "export_expert": "composition",
     "grow_experts": "composition",
     "load_rows": "data",
+    "merge_modalities": "merging",
     "prepare_stage": "stages",
     "record_routing": "routing",
+    "revert_checkpoint": "conversion",
     "row_to_messages": "data",
 }
 
@@ -55,11 +58,14 @@ __all__ = [
     "build_model",
     "build_processor",
     "connector_statistics",
+    "convert_checkpoint",
     "export_expert",
     "grow_experts",
     "load_rows",
+    "merge_modalities",
     "prepare_stage",
     "record_routing",
+    "revert_checkpoint",
     "row_to_messages",
 ]
 

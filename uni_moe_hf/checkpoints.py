@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -107,9 +108,11 @@ def load_pickle(file: str | Path) -> dict:
     if not Path(file).is_file():
         raise ValueError(f"There is no file '{file}'; check the path.")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the pickle protocol: either it can be read or it cannot
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        what = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
+        what = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
             f"'{file}' is refused: {f'it would run {what.group(1)}' if what else 'it holds more than tensors'}; only "
             "pure tensors are read."

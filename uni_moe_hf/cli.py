@@ -302,12 +302,11 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
+    _clean_up_when_terminated()
     if args.reverse:
         given = [name for name in ("base", "finetuned", "vision_tower", "speech_tower") if getattr(args, name)]
         if given:
-            raise ValueError(
-                f"--reverse takes a folder and --output alone, but --{given[0].replace('_', '-')} is given."
-            )
+            raise ValueError(f"--reverse takes a folder and --output alone; leave out --{given[0].replace('_', '-')}.")
         from .conversion import revert_checkpoint
 
         revert_checkpoint(args.reverse, args.output, progress=True)
@@ -334,6 +333,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _merge_modalities(args: argparse.Namespace) -> None:
+    _clean_up_when_terminated()
     _register()
     from .merging import merge_modalities
 
@@ -348,6 +348,16 @@ def _merge_modalities(args: argparse.Namespace) -> None:
         progress=True,
     )
     sys.stdout.write(f"{args.output}: {describe(args.output)['description']}\n")
+
+
+def _clean_up_when_terminated() -> None:
+    """`kill` ends the command as Ctrl-C does: what is half-written goes away."""
+    import signal
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def _command_line(args: argparse.Namespace) -> str:

@@ -13,8 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, CLIPImageProcessorPil, GenerationConfig
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    GenerationConfig,
+    LlamaTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from .checkpoints import (
     TensorFiles,
@@ -184,10 +191,7 @@ def _processor(config: UniMoEConfig, base: Path, tokenizer: str | Path | None, v
         if tokenizer is not None:
             raise ValueError(f"'{folder}' holds no tokenizer (tokenizer.json or tokenizer.model); check --tokenizer.")
         return None, f"'{base}' holds no tokenizer, so the processor was not converted; give one with --tokenizer."
-    try:
-        words = AutoTokenizer.from_pretrained(folder)
-    except (ImportError, ValueError, OSError) as error:
-        raise ValueError(f"The tokenizer in '{folder}' cannot be read: {error}") from error
+    words = _tokenizer(folder)
     rows = config.text_config.vocab_size
     if len(words) > rows:
         raise ValueError(
@@ -198,6 +202,26 @@ def _processor(config: UniMoEConfig, base: Path, tokenizer: str | Path | None, v
     if (vision / "preprocessor_config.json").is_file():
         pictures = CLIPImageProcessorPil.from_pretrained(vision)
     return build_processor(config, words, image_processor=pictures), ""
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """As the original reads it: every piece of text between two special tokens or clips begins with a space."""
+    if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
+        kind, settings = AutoTokenizer, {}
+    else:
+        # By class: `AutoTokenizer` does not know the original's model type and would leave that space out.
+        file = folder / "tokenizer_config.json"
+        adds_bos = not file.is_file() or read_json(file).get("add_bos_token", True)
+        kind, settings = LlamaTokenizer, {"legacy": True, "add_bos_token": adds_bos}
+        if not is_sentencepiece_available() or not is_protobuf_available():
+            raise ValueError(
+                f"Reading '{folder / 'tokenizer.model'}' needs sentencepiece and protobuf: "
+                "`pip install uni-moe-hf[convert]`."
+            )
+    try:
+        return kind.from_pretrained(folder, **settings)
+    except Exception as error:  # whatever a damaged file makes of the parsers
+        raise ValueError(f"The tokenizer in '{folder}' cannot be read: {error}") from error
 
 
 def _generation_config(base: Path, config: UniMoEConfig) -> GenerationConfig:

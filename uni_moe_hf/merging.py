@@ -81,8 +81,8 @@ def merge_modalities(
 
     What the two share (embeddings, attention, norms, head, vision) must be equal, bit for bit: convert both with
     `lora="keep"`, so that the LLM is still the common base. Routers are put together row by row; rows of two routers
-    have never been compared, so the result is where stage 3 begins rather than where it ends. A layer is sparse if it is
-    so in either model.
+    have never been compared, so the result is where stage 3 begins rather than where it ends. A layer is sparse if it
+    is so in either model.
 
     Args:
         audio_model, speech_model (`str` or `Path`): Folders of models of ours, as [`convert_checkpoint`] makes them.
@@ -141,8 +141,8 @@ def merge_modalities(
         card = model_card(
             config,
             title=Path(output).name,
-            summary="[Uni-MoE](https://huggingface.co/papers/2405.11273) with both ears, put together from a model for "
-            "sound and a model for speech. Its routers are rows of both, yet to be trained together (stage 3).",
+            summary="[Uni-MoE](https://huggingface.co/papers/2405.11273) with both ears, put together from a model "
+            "for sound and one for speech. Its routers are rows of both, yet to be trained together (stage 3).",
             sources={f"{ear} model": side.folder.name for ear, side in sides.items()},
             command=command or "uni_moe_hf.merge_modalities",
             adapter=bool(adapters),

@@ -73,7 +73,7 @@ class OriginalFiles:
             raise ValueError(
                 "The routers are those of the 8-expert set: give the folder of its mlp_*.bin with --experts."
                 if self.layout.eight
-                else "--experts is for the 8-expert set, whose routers --finetuned brings; the routers here are others."
+                else "--experts is for the 8-expert set, whose routers --finetuned brings; those here are others."
             )
         if experts is not None:
             for part in self.layout.parts_of("model.language_model.layers.0.mlp.experts.down_proj"):

@@ -242,7 +242,7 @@ def is_dropped(role: str, key: str, layout: Layout) -> bool:
 
 def is_stack(target: str) -> bool:
     """Whether a tensor of ours stacks those of all experts: `(experts, rows, columns)`."""
-    return ".mlp.experts." in target
+    return target.startswith("model.language_model.") and ".mlp.experts." in target
 
 
 def part_shape(target: str, shape: tuple[int, ...], num_parts: int) -> tuple[int, ...]:

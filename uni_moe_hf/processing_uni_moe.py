@@ -145,6 +145,8 @@ class UniMoEProcessor(ProcessorMixin):
             setattr(self, f"{modality}_token", token)
             setattr(self, f"{modality}_token_id", token_id)
         _remove_literal_marks(tokenizer)
+        if hasattr(tokenizer, "legacy"):
+            tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # the library forgets it when saving
         super().__init__(
             image_processor, feature_extractor, tokenizer, chat_template=chat_template or VICUNA_CHAT_TEMPLATE
         )
