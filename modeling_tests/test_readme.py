@@ -1,15 +1,20 @@
 """Every Python block of the README runs as printed, with tiny models where the demo would have left its own."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from golden import FIXTURES
+from originals import write_original
 from peft import get_peft_model
 from tiny import tiny_model, tiny_processor
 
+from uni_moe_hf import convert_checkpoint
+from uni_moe_hf.cli import main
 from uni_moe_hf.composition import export_expert
 from uni_moe_hf.stages import prepare_stage
 
@@ -35,6 +40,42 @@ def workplace(tmp_path_factory) -> Path:
         get_peft_model(model, prepare_stage(model, "experts", [modality])).save_pretrained(demo / "stage2" / name)
         export_expert(demo / "stage2" / name, demo / "stage2" / name / "expert")
     return root
+
+
+@pytest.fixture
+def originals(tmp_path) -> Path:
+    """The folders that the commands name, with tiny checkpoints."""
+    names = {
+        "audio": ("Uni-MoE-audio-base", "Uni-MoE-audio-e2"),
+        "speech": ("base", "e2"),
+        "eight": ("Uni-MoE-speech-base", "Uni-MoE-8e-e2"),
+    }
+    for name, (base, finetuned) in names.items():
+        variant = "audio" if name == "audio" else "speech"
+        sizes = {"eight": True, "experts": 8} if name == "eight" else {"llm_seed": 7}
+        arguments = write_original(tmp_path / "in" / name, variant=variant, layers=2, **sizes)
+        arguments["vision_tower"] = FIXTURES / "audio" / "clip"
+        if name != "eight":
+            convert_checkpoint(output=tmp_path / "kept" / f"uni-moe-{name}", lora="keep", **arguments)
+        arguments["base"].rename(tmp_path / base)
+        arguments["finetuned"].rename(tmp_path / finetuned)
+    arguments["experts"].rename(tmp_path / "Uni-MoE-8e-Experts")
+    shutil.copytree(FIXTURES / "audio" / "clip", tmp_path / "clip-vit-large-patch14-336")
+    shutil.copytree(FIXTURES / "speech" / "whisper", tmp_path / "whisper-small")
+    shutil.copy(FIXTURES / "audio" / "beats.pt", tmp_path / "BEATs_iter3_plus_AS2M.pt")
+    return tmp_path
+
+
+def test_the_commands_for_published_checkpoints_run_as_printed(originals, monkeypatch):
+    monkeypatch.chdir(originals)
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    commands = [line for line in lines if line.startswith(("uni-moe convert", "uni-moe merge-modalities"))]
+    assert len(commands) == 3
+    for command in [*commands, "uni-moe convert --reverse kept/uni-moe-audio --output original"]:
+        assert main(shlex.split(command)[1:]) == 0, command
+    made = {path.name for path in originals.iterdir()}
+    assert made >= {"uni-moe-audio", "uni-moe-8e", "uni-moe-both", "original"}
 
 
 def test_the_readme_has_blocks_to_run():
