@@ -24,6 +24,8 @@ def write_original(
     shards: int = 1,
     seed: int = 0,
     eight: bool = False,
+    every: int | None = None,
+    router_lora: bool | None = None,
     llm_seed: int | None = None,
     hidden: int = 64,
     inner: int = 144,
@@ -32,8 +34,8 @@ def write_original(
     """
     Writes `base`, `finetuned` and, for the 8-expert layout, `experts`; gives the arguments of `convert_checkpoint`.
 
-    As in the released ones, the audio variant has experts in even layers and LoRA on its routers, the speech variant
-    experts in all layers. Models of one `llm_seed` share everything but experts.
+    As in the released ones, the audio variant has experts in every second layer and LoRA on its routers, the speech
+    variant experts in all layers, unless told otherwise. Models of one `llm_seed` share everything but experts.
     """
     generator = torch.Generator().manual_seed(seed if llm_seed is None else llm_seed)
 
@@ -41,7 +43,9 @@ def write_original(
         return torch.randn(shape, generator=generator) * scale
 
     fixture = FIXTURES / variant
-    sparse = range(0, layers, 2) if variant == "audio" and not eight else range(layers)
+    like_audio = variant == "audio" and not eight
+    sparse = range(0, layers, every or (2 if like_audio else 1))
+    router_lora = like_audio if router_lora is None else router_lora
     base = {"model.embed_tokens.weight": noise(vocab, hidden, scale=1.0), "lm_head.weight": noise(vocab, hidden)}
     base["model.norm.weight"] = 1 + noise(hidden)
     linears = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(layers) for name in "qkvo"]
@@ -60,7 +64,7 @@ def write_original(
             linears += [f"{name}.{projection}_proj" for projection in shapes]
         if layer in sparse:
             base[f"{mlp}.gate.weight"] = noise(4 if eight else experts, hidden)
-            linears += [f"{mlp}.gate"] if variant == "audio" else []
+            linears += [f"{mlp}.gate"] if router_lora else []
     if eight:
         linears = [name for name in linears if ".mlp." not in name]
     aligner = torch.load(fixture / "finetuned" / "mm_audio_aligner.bin", weights_only=True)
@@ -76,7 +80,7 @@ def write_original(
         adapter[f"base_model.model.{name}.lora_A.weight"] = noise(rank, columns)
         adapter[f"base_model.model.{name}.lora_B.weight"] = noise(rows, rank)
     gates = {key: noise(*value.shape) for key, value in base.items() if key.endswith(".mlp.gate.weight")}
-    if variant == "audio" and not eight:
+    if router_lora:
         for key in [key for key in adapter if ".mlp.gate.lora" in key]:
             raw = key.removeprefix("base_model.model.").replace(".weight", ".default.weight")
             gates[raw] = adapter[key].clone()

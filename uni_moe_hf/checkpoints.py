@@ -9,13 +9,13 @@ import os
 import pickle
 import re
 import shutil
-import tempfile
+import uuid
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -29,7 +29,8 @@ _NAMES = ("model.safetensors", "pytorch_model.bin")
 # Bytes read from a memory-mapped file before it is opened anew.
 MAPPED = 8 << 20
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8, "BOOL": torch.bool}
+_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+_DTYPES |= {"BOOL": torch.bool}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -117,7 +118,9 @@ def load_pickle(file: str | Path) -> dict:
             f"'{file}' is refused: {f'it would run {what.group(1)}' if what else 'it holds more than tensors'}; only "
             "pure tensors are read."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except OSError as error:
+        raise ValueError(f"'{file}' cannot be read ({error.strerror or error}).") from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise ValueError(
             f"'{file}' is truncated or no checkpoint ({_first_line(error)}); download it again."
         ) from error
@@ -141,12 +144,12 @@ class TensorFiles:
     Named tensors in one or several files, read one at a time.
 
     Args:
-        files (`Iterable[Path]`): safetensors or `torch.save`d dicts; of a name that occurs twice the last counts.
-        rename (`Callable[[str], str]`, *optional*): The name under which a tensor is offered; an empty one hides it.
+        files (`Iterable[Path]`): safetensors or `torch.save`d dicts.
+        rename (`Callable[[str], str]`, *optional*): The name under which a tensor is offered.
         section (`str`, *optional*): The entry of each file that holds the tensors.
 
     Raises:
-        ValueError: a file is missing, damaged, or holds anything but tensors.
+        ValueError: a file is missing, damaged, or holds anything but tensors, or a name occurs twice.
     """
 
     def __init__(
@@ -161,8 +164,13 @@ class TensorFiles:
         self._mapped = 0
         for file in self.files:
             for raw, tensor in self._open(file):
-                if name := rename(raw):
-                    self.info[name], self.raw_names[name], self._file_of[name] = tensor, raw, file
+                name = rename(raw)
+                if name in self.info:
+                    raise ValueError(
+                        f"'{file}' holds '{raw}', and '{self.raw_names[name]}' in '{self._file_of[name].name}' means the "
+                        "same tensor; remove one of the two."
+                    )
+                self.info[name], self.raw_names[name], self._file_of[name] = tensor, raw, file
 
     def __contains__(self, name: str) -> bool:
         return name in self.info
@@ -179,7 +187,11 @@ class TensorFiles:
                 with safe_open(file, "pt") as opened:
                     for name in opened.keys():
                         entry = opened.get_slice(name)
+                        if entry.get_dtype() not in _DTYPES:
+                            raise ValueError(f"'{file}' holds '{name}' in {entry.get_dtype()}, an unknown dtype.")
                         yield name, TensorInfo(tuple(entry.get_shape()), _DTYPES[entry.get_dtype()])
+            except OSError as error:
+                raise ValueError(f"'{file}' cannot be read ({error.strerror or error}).") from error
             except SafetensorError as error:
                 raise ValueError(
                     f"'{file}' is truncated or no checkpoint ({_first_line(error)}); download it again."
@@ -193,6 +205,7 @@ class TensorFiles:
     def _pickled(self, file: Path) -> Mapping:
         if self._kept[0] == file:
             return self._kept[1]
+        self._kept = (None, {})  # never two files at once
         content = load_pickle(file)
         if self.section is not None:
             if not isinstance(content.get(self.section), dict):
@@ -201,7 +214,7 @@ class TensorFiles:
         self._kept, self._mapped = (file, content), 0
         return content
 
-    def _release(self, file: Path, num_bytes: int) -> None:
+    def _count_mapped(self, file: Path, num_bytes: int) -> None:
         """What has been read through a map counts as memory until it is closed; old pickles are read whole anyway."""
         self._mapped += num_bytes
         if self._mapped > MAPPED and zipfile.is_zipfile(file):
@@ -214,7 +227,7 @@ class TensorFiles:
             with safe_open(file, "pt") as opened:
                 return opened.get_tensor(raw)
         tensor = self._pickled(file)[raw]
-        self._release(file, tensor.nbytes)
+        self._count_mapped(file, tensor.nbytes)
         return tensor
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -251,17 +264,11 @@ def write_safetensors(
     Raises:
         ValueError: there is not enough room on the disk, or parts and shape disagree.
     """
-    size = sum(_bytes(info) for info in tensors.values())
-    if size > (free := shutil.disk_usage(folder).free):
-        raise ValueError(f"Writing needs {size / 1e9:.2f} GB but '{folder.parent}' has {free / 1e9:.2f} GB left.")
-    stem, suffix = name.rsplit(".", 1)
-    shards = split_torch_state_dict_into_shards(
-        {key: torch.empty(info.shape, dtype=info.dtype, device="meta") for key, info in tensors.items()},
-        filename_pattern=f"{stem}{{suffix}}.{suffix}",
-        max_shard_size=max_shard_size,
-    )
+    check_room(folder, tensors)
+    shards = split_into_shards(folder / name, tensors, max_shard_size)
+    size = sum(map(_bytes, tensors.values()))
     with tqdm(total=size, unit="B", unit_scale=True, desc=progress, disable=progress is None) as bar:
-        for file, keys in shards.filename_to_tensors.items():
+        for file, keys in shards.items():
             with open(folder / file, "wb") as output:
                 output.write(_header({key: tensors[key] for key in keys}, metadata or {}))
                 for key in keys:
@@ -274,9 +281,79 @@ def write_safetensors(
                         bar.update(part.numel())
                     if written != _bytes(tensors[key]):
                         raise ValueError(f"'{key}' got {written} bytes, its shape has {_bytes(tensors[key])}.")
+
+
+def split_into_shards(
+    file: Path, tensors: Mapping[str, TensorInfo], max_shard_size: str | int
+) -> dict[str, list[str]]:
+    """
+    Args:
+        file (`Path`): Of the weights, if one is enough; where not, its index is written beside it.
+        tensors (`dict[str, TensorInfo]`): What is to be written.
+        max_shard_size (`str` or `int`): Of a file.
+
+    Returns:
+        `dict[str, list[str]]`: name of each file -> its tensors.
+    """
+    shards = split_torch_state_dict_into_shards(
+        {key: torch.empty(info.shape, dtype=info.dtype, device="meta") for key, info in tensors.items()},
+        filename_pattern=f"{file.stem}{{suffix}}{file.suffix}",
+        max_shard_size=max_shard_size,
+    )
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (folder / f"{name}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        file.with_name(f"{file.name}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return shards.filename_to_tensors
+
+
+def write_adapter(
+    folder: Path,
+    tensors: Mapping[str, TensorInfo],
+    parts_of: Callable[[str], Iterable[torch.Tensor]],
+    settings: Mapping[str, Any],
+    base_name: str,
+) -> None:
+    """
+    Writes a PEFT adapter of plain LoRA.
+
+    Args:
+        folder (`Path`): New; gets `adapter_model.safetensors` and `adapter_config.json`.
+        tensors, parts_of: As in [`write_safetensors`]; names as PEFT has them.
+        settings (`dict`): An `adapter_config.json` from which rank, scale, dropout and the like are taken.
+        base_name (`str`): Of the model that it is for.
+    """
+    folder.mkdir()
+    write_safetensors(folder, tensors, parts_of, name="adapter_model.safetensors")
+    modules = sorted({adapted_weight(name).removesuffix(".weight") for name in tensors})
+    fields = ("r", "lora_alpha", "lora_dropout", "bias", "fan_in_fan_out", "init_lora_weights", "task_type")
+    config = {field: settings[field] for field in fields if field in settings}
+    config |= {"peft_type": "LORA", "base_model_name_or_path": base_name, "target_modules": modules}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "inference_mode": True}, indent=2) + "\n")
+
+
+def adapted_weight(name: str) -> str:
+    """
+    Args:
+        name (`str`): Of a LoRA factor in a PEFT adapter.
+
+    Returns:
+        `str`: the weight of the model that it is for.
+    """
+    return f"{name.removeprefix('base_model.model.').rsplit('.lora_', 1)[0]}.weight"
+
+
+def check_room(folder: Path, *tensors: Mapping[str, TensorInfo]) -> None:
+    """
+    Args:
+        folder (`Path`): Where to write.
+        tensors (`dict[str, TensorInfo]`): All that will be.
+
+    Raises:
+        ValueError: the disk is too full.
+    """
+    size = sum(_bytes(info) for group in tensors for info in group.values())
+    if size > (free := shutil.disk_usage(folder).free):
+        raise ValueError(f"Writing needs {size / 1e9:.2f} GB but '{folder.parent}' has {free / 1e9:.2f} GB left.")
 
 
 def _bytes(info: TensorInfo) -> int:
@@ -310,11 +387,11 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     check_new(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+        partial = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
+        partial.mkdir()
     except OSError as error:
         raise ValueError(f"'{output}' cannot be written ({error.strerror}); choose another --output.") from error
     try:
-        partial.chmod(0o777 & ~_umask())
         yield partial
         os.replace(partial, output)
     finally:
@@ -337,20 +414,18 @@ def check_new(output: str | Path) -> None:
         raise ValueError(f"'{output}' is a file; choose a new folder.")
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 __all__ = [
     "TensorFiles",
     "TensorInfo",
+    "adapted_weight",
     "check_new",
+    "check_room",
     "load_pickle",
     "new_folder",
     "read_json",
     "read_metadata",
+    "split_into_shards",
     "weight_files",
+    "write_adapter",
     "write_safetensors",
 ]

@@ -304,8 +304,8 @@ def _info(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     _clean_up_when_terminated()
     if args.reverse:
-        given = [name for name in ("base", "finetuned", "vision_tower", "speech_tower") if getattr(args, name)]
-        if given:
+        names = ("base", "finetuned", "vision_tower", "speech_tower", "audio_tower", "experts", "dtype", "tokenizer")
+        if given := [name for name in (*names, "expert_names") if getattr(args, name)]:
             raise ValueError(f"--reverse takes a folder and --output alone; leave out --{given[0].replace('_', '-')}.")
         from .conversion import revert_checkpoint
 
@@ -348,6 +348,8 @@ def _merge_modalities(args: argparse.Namespace) -> None:
         progress=True,
     )
     sys.stdout.write(f"{args.output}: {describe(args.output)['description']}\n")
+    if not (Path(args.output) / "processor_config.json").is_file():
+        sys.stdout.write("One of the two has no processor, so there is none.\n")
 
 
 def _clean_up_when_terminated() -> None:

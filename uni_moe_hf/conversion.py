@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm.auto import tqdm
 from transformers import (
     AutoTokenizer,
@@ -26,10 +25,13 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 from .checkpoints import (
     TensorFiles,
     TensorInfo,
+    adapted_weight,
     check_new,
+    check_room,
     new_folder,
     read_json,
     read_metadata,
+    split_into_shards,
     weight_files,
     write_safetensors,
 )
@@ -135,14 +137,11 @@ def convert_checkpoint(
     plan, adapter = original.plan(targets, keep=lora == "keep", merge_router=router_lora == "merge")
     dropped = original.check(targets, plan, adapter)
     processor, reason = _processor(config, Path(base), tokenizer, Path(vision_tower))
+    generation_config = _generation_config(Path(base), config)
+    remains = original.remains(dropped) if lora == "keep" else {}
 
     with new_folder(output) as folder:
-        title = "Converting" if progress else None
-        write_safetensors(folder, targets, lambda name: original.values(plan[name]), progress=title)
-        if lora == "keep":
-            original.write_remains(folder, dropped)
-        if adapter:
-            original.write_adapter(folder / ADAPTER, adapter, config.dtype, str(output))
+        check_room(folder, targets, remains)
         parts = {**folders, "audio-tower": audio_tower, "experts": experts}
         card = model_card(
             config,
@@ -152,7 +151,14 @@ def convert_checkpoint(
             command=command or "uni_moe_hf.convert_checkpoint",
             adapter=bool(adapter),
         )
-        complete_folder(folder, model, _generation_config(Path(base), config), processor, card)
+        # What is small comes first: an error there must not cost the hours that weights take.
+        complete_folder(folder, model, generation_config, processor, card)
+        if lora == "keep":
+            original.write_remains(folder, remains)
+        if adapter:
+            original.write_adapter(folder / ADAPTER, adapter, config.dtype, str(output))
+        title = "Converting" if progress else None
+        write_safetensors(folder, targets, lambda name: original.values(plan[name]), progress=title)
     counts = {role: len(keys) for role, keys in dropped.items() if keys}
     return Conversion(Path(output), len(targets) + len(adapter), counts, reason)
 
@@ -231,10 +237,16 @@ def _generation_config(base: Path, config: UniMoEConfig) -> GenerationConfig:
             bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
         )
     settings = read_json(base / "generation_config.json")
-    # LLaVA's file sets a temperature without saying that it samples, which saving refuses by now.
-    settings["do_sample"] = settings.get("do_sample", "temperature" in settings or "top_p" in settings)
     settings.pop("transformers_version", None)
-    return GenerationConfig(**settings)
+    if not settings.get("do_sample"):  # LLaVA's file has a temperature all the same, which saving refuses by now
+        for name in ("temperature", "top_k", "top_p", "typical_p", "min_p", "epsilon_cutoff", "eta_cutoff"):
+            settings.pop(name, None)
+    try:
+        config = GenerationConfig(**settings)
+        config.validate(strict=True)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"'{base / 'generation_config.json'}' cannot be used: {error}") from error
+    return config
 
 
 def revert_checkpoint(
@@ -247,11 +259,13 @@ def revert_checkpoint(
         checkpoint (`str` or `Path`): The converted folder, with its adapter and `original.safetensors`.
         output (`str` or `Path`): New folder; gets `base`, `finetuned` and, for the 8-expert set, `experts`. Towers are
             left out: the original reads them from their own files.
-        max_shard_size (`str`, *optional*, defaults to `"5GB"`): Of the base's shards; one of them is held in memory.
+        max_shard_size (`str`, *optional*, defaults to `"5GB"`): Of the base's shards. One file at a time is held in
+            memory, as pickles must be written whole.
         progress (`bool`, *optional*, defaults to `False`): Whether to show a progress bar.
 
     Returns:
-        `Path`: `output`.
+        `Path`: `output`. Its values are those of the model, in the original's dtype where that is not the wider one: a
+        model converted to a lower precision gives back rounded weights.
 
     Raises:
         ValueError: the folder was not converted with `lora="keep"`, or has been changed so that it does not fit.
@@ -267,11 +281,13 @@ def revert_checkpoint(
     facts = read_metadata(checkpoint / REMAINS)
     layout = Layout(json.loads(facts["eight"]), config.text_config.num_experts)
     places, names = json.loads(facts["files"]), json.loads(facts["names"])
+    dtypes = json.loads(facts["dtypes"])
     contents = _original_contents(checkpoint, ours, layout, places)
     with new_folder(output) as folder:
         for role, entries in contents.items():
             title = f"Writing {places[role]}" if progress else None
-            _write_pickle(folder / places[role], entries, names[role], max_shard_size, title)
+            size = max_shard_size if role == "base" else "1TB"
+            _write_pickle(folder / places[role], entries, names[role], dtypes[role], size, title)
         for name, text in facts.items():
             if name.endswith(".json"):
                 (folder / name).write_text(text)
@@ -320,9 +336,8 @@ def _original_contents(
     if file.is_file():
         adapter = TensorFiles([file])
         for name in adapter.info:
-            stem, side = name.removeprefix("base_model.model.").rsplit(".lora_", 1)
-            (part,) = layout.parts_of(f"{stem}.weight")
-            contents["adapter"][part.lora["AB".index(side[0])][1]] = _Slice(adapter, name)
+            (part,) = layout.parts_of(adapted_weight(name))
+            contents["adapter"][part.lora[".lora_B." in name][1]] = _Slice(adapter, name)
     remains = TensorFiles([checkpoint / REMAINS])
     for name in remains.info:
         role, key = name.split("/", 1)
@@ -331,22 +346,24 @@ def _original_contents(
 
 
 def _write_pickle(
-    file: Path, entries: Mapping[str, _Slice], raw_names: Mapping[str, str], max_shard_size: str, title: str | None
+    file: Path,
+    entries: Mapping[str, _Slice],
+    raw_names: Mapping[str, str],
+    dtypes: Mapping[str, str],
+    max_shard_size: str,
+    title: str | None,
 ) -> None:
-    """`torch.save`, in shards where it is the base and large."""
+    """`torch.save` under the original's names, in shards where one file would be too large."""
     file.parent.mkdir(exist_ok=True)
-    infos = {key: entry.info() for key, entry in entries.items()}
-    shards = split_torch_state_dict_into_shards(
-        {key: torch.empty(info.shape, dtype=info.dtype, device="meta") for key, info in infos.items()},
-        filename_pattern=f"{file.stem}{{suffix}}{file.suffix}",
-        max_shard_size=max_shard_size if file.parent.name == "base" else "1TB",
-    )
-    for name, keys in tqdm(shards.filename_to_tensors.items(), desc=title, disable=title is None):
-        # `clone`: what is saved of a view is the whole that it looks at.
-        torch.save({raw_names.get(key, key): entries[key].read().clone() for key in keys}, file.with_name(name))
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        file.with_name(f"{file.name}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    shards = split_into_shards(file, {key: entry.info() for key, entry in entries.items()}, max_shard_size)
+
+    def value(key: str) -> torch.Tensor:
+        tensor = entries[key].read().clone()  # what is saved of a view is the whole that it looks at
+        dtype = getattr(torch, dtypes[key])
+        return tensor.to(dtype) if dtype.itemsize <= tensor.dtype.itemsize else tensor
+
+    for name, keys in tqdm(shards.items(), desc=title, disable=title is None):
+        torch.save({raw_names.get(key, key): value(key) for key in keys}, file.with_name(name))
 
 
 __all__ = ["Conversion", "convert_checkpoint", "revert_checkpoint"]

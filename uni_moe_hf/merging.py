@@ -1,6 +1,5 @@
 """One model with both ears out of two that share their LLM: one that hears sound and one that hears speech."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,7 +7,18 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from .checkpoints import TensorFiles, TensorInfo, check_new, new_folder, read_json, weight_files, write_safetensors
+from .checkpoints import (
+    TensorFiles,
+    TensorInfo,
+    adapted_weight,
+    check_new,
+    check_room,
+    new_folder,
+    read_json,
+    weight_files,
+    write_adapter,
+    write_safetensors,
+)
 from .composition import build_processor
 from .configuration_uni_moe import UniMoEConfig
 from .conversion import ADAPTER, complete_folder
@@ -49,21 +59,26 @@ class _Side:
     def expert(self, name: str, shape: tuple[int, ...], index: int) -> Iterator[torch.Tensor]:
         """
         What one expert contributes to a stack, or to a router. Where this model's layer is dense, its feed-forward
-        network is what each of its experts is there, with the adapter's LoRA on it, and no token prefers it.
+        network is what each of its experts is there, with the adapter's LoRA on it; every token scores it 0.
         """
         if name in self.files:
             yield self.files.read_rows(name, index, index + 1)
             return
-        mlp, tensor = re.fullmatch(r"(.+\.mlp)\.(?:experts\.)?(.+)", name).groups()
+        if not is_stack(name):
+            yield torch.zeros(shape[1:])
+            return
+        mlp, tensor = re.fullmatch(r"(.+\.mlp)\.experts\.(.+)", name).groups()
         projections = ("gate", "up") if "gate_up" in tensor else ("down",)
         if tensor in ("gate_up_proj", "down_proj"):
             yield from (self.files.read(f"{mlp}.{projection}_proj.weight") for projection in projections)
             return
-        lora = [f"base_model.model.{mlp}.{each}_proj.lora_{tensor[-1].upper()}.weight" for each in projections]
-        if tensor.startswith("lora.") and self.adapter is not None and all(key in self.adapter for key in lora):
-            yield from (self.adapter.read(key) for key in lora)
-            return
-        yield torch.zeros(shape[1:])
+        keys = [f"base_model.model.{mlp}.{each}_proj.lora_{tensor[-1].upper()}.weight" for each in projections]
+        if self.adapter is not None and all(key in self.adapter for key in keys):
+            yield from (self.adapter.read(key) for key in keys)
+        elif tensor.endswith("_a"):  # untrained LoRA: A random within 1 / sqrt(fan in), B zero
+            yield torch.empty(shape[1:]).uniform_(-(shape[-1] ** -0.5), shape[-1] ** -0.5)
+        else:
+            yield torch.zeros(shape[1:])
 
 
 def merge_modalities(
@@ -115,15 +130,18 @@ def merge_modalities(
     shared = [name for name in targets if not _is_own(name)]
     connector = [name for name in shared if ".vision_connector." in name]
     rest = [name for name in shared if name not in connector]
-    _check_equal(sides, {ear: side.files for ear, side in sides.items()}, rest, "")
-    _check_equal(sides, {ear: side.files for ear, side in sides.items()}, connector, prefer)
+    files = {ear: side.files for ear, side in sides.items()}
+    _check_equal(
+        sides, files, rest, None, "both must come from one LLM and one vision tower, converted with --lora keep"
+    )
+    _check_equal(sides, files, connector, prefer, "say whose vision connector to take with --prefer")
     adapters = {ear: side.adapter for ear, side in sides.items() if side.adapter is not None}
     if len(adapters) == 1:
         raise ValueError(f"Only the {next(iter(adapters))} model has an adapter; convert both with the same --lora.")
     # LoRA of a feed-forward network that has become an expert has become that expert's.
-    kept = sorted({name for files in adapters.values() for name in files.info if _adapted(name) in targets})
+    kept = sorted({name for files in adapters.values() for name in files.info if adapted_weight(name) in targets})
     if adapters:
-        _check_equal(sides, adapters, kept, prefer)
+        _check_equal(sides, adapters, kept, prefer, "say whose adapter to take with --prefer")
     processor = _processor(config, sides)
 
     def values(name: str) -> Iterator[torch.Tensor]:
@@ -133,11 +151,10 @@ def merge_modalities(
         else:
             yield sides[_ear_of(name) or prefer or "audio"].files.read(name)
 
+    preferred = sides[prefer or "audio"].folder
+    generation_config = GenerationConfig.from_pretrained(preferred)
     with new_folder(output) as folder:
-        write_safetensors(folder, targets, values, progress="Merging" if progress else None)
-        preferred = sides[prefer or "audio"].folder
-        if adapters:
-            _write_adapter(folder / ADAPTER, adapters[prefer or "audio"], kept, preferred / ADAPTER, str(output))
+        check_room(folder, targets)
         card = model_card(
             config,
             title=Path(output).name,
@@ -147,23 +164,18 @@ def merge_modalities(
             command=command or "uni_moe_hf.merge_modalities",
             adapter=bool(adapters),
         )
-        complete_folder(folder, model, GenerationConfig.from_pretrained(preferred), processor, card)
+        complete_folder(folder, model, generation_config, processor, card)
+        if adapters:
+            adapter = adapters[prefer or "audio"]
+            write_adapter(
+                folder / ADAPTER,
+                {name: adapter.info[name] for name in kept},
+                lambda name: [adapter.read(name)],
+                read_json(preferred / ADAPTER / "adapter_config.json"),
+                str(output),
+            )
+        write_safetensors(folder, targets, values, progress="Merging" if progress else None)
     return Path(output)
-
-
-def _adapted(name: str) -> str:
-    """The weight of the model that an adapter's tensor is for."""
-    return f"{name.removeprefix('base_model.model.').rsplit('.lora_', 1)[0]}.weight"
-
-
-def _write_adapter(folder: Path, files: TensorFiles, names: list[str], source: Path, base_name: str) -> None:
-    folder.mkdir()
-    infos = {name: files.info[name] for name in names}
-    write_safetensors(folder, infos, lambda name: [files.read(name)], name="adapter_model.safetensors")
-    modules = sorted({_adapted(name).removesuffix(".weight") for name in names})
-    config = read_json(source / "adapter_config.json")
-    config |= {"target_modules": modules, "base_model_name_or_path": base_name}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _ear_of(name: str) -> str | None:
@@ -227,11 +239,9 @@ def _joined_config(
 
 
 def _check_equal(
-    sides: Mapping[str, _Side], files: Mapping[str, TensorFiles], names: list[str], prefer: str | None
+    sides: Mapping[str, _Side], files: Mapping[str, TensorFiles], names: list[str], prefer: str | None, remedy: str
 ) -> None:
-    """Tensors that both models have must be equal, unless it is said whose to take; `""` is no way out."""
-    if prefer:
-        return
+    """Tensors of both models must be there and alike, and equal unless it is said whose to take."""
     differing: dict[str, float] = {}
     for name in names:
         if missing := [ear for ear in EARS if name not in files[ear]]:
@@ -245,12 +255,6 @@ def _check_equal(
             differing[name] = (audio.float() - speech.float()).abs().max().item()
     if differing:
         worst = max(differing, key=differing.get)
-        part = "vision connectors" if ".vision_connector." in worst else "adapters" if "lora" in worst else None
-        remedy = (
-            f"say whose {part} to take with --prefer"
-            if part and prefer is None
-            else "both must come from one LLM and the same vision tower, converted with --lora keep"
-        )
         raise ValueError(
             f"{len(differing)} of {len(names)} tensors that the models should share differ, '{worst}' by up to "
             f"{differing[worst]:.3g}; {remedy}."

@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, Blip2QFormerConfig
 
-from .checkpoints import TensorFiles, TensorInfo, load_pickle, read_json, weight_files, write_safetensors
+from .checkpoints import (
+    TensorFiles,
+    TensorInfo,
+    adapted_weight,
+    load_pickle,
+    read_json,
+    weight_files,
+    write_adapter,
+    write_safetensors,
+)
 from .configuration_uni_moe import UniMoEConfig
 from .original_format import (
     FINETUNED,
@@ -25,6 +34,7 @@ from .original_format import (
     canonical,
     ear_of,
     is_dropped,
+    is_foreign,
     layout_of,
     part_shape,
     qformer_fields,
@@ -214,7 +224,7 @@ class OriginalFiles:
                     self._use(used, part.lora[0], target, (rank, shape[1]))
                     self._use(used, part.lora[1], target, (shape[0], rank))
         for name, part in adapter.items():
-            weight = targets[name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] + ".weight"].shape
+            weight = targets[adapted_weight(name)].shape
             rank = self._use(used, part.key, name)[0 if ".lora_A." in name else 1]
             self._scaling(rank)
             self._use(used, part.key, name, (rank, weight[1]) if ".lora_A." in name else (weight[0], rank))
@@ -278,33 +288,36 @@ class OriginalFiles:
                 value = value * (self._read(part.norm).float() / value.norm(dim=(0, 1), keepdim=True))
             yield value
 
+    def _info(self, key: tuple[str, str]) -> TensorInfo:
+        return self.files[key[0]].info[key[1]]
+
     def _read(self, key: tuple[str, str]) -> torch.Tensor:
         return self.files[key[0]].read(key[1])
 
     def write_adapter(self, folder: Path, parts: Mapping[str, Part], dtype: torch.dtype, base_name: str) -> None:
         """An ordinary PEFT adapter with the composite model's names."""
-        folder.mkdir()
-        infos = {
-            name: TensorInfo(self.files[part.key[0]].info[part.key[1]].shape, dtype) for name, part in parts.items()
-        }
-        write_safetensors(folder, infos, lambda name: self.values([parts[name]]), name="adapter_model.safetensors")
-        modules = sorted({name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for name in parts})
-        fields = ("r", "lora_alpha", "lora_dropout", "bias", "fan_in_fan_out", "init_lora_weights", "task_type")
-        config = {field: self.adapter_config[field] for field in fields if field in self.adapter_config}
-        config |= {"peft_type": "LORA", "base_model_name_or_path": base_name, "target_modules": modules}
-        (folder / "adapter_config.json").write_text(json.dumps({**config, "inference_mode": True}, indent=2) + "\n")
+        infos = {name: TensorInfo(self._info(part.key).shape, dtype) for name, part in parts.items()}
+        write_adapter(folder, infos, lambda name: self.values([parts[name]]), self.adapter_config, base_name)
 
-    def write_remains(self, folder: Path, dropped: Mapping[str, list[str]]) -> None:
-        """What [`revert_checkpoint`] needs: the dropped tensors, as they are, names of keys and files, configs."""
-        own = [role for role in self.files if role not in TOWERS]
-        infos = {f"{role}/{key}": self.files[role].info[key] for role in own for key in dropped[role]}
-        names = {
-            role: {key: raw for key, raw in self.files[role].raw_names.items() if key != raw}
-            for role in own
-        }  # fmt: skip
+    def remains(self, dropped: Mapping[str, list[str]]) -> dict[str, TensorInfo]:
+        """The dropped tensors that belong to the model in the original, `role/key` -> tensor."""
+        return {
+            f"{role}/{key}": self._info((role, key))
+            for role, keys in dropped.items()
+            if role not in TOWERS
+            for key in keys
+            if not is_foreign(role, key, self.layout)
+        }
+
+    def write_remains(self, folder: Path, infos: Mapping[str, TensorInfo]) -> None:
+        """What [`revert_checkpoint`] needs: these tensors as they are, names of keys and files, dtypes, configs."""
+        own = {role: files for role, files in self.files.items() if role not in TOWERS}
+        names = {role: {k: raw for k, raw in files.raw_names.items() if k != raw} for role, files in own.items()}
+        dtypes = {role: {k: str(info.dtype)[6:] for k, info in files.info.items()} for role, files in own.items()}
         metadata = {
             "eight": json.dumps(self.layout.eight),
             "names": json.dumps(names),
+            "dtypes": json.dumps(dtypes),
             "files": json.dumps({role: self._place(role) for role in own}),
             "base/config.json": (self.base / "config.json").read_text(),
         }

@@ -46,9 +46,8 @@ SOURCES = (
 
 # What the model has no use for, by role.
 DROPPED = {
-    # Buffers; towers, which come from their own files (the speech variant's base holds a random Whisper besides); and
-    # the query decoder's word table, which queries go past.
-    "base": r"\.rotary_emb\.inv_freq$|^model\.(audio|vision)_tower\.|\.audio_decoder\.embed_tokens\.weight$",
+    # Buffers, and the query decoder's word table, which queries go past.
+    "base": r"\.rotary_emb\.inv_freq$|\.audio_decoder\.embed_tokens\.weight$",
     "aligner": r"\.audio_decoder\.embed_tokens\.weight$",
     "gates": r"\.mlp\.gate\.lora_[AB]\.weight$",  # the adapter's, once more
     "expert_lora": r"deepspeed_experts\.0\.(gate|up|down)_proj\.weight$",  # frozen, in the experts' own files
@@ -57,8 +56,10 @@ DROPPED = {
     "speech": r"^decoder\.|^proj_out\.",
     "audio": r"^encoder\.layers\.[1-9]\d*\.self_attn\.relative_attention_bias\.weight$",
 }
-# The 8-expert loader ignores the feed-forward layers of its base.
-DROPPED_EIGHT = r"\.mlp\.(experts\.\d+\.(gate|up|down)_proj|gate)\.weight$"
+# Of a base: towers, which come from their own files (the speech variant's holds a random Whisper besides); and the
+# feed-forward layers of the base that the 8-expert set shares with another model.
+FOREIGN = r"^model\.(audio|vision)_tower\."
+FOREIGN_EIGHT = r"\.mlp\.(experts\.\d+\.(gate|up|down)_proj|gate)\.weight$"
 ROUTER_LORA = r"\.mlp\.gate\.lora_[AB]\.weight$"
 
 # Files of a finetuned folder, by role.
@@ -107,6 +108,7 @@ BEATS_FIELDS = {
     "attention_dropout": "attention_dropout",
     "activation_dropout": "activation_dropout",
 }
+BEATS_OPTIONAL = ("activation_fn", "dropout", "attention_dropout", "activation_dropout")
 # What a BEATs can be and our encoder is not.
 BEATS_FIXED = {
     "conv_bias": False,
@@ -237,7 +239,20 @@ def is_dropped(role: str, key: str, layout: Layout) -> bool:
     pattern = DROPPED.get(role.split(".")[0])
     if pattern and re.search(pattern, key):
         return True
-    return role == "base" and layout.eight and re.search(DROPPED_EIGHT, key) is not None
+    return is_foreign(role, key, layout)
+
+
+def is_foreign(role: str, key: str, layout: Layout) -> bool:
+    """
+    Args:
+        role, key (`str`): A tensor of the original.
+        layout ([`Layout`]): Of its model.
+
+    Returns:
+        `bool`: whether it is no part of the model in the original either: another model's experts, a random tower.
+    """
+    pattern = rf"{FOREIGN}|{FOREIGN_EIGHT}" if layout.eight else FOREIGN
+    return role == "base" and re.search(pattern, key) is not None
 
 
 def is_stack(target: str) -> bool:
@@ -396,12 +411,12 @@ def beats_config(cfg: Mapping[str, Any], source: str = "BEATs") -> BeatsConfig:
     Raises:
         ValueError: a field is missing, or of a kind of BEATs that was never released.
     """
-    if missing := [name for name in BEATS_FIELDS if name not in cfg]:
+    if missing := [name for name in BEATS_FIELDS if name not in cfg and name not in BEATS_OPTIONAL]:
         raise ValueError(f"The `cfg` in '{source}' lacks {missing}; use a published BEATs checkpoint.")
     for name, known in BEATS_FIXED.items():
         if cfg.get(name, known) != known:
             raise ValueError(f"The `cfg` in '{source}' has `{name}={cfg[name]}`, but only {known} is supported.")
-    return BeatsConfig(**{ours: cfg[theirs] for theirs, ours in BEATS_FIELDS.items()})
+    return BeatsConfig(**{ours: cfg[theirs] for theirs, ours in BEATS_FIELDS.items() if theirs in cfg})
 
 
 def _layers(keys: Mapping[str, TensorInfo], prefix: str, suffix: str = r"\.") -> list[int]:
@@ -424,6 +439,7 @@ __all__ = [
     "canonical",
     "ear_of",
     "is_dropped",
+    "is_foreign",
     "is_stack",
     "layout_of",
     "part_shape",
