@@ -167,8 +167,8 @@ class TensorFiles:
                 name = rename(raw)
                 if name in self.info:
                     raise ValueError(
-                        f"'{file}' holds '{raw}', and '{self.raw_names[name]}' in '{self._file_of[name].name}' means the "
-                        "same tensor; remove one of the two."
+                        f"'{file}' holds '{raw}', and '{self.raw_names[name]}' in '{self._file_of[name].name}' means "
+                        "the same tensor; remove one of the two."
                     )
                 self.info[name], self.raw_names[name], self._file_of[name] = tensor, raw, file
 
