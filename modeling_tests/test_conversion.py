@@ -25,6 +25,7 @@ from tiny import tiny_tokenizer
 from transformers import AutoModel, AutoProcessor
 
 from uni_moe_hf import convert_checkpoint, revert_checkpoint
+from uni_moe_hf.checkpoints import read_metadata
 from uni_moe_hf.cli import main
 
 
@@ -448,6 +449,26 @@ def test_each_of_eight_experts_is_its_file_plus_its_lora(lora, shards, tmp_path)
         assert torch.equal(model(**inputs).logits, model(**inputs).logits)  # nothing is drawn at random
 
 
+@pytest.mark.parametrize("lora", ["merge", "keep"])
+def test_the_eights_experts_have_their_own_rank_and_scale(lora, tmp_path):
+    arguments = write_original(tmp_path / "in", experts=8, eight=True, layers=1, rank=4)
+    set_config(arguments["base"] / "config.json", lora_alpha=32)  # the attention's is 16
+    for expert in range(8):
+        file = arguments["finetuned"] / f"{expert}_mlp_experts.bin"
+        edit(file, lambda t: {k: torch.cat([v, v], dim=0 if "_A." in k else 1) / 2 for k, v in t.items()})
+    convert_checkpoint(output=tmp_path / "out", lora=lora, **arguments)
+    model = AutoModel.from_pretrained(tmp_path / "out").eval()
+    if lora == "keep":
+        assert (model.config.text_config.expert_lora_rank, model.config.text_config.expert_lora_alpha) == (8, 32)
+        model.merge_expert_lora()
+    factors = read(arguments["finetuned"] / "0_mlp_experts.bin")
+    stem = "model.layers.0.mlp.deepspeed_moe.experts.deepspeed_experts.0.down_proj_lora"
+    base = read(arguments["experts"] / "mlp_audiocap.bin")["model.layers.0.mlp.down_proj.weight"]
+    expected = base + 32 / 8 * factors[f"{stem}_B.weight"] @ factors[f"{stem}_A.weight"]
+    found = model.model.language_model.layers[0].mlp.experts.down_proj[0].data
+    torch.testing.assert_close(found, expected)
+
+
 def test_experts_files_with_their_frozen_weights_and_other_local_numbers_are_read(tmp_path):
     arguments = write_original(tmp_path / "in", experts=8, eight=True, layers=1)
     convert_checkpoint(output=tmp_path / "one", **arguments)
@@ -504,6 +525,69 @@ def test_the_way_back_and_forth_changes_nothing(size, tmp_path):
     for file in ("model.safetensors", "adapter/adapter_model.safetensors", "original.safetensors"):
         one, two = (load_file(tmp_path / name / file) for name in ("out", "again"))
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_nothing_that_was_merged_into_routers_is_lost_on_the_way_back(tmp_path):
+    arguments = write_original(tmp_path / "in", variant="audio", layers=2)
+    convert_checkpoint(output=tmp_path / "out", lora="keep", router_lora="merge", **arguments)
+    revert_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert_same_files(tmp_path / "back", tmp_path / "in")
+
+
+def test_the_first_tensor_of_a_connector_stays_the_first(converted, tmp_path):
+    """The original's trainer takes it for the queries."""
+    revert_checkpoint(converted["speech", "keep"], tmp_path / "back")
+    file = "finetuned/mm_audio_aligner.bin"
+    assert list(read(tmp_path / "back" / file)) == list(read(FIXTURES / "speech" / file))
+
+
+def test_a_base_without_anything_to_drop_goes_back(tmp_path):
+    arguments = write_original(tmp_path / "in", layers=1)
+    base = {
+        k: v for k, v in read_base(arguments["base"]).items() if "inv_freq" not in k and "embed_tokens" not in k[40:]
+    }
+    projector = read(FIXTURES / "speech" / "base" / "mm_projector.bin")
+    torch.save(base | projector, arguments["base"] / "pytorch_model.bin")
+    del arguments["finetuned"]
+    convert_checkpoint(output=tmp_path / "out", lora="keep", **arguments)
+    assert not load_file(tmp_path / "out" / "original.safetensors")
+    revert_checkpoint(tmp_path / "out", tmp_path / "back")
+    found = read_base(tmp_path / "back" / "base")
+    assert found.keys() == base.keys() | projector.keys()
+    assert all(torch.equal(found[key], base[key]) for key in base)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: shutil.rmtree(f / "adapter"), r"lora_A\.weight' and others is missing in 'finetuned/adapter_model"),
+        (
+            lambda f: remove_tensor(f / "model.safetensors", "lm_head.weight"),
+            r"'lm_head\.weight' is missing in 'base/",
+        ),
+        (lambda f: set_metadata(f, files='{"base": "/tmp/evil.bin"}'), r"wants to write '/tmp/evil\.bin'"),
+        (lambda f: set_metadata(f, files='{"base": "base/../../evil.bin"}'), r"wants to write"),
+        (lambda f: set_metadata(f, eight=None), r"does not state \['eight'\]"),
+    ],
+)
+def test_a_folder_that_is_not_what_was_converted_cannot_go_back(converted, damage, message, tmp_path):
+    shutil.copytree(converted["speech", "keep"], tmp_path / "out")
+    damage(tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        revert_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def remove_tensor(file: Path, name: str) -> None:
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def set_metadata(folder: Path, **facts: str | None) -> None:
+    file = folder / "original.safetensors"
+    metadata = {key: value for key, value in {**read_metadata(file), **facts}.items() if value is not None}
+    save_file(load_file(file), file, metadata=metadata)
 
 
 def test_a_merged_model_cannot_go_back(converted, tmp_path):
@@ -643,6 +727,52 @@ DAMAGES = {
     ),
     "a list": (lambda f: torch.save([1], f / "finetuned/mlp_gates.bin"), r"holds a list, not a dict"),
     "a number": (lambda f: torch.save({"x": 1}, f / "finetuned/mlp_gates.bin"), r"'x', which is a int"),
+    "no weight map": (
+        lambda f: (f / "base/pytorch_model.bin.index.json").write_text('{"weight_map": ["a"]}'),
+        r"index\.json' has no `weight_map`",
+    ),
+    "Git LFS pointer": (
+        lambda f: (f / "base/pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\noid x"),
+        r"is a Git LFS pointer",
+    ),
+    "no embeddings": (
+        lambda f: edit(f / "base/pytorch_model.bin", lambda t: {k: v for k, v in t.items() if "embed_tok" not in k}),
+        r"lacks 'model\.embed_tokens\.weight'",
+    ),
+    "empty adapter": (
+        lambda f: torch.save({}, f / "finetuned/adapter_model.bin"),
+        r"names 'model\.layers\.0\.\S+' as a target, but 'adapter_model\.bin' has no LoRA for it",
+    ),
+    "a router that is no matrix": (
+        lambda f: edit(f / "finetuned/mlp_gates.bin", lambda t: {k: v.sum() for k, v in t.items()}),
+        r"router of layer 0 has shape \(\)",
+    ),
+    "a factor that is no matrix": (
+        lambda f: edit(f / "finetuned/adapter_model.bin", lambda t: {k: v.sum() for k, v in t.items()}),
+        r"no matrix",
+    ),
+    "scale": (lambda f: set_config(f / "finetuned/adapter_config.json", lora_alpha="16"), r"`lora_alpha='16'` has"),
+    "sparse tensor": (
+        lambda f: edit(
+            f / "base/pytorch_model.bin", lambda t: t | {"lm_head.weight": t["lm_head.weight"].to_sparse()}
+        ),
+        r"torch\.sparse_coo and no named dense tensor",
+    ),
+    "float8": (
+        lambda f: edit(f / "base/pytorch_model.bin", lambda t: t | {"x": torch.zeros(2).to(torch.float8_e4m3fn)}),
+        r"an unknown dtype",
+    ),
+    "layers no number": (lambda f: set_config(f / "finetuned/config.json", num_hidden_layers="4"), r"config\.json'"),
+    "heads zero": (lambda f: set_config(f / "finetuned/config.json", num_attention_heads=0), r"."),
+    "vision layer": (
+        lambda f: set_config(f / "finetuned/config.json", mm_vision_select_layer=99),
+        r"reads layer 99 of a vision tower of 3 layers",
+    ),
+    "activation": (
+        lambda f: set_config(f / "finetuned/config.json", hidden_act="snake"),
+        r"describes no model .*snake",
+    ),
+    "activation of a tower": (lambda f: set_config(f / "clip/config.json", hidden_act="snake"), r"describes no model"),
     "missing key": (
         lambda f: edit(f / "base/pytorch_model.bin", lambda t: {k: v for k, v in t.items() if "norm.w" not in k}),
         r"pytorch_model\.bin' lacks 'model\.layers\.0\.input_layernorm\.weight'",
@@ -842,6 +972,26 @@ def test_a_missing_shard_is_named(tmp_path, capsys):
     assert "pytorch_model-00002-of-00003.bin' is missing" in convert_by_command(arguments, tmp_path / "out", capsys)
     (arguments["base"] / "pytorch_model.bin.index.json").unlink()
     assert "pytorch_model-00002-of-00003.bin' is missing" in convert_by_command(arguments, tmp_path / "out", capsys)
+
+
+def test_router_lora_beside_the_routers_alone_is_merged_too(tmp_path):
+    arguments = write_original(tmp_path / "in", variant="audio", layers=1)
+    convert_checkpoint(output=tmp_path / "one", router_lora="merge", **arguments)
+    edit(arguments["finetuned"] / "adapter_model.bin", lambda t: {k: v for k, v in t.items() if ".mlp.gate." not in k})
+    config = json.loads((arguments["finetuned"] / "adapter_config.json").read_text())
+    targets = [name for name in config["target_modules"] if not name.endswith(".mlp.gate")]
+    set_config(arguments["finetuned"] / "adapter_config.json", target_modules=targets)
+    convert_checkpoint(output=tmp_path / "two", router_lora="merge", **arguments)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_link_to_an_empty_folder_is_filled(tmp_path):
+    arguments = copy_fixture("speech", tmp_path / "in")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    convert_checkpoint(output=tmp_path / "link", **arguments)
+    assert (tmp_path / "real" / "config.json").is_file() and (tmp_path / "link").is_symlink()
 
 
 def test_nothing_is_overwritten(tmp_path, capsys):

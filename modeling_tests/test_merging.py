@@ -181,6 +181,15 @@ SHARED = "model.language_model.layers.1.self_attn.q_proj.weight"
             lambda f: set_text(f, expert_lora_rank=8),
             r"`expert_lora_rank`: 4 in the audio model, 8 in the speech model",
         ),
+        (
+            lambda f: set_config(f, vision_feature_layer=-1),
+            r"`vision_feature_layer` is -2 in the audio model, -1 in the",
+        ),
+        (
+            lambda f: remove(f, "model.language_model.layers.1.mlp.gate.weight"),
+            r"speech' lacks 'model\.\S+gate\.weight'",
+        ),
+        (lambda f: remove(f, "model.speech_tower.conv1.bias"), r"speech' lacks 'model\.speech_tower\.conv1\.bias'"),
         (lambda f: (f / "config.json").unlink(), r"holds no config.json"),
         (lambda f: (f / "model.safetensors").unlink(), r"holds neither model.safetensors nor"),
     ],
@@ -191,6 +200,17 @@ def test_parts_that_should_be_shared_but_differ_are_named_with_figures(parents, 
     with pytest.raises(ValueError, match=message):
         merge_modalities(parents["audio"], tmp_path / "speech", tmp_path / "both")
     assert [path.name for path in tmp_path.iterdir()] == ["speech"]
+
+
+def set_config(folder: Path, **fields) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+def remove(folder: Path, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def set_text(folder: Path, **fields) -> None:

@@ -13,7 +13,7 @@ import uuid
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,11 +56,14 @@ def weight_files(folder: str | Path) -> list[Path]:
     for name in _NAMES:
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return [_existing(folder / file, index) for file in sorted(set(read_json(index)["weight_map"].values()))]
+            files = read_json(index).get("weight_map")
+            if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
+                raise ValueError(f"'{index}' has no `weight_map` from tensors to files; download it again.")
+            return [_existing(folder / file, index) for file in sorted(set(files.values()))]
         if (folder / name).is_file():
             return [folder / name]
         stem, suffix = name.rsplit(".", 1)
-        for shard in folder.glob(f"{stem}-*-of-*.{suffix}"):
+        for shard in folder.glob(f"{stem}-*[0-9]-of-[0-9]*[0-9].{suffix}"):
             count = shard.stem.rsplit("-", 1)[1]
             names = [f"{stem}-{i:0{len(count)}}-of-{count}.{suffix}" for i in range(1, int(count) + 1)]
             return [_existing(folder / file, shard) for file in names]
@@ -106,8 +109,7 @@ def load_pickle(file: str | Path) -> dict:
     Raises:
         ValueError: the file is damaged, holds anything but tensors and plain values, or is no dict.
     """
-    if not Path(file).is_file():
-        raise ValueError(f"There is no file '{file}'; check the path.")
+    _check_readable(Path(file))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the pickle protocol: either it can be read or it cannot
@@ -118,9 +120,7 @@ def load_pickle(file: str | Path) -> dict:
             f"'{file}' is refused: {f'it would run {what.group(1)}' if what else 'it holds more than tensors'}; only "
             "pure tensors are read."
         ) from error
-    except OSError as error:
-        raise ValueError(f"'{file}' cannot be read ({error.strerror or error}).") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"'{file}' is truncated or no checkpoint ({_first_line(error)}); download it again."
         ) from error
@@ -130,7 +130,20 @@ def load_pickle(file: str | Path) -> dict:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(". ")
+
+
+def _check_readable(file: Path) -> None:
+    """What the readers would describe in their own, less helpful words."""
+    try:
+        with open(file, "rb") as opened:
+            start = opened.read(40)
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no file '{file}'; check the path.") from error
+    except OSError as error:
+        raise ValueError(f"'{file}' cannot be read ({error.strerror or error}).") from error
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"'{file}' is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`.")
 
 
 def read_metadata(file: str | Path) -> dict[str, str]:
@@ -181,8 +194,7 @@ class TensorFiles:
 
     def _open(self, file: Path) -> Iterator[tuple[str, TensorInfo]]:
         if file.suffix == ".safetensors":
-            if not file.is_file():
-                raise ValueError(f"There is no file '{file}'; check the path.")
+            _check_readable(file)
             try:
                 with safe_open(file, "pt") as opened:
                     for name in opened.keys():
@@ -190,16 +202,17 @@ class TensorFiles:
                         if entry.get_dtype() not in _DTYPES:
                             raise ValueError(f"'{file}' holds '{name}' in {entry.get_dtype()}, an unknown dtype.")
                         yield name, TensorInfo(tuple(entry.get_shape()), _DTYPES[entry.get_dtype()])
-            except OSError as error:
-                raise ValueError(f"'{file}' cannot be read ({error.strerror or error}).") from error
             except SafetensorError as error:
                 raise ValueError(
                     f"'{file}' is truncated or no checkpoint ({_first_line(error)}); download it again."
                 ) from error
             return
         for name, tensor in self._pickled(file).items():
-            if not isinstance(tensor, torch.Tensor):
-                raise ValueError(f"'{file}' holds '{name}', which is a {type(tensor).__name__} and not a tensor.")
+            if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or not isinstance(name, str):
+                kind = type(tensor).__name__ if not isinstance(tensor, torch.Tensor) else tensor.layout
+                raise ValueError(f"'{file}' holds '{name}', which is a {kind} and no named dense tensor.")
+            if tensor.dtype not in _DTYPE_NAMES:
+                raise ValueError(f"'{file}' holds '{name}' in {tensor.dtype}, an unknown dtype.")
             yield name, TensorInfo(tuple(tensor.shape), tensor.dtype)
 
     def _pickled(self, file: Path) -> Mapping:
@@ -303,7 +316,7 @@ def split_into_shards(
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         file.with_name(f"{file.name}.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return shards.filename_to_tensors
+    return shards.filename_to_tensors or {file.name: []}
 
 
 def write_adapter(
@@ -383,8 +396,9 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     Raises:
         ValueError: there is something in `output` already, or it cannot be written.
     """
-    output = Path(output)
     check_new(output)
+    output = Path(output).resolve()
+    parents = [folder for folder in output.parents if not folder.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -396,6 +410,9 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         os.replace(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in parents:
+            with suppress(OSError):  # not empty: all went well
+                parent.rmdir()
 
 
 def check_new(output: str | Path) -> None:
@@ -406,7 +423,7 @@ def check_new(output: str | Path) -> None:
     Raises:
         ValueError: it is a file, or holds something.
     """
-    output = Path(output)
+    output = Path(output).resolve()
     if output.is_dir():
         if any(output.iterdir()):
             raise ValueError(f"'{output}' is not empty; choose a new folder, nothing is overwritten.")

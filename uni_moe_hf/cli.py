@@ -353,13 +353,17 @@ def _merge_modalities(args: argparse.Namespace) -> None:
 
 
 def _clean_up_when_terminated() -> None:
-    """`kill` ends the command as Ctrl-C does: what is half-written goes away."""
+    """`kill` or a closed terminal end the command as Ctrl-C does, once: what is half-written goes away."""
     import signal
 
     def interrupt(*_: Any) -> None:
+        for name in names:
+            signal.signal(name, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    names = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    for name in names:
+        signal.signal(name, interrupt)
 
 
 def _command_line(args: argparse.Namespace) -> str:

@@ -6,6 +6,7 @@ that is neither used nor listed as dropped is an error, and so is a part that is
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,11 +40,12 @@ from .composition import build_processor
 from .configuration_uni_moe import UniMoEConfig
 from .model_card import model_card
 from .modeling_uni_moe import UniMoEForConditionalGeneration
-from .original_files import REMAINS, TOWERS, OriginalFiles
-from .original_format import Layout, is_stack, part_shape
+from .original_files import CONFIGS, REMAINS, TOWERS, OriginalFiles
+from .original_format import Layout, is_foreign, is_stack, part_shape
 
 
 ADAPTER = "adapter"  # folder within a converted one
+PLACE = r"(base|finetuned|experts)/\w+\.bin"  # of a file in the original's layout
 
 
 class Conversion(NamedTuple):
@@ -125,20 +127,25 @@ def convert_checkpoint(
         if folder is not None and not Path(folder).is_dir():
             raise ValueError(f"There is no folder '{folder}' for --{name}; check the path.")
     original = OriginalFiles(Path(base), finetuned and Path(finetuned), experts and Path(experts))
-    config = original.config(Path(vision_tower), speech_tower, audio_tower, keep=lora == "keep")
-    if expert_names:
-        config.text_config.expert_names = list(expert_names)
-        config.text_config.validate_architecture()
-    config.dtype = getattr(torch, dtype) if dtype else original.files["base"].info["model.embed_tokens.weight"].dtype
-
-    with torch.device("meta"):
-        model = UniMoEForConditionalGeneration(config)
+    try:
+        config = original.config(Path(vision_tower), speech_tower, audio_tower, keep=lora == "keep")
+        if expert_names:
+            config.text_config.expert_names = list(expert_names)
+            config.text_config.validate_architecture()
+        config.dtype = getattr(torch, dtype) if dtype else original.dtype
+        with torch.device("meta"):
+            model = UniMoEForConditionalGeneration(config)
+    except (TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError) as error:
+        # Fields of the wrong type or sign: the library finds them in its own ways.
+        raise ValueError(
+            f"'{original.config_file}' or the config of a tower describes no model ({type(error).__name__}: {error})."
+        ) from error
     targets = {name: TensorInfo(tuple(t.shape), config.dtype) for name, t in model.state_dict().items()}
     plan, adapter = original.plan(targets, keep=lora == "keep", merge_router=router_lora == "merge")
     dropped = original.check(targets, plan, adapter)
     processor, reason = _processor(config, Path(base), tokenizer, Path(vision_tower))
     generation_config = _generation_config(Path(base), config)
-    remains = original.remains(dropped) if lora == "keep" else {}
+    remains = original.remains(dropped, plan) if lora == "keep" else {}
 
     with new_folder(output) as folder:
         check_room(folder, targets, remains)
@@ -147,7 +154,7 @@ def convert_checkpoint(
             config,
             title=Path(output).name,
             summary="[Uni-MoE](https://huggingface.co/papers/2405.11273), converted from the original's files.",
-            sources={part: Path(path).name for part, path in parts.items() if path is not None},
+            sources={part: source_name(path) for part, path in parts.items() if path is not None},
             command=command or "uni_moe_hf.convert_checkpoint",
             adapter=bool(adapter),
         )
@@ -183,6 +190,20 @@ def complete_folder(
     if processor is not None:
         processor.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def source_name(path: str | Path) -> str:
+    """
+    Args:
+        path (`str` or `Path`): A file or folder.
+
+    Returns:
+        `str`: its name; of a folder in the Hub's cache the repository's.
+    """
+    path = Path(path)
+    if path.parent.name == "snapshots":
+        return path.parents[1].name.removeprefix("models--").replace("--", "/")
+    return path.resolve().name
 
 
 def _check_choice(name: str, value: Any, allowed: tuple) -> None:
@@ -257,8 +278,9 @@ def revert_checkpoint(
 
     Args:
         checkpoint (`str` or `Path`): The converted folder, with its adapter and `original.safetensors`.
-        output (`str` or `Path`): New folder; gets `base`, `finetuned` and, for the 8-expert set, `experts`. Towers are
-            left out: the original reads them from their own files.
+        output (`str` or `Path`): New folder; gets `base`, `finetuned` and, for the 8-expert set, `experts`. Left out
+            is what the original reads elsewhere or not at all: towers, also those in the base, and the feed-forward
+            layers of the base that the 8-expert set shares with another model.
         max_shard_size (`str`, *optional*, defaults to `"5GB"`): Of the base's shards. One file at a time is held in
             memory, as pickles must be written whole.
         progress (`bool`, *optional*, defaults to `False`): Whether to show a progress bar.
@@ -279,18 +301,29 @@ def revert_checkpoint(
     config = UniMoEConfig.from_pretrained(checkpoint)
     ours = TensorFiles(weight_files(checkpoint))
     facts = read_metadata(checkpoint / REMAINS)
+    if missing := [fact for fact in ("eight", "files", "names", "dtypes") if fact not in facts]:
+        raise ValueError(f"'{checkpoint / REMAINS}' does not state {missing}; convert the model again.")
     layout = Layout(json.loads(facts["eight"]), config.text_config.num_experts)
-    places, names = json.loads(facts["files"]), json.loads(facts["names"])
-    dtypes = json.loads(facts["dtypes"])
+    places, names, dtypes = (json.loads(facts[fact]) for fact in ("files", "names", "dtypes"))
+    if strange := [place for place in places.values() if not re.fullmatch(PLACE, place)]:
+        raise ValueError(f"'{checkpoint / REMAINS}' wants to write '{strange[0]}'; it has been tampered with.")
     contents = _original_contents(checkpoint, ours, layout, places)
+    for role, keys in dtypes.items():
+        wanted = {key for key in keys if not is_foreign(role, key, layout)}
+        if unlike := sorted(wanted ^ set(contents[role])):
+            state = "is missing in" if unlike[0] in wanted else "is not known to"
+            raise ValueError(
+                f"'{checkpoint}' is not what was converted: '{unlike[0]}'{' and others' * (len(unlike) > 1)} "
+                f"{state} '{places[role]}'; convert the model again."
+            )
     with new_folder(output) as folder:
         for role, entries in contents.items():
             title = f"Writing {places[role]}" if progress else None
             size = max_shard_size if role == "base" else "1TB"
             _write_pickle(folder / places[role], entries, names[role], dtypes[role], size, title)
-        for name, text in facts.items():
-            if name.endswith(".json"):
-                (folder / name).write_text(text)
+        for place in CONFIGS:
+            if place in facts:
+                (folder / place).write_text(facts[place], encoding="utf-8")
     return Path(output)
 
 
@@ -362,7 +395,9 @@ def _write_pickle(
         dtype = getattr(torch, dtypes[key])
         return tensor.to(dtype) if dtype.itemsize <= tensor.dtype.itemsize else tensor
 
+    order = {key: number for number, key in enumerate(dtypes)}  # the original's trainer reads the first as queries
     for name, keys in tqdm(shards.items(), desc=title, disable=title is None):
+        keys = sorted(keys, key=order.__getitem__)
         torch.save({raw_names.get(key, key): value(key) for key in keys}, file.with_name(name))
 
 

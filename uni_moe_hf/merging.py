@@ -21,7 +21,7 @@ from .checkpoints import (
 )
 from .composition import build_processor
 from .configuration_uni_moe import UniMoEConfig
-from .conversion import ADAPTER, complete_folder
+from .conversion import ADAPTER, complete_folder, source_name
 from .model_card import model_card
 from .modeling_uni_moe import UniMoEForConditionalGeneration
 from .original_format import is_stack
@@ -31,6 +31,9 @@ from .processing_uni_moe import UniMoEProcessor
 EARS = ("audio", "speech")
 # Of the decoder, what may differ between the two models: it is made anew.
 _EXPERT_FIELDS = ("mlp_layer_types", "num_experts", "expert_names", "num_experts_per_tok")
+# Of the way from a picture to the LLM.
+_VISION_FIELDS = ("vision_feature_layer", "vision_feature_select_strategy", "image_seq_length", "video_pooling")
+_VISION_FIELDS += ("projector_hidden_act",)
 
 
 class _Side:
@@ -48,6 +51,11 @@ class _Side:
                 f"{ears}, but a sparse one for {ear} alone is needed."
             )
         self.files = TensorFiles(weight_files(folder))
+        with torch.device("meta"):
+            wanted = UniMoEForConditionalGeneration(self.config).state_dict()
+        for name in sorted(wanted.keys() ^ self.files.info.keys()):
+            state = "lacks" if name in wanted else "holds the unknown"
+            raise ValueError(f"'{folder}' {state} '{name}'; convert the model again.")
         adapter = folder / ADAPTER / "adapter_model.safetensors"
         self.adapter = TensorFiles([adapter]) if adapter.is_file() else None
 
@@ -160,7 +168,7 @@ def merge_modalities(
             title=Path(output).name,
             summary="[Uni-MoE](https://huggingface.co/papers/2405.11273) with both ears, put together from a model "
             "for sound and one for speech. Its routers are rows of both, yet to be trained together (stage 3).",
-            sources={f"{ear} model": side.folder.name for ear, side in sides.items()},
+            sources={f"{ear} model": source_name(side.folder) for ear, side in sides.items()},
             command=command or "uni_moe_hf.merge_modalities",
             adapter=bool(adapters),
         )
@@ -203,6 +211,10 @@ def _joined_config(
 ) -> UniMoEConfig:
     texts = {ear: side.config.text_config.to_dict() for ear, side in sides.items()}
     texts["audio"]["dtype"], texts["speech"]["dtype"] = (str(side.config.dtype) for side in sides.values())
+    for field in _VISION_FIELDS:
+        audio, speech = (getattr(side.config, field) for side in sides.values())
+        if audio != speech:
+            raise ValueError(f"`{field}` is {audio} in the audio model, {speech} in the speech model; it must be one.")
     differing = {
         field: (texts["audio"].get(field), texts["speech"].get(field))
         for field in sorted({*texts["audio"], *texts["speech"]} - {*_EXPERT_FIELDS})

@@ -5,6 +5,7 @@ Every key must be used or be on the list of dropped ones, and every part be ther
 """
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,12 +30,14 @@ from .original_format import (
     FINETUNED,
     HINTS,
     ROUTER_LORA,
+    Key,
     Part,
     beats_config,
     canonical,
     ear_of,
     is_dropped,
     is_foreign,
+    is_stack,
     layout_of,
     part_shape,
     qformer_fields,
@@ -45,6 +48,7 @@ from .original_format import (
 
 # Written by `lora="keep"`: what the original's files hold and the model does not, for `revert_checkpoint`.
 REMAINS = "original.safetensors"
+CONFIGS = ("base/config.json", "finetuned/config.json", "finetuned/adapter_config.json")
 TOWERS = ("vision", "speech", "audio")
 
 
@@ -95,6 +99,13 @@ class OriginalFiles:
         self.config_file = (base if self.layout.eight or finetuned is None else finetuned) / "config.json"
         self.raw_config = read_json(self.config_file)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base; float32 where it is none that models are saved in."""
+        embeddings = self.files["base"].info.get("model.embed_tokens.weight")
+        half = (torch.bfloat16, torch.float16)
+        return embeddings.dtype if embeddings is not None and embeddings.dtype in half else torch.float32
+
     def _open(self, role: str, *files: Path, section: str | None = None) -> None:
         self.files[role] = TensorFiles(files, canonical(role), section)
 
@@ -134,15 +145,16 @@ class OriginalFiles:
             "expert_names": self.layout.expert_names(),
             "expert_lora_rank": 0,
         }
-        if keep and (rank := self._expert_rank()):
-            dropout = self.adapter_config.get("lora_dropout", 0.0)
-            text |= {"expert_lora_rank": rank, "expert_lora_alpha": self._scaling(rank) * rank}
-            text["expert_lora_dropout"] = (
-                self.raw_config.get("lora_dropout", dropout) if self.layout.eight else dropout
-            )
+        if keep and (key := self._expert_lora()):
+            rank, source = self._info(key).shape[0], self.raw_config if self.layout.eight else {}
+            text |= {"expert_lora_rank": rank, "expert_lora_alpha": self._scaling(rank, key[0]) * rank}
+            text["expert_lora_dropout"] = source.get("lora_dropout", self.adapter_config.get("lora_dropout", 0.0))
+        layer, blocks = self.raw_config.get("mm_vision_select_layer", -2), fields["vision_config"]["num_hidden_layers"]
+        if not isinstance(layer, int) or not -blocks - 1 <= layer <= blocks:
+            raise ValueError(f"'{self.config_file}' reads layer {layer} of a vision tower of {blocks} layers.")
         return UniMoEConfig(
             text_config=text,
-            vision_feature_layer=self.raw_config.get("mm_vision_select_layer", -2),
+            vision_feature_layer=layer,
             vision_feature_select_strategy={"cls_patch": "full"}.get(
                 self.raw_config.get("mm_vision_select_feature"), "default"
             ),
@@ -155,28 +167,28 @@ class OriginalFiles:
         self._open("vision", *weight_files(folder))
         return getattr(config, "vision_config", config).to_dict()
 
-    def _expert_rank(self) -> int:
-        """Rank of the experts' LoRA, 0 without one."""
-        for part in self.layout.parts_of(f"model.language_model.layers.{self.sparse_layers[0]}.mlp.experts.down_proj"):
-            role, key = part.lora[0]
-            if role in self.files and key in self.files[role]:
-                return self.files[role].info[key].shape[0]
-        return 0
+    def _expert_lora(self) -> Key | None:
+        """Where an expert's first LoRA factor stands, `None` without one."""
+        stack = f"model.language_model.layers.{self.sparse_layers[0]}.mlp.experts.down_proj"
+        return next((part.lora[0] for part in self.layout.parts_of(stack) if self._has(part.lora[0])), None)
 
-    def _scaling(self, rank: int, role: str = "adapter") -> float:
+    def _scaling(self, rank: int, role: str) -> float:
+        """What products of that file's factors are multiplied by."""
         config, alpha = self.adapter_config, self.adapter_config.get("lora_alpha")
         unsupported = [
             name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if config.get(name)
         ]
-        if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported or not alpha:
+        if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
             raise ValueError(
                 f"'{self.finetuned / 'adapter_config.json'}' describes {config.get('peft_type')}"
                 f"{' with ' + ', '.join(unsupported) if unsupported else ''}; only plain LoRA without biases is known."
             )
         if role.startswith("expert_lora"):
-            return self.raw_config.get("lora_alpha", alpha) / rank
-        if config.get("r") != rank:
-            raise ValueError(f"adapter_config.json states rank {config.get('r')} but factors have rank {rank}.")
+            alpha = self.raw_config.get("lora_alpha", alpha)
+        elif config.get("r") != rank:
+            raise ValueError(f"adapter_config.json states rank {config.get('r')!r} but factors have rank {rank}.")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha) or rank < 1:
+            raise ValueError(f"LoRA of rank {rank} and `lora_alpha={alpha!r}` has no scale; both must be positive.")
         return alpha / rank
 
     # --- What becomes what
@@ -190,8 +202,11 @@ class OriginalFiles:
             plan[target] = []
             for part in self.layout.parts_of(target):
                 part = part._replace(key=self._standing(part.key))
+                is_expert, is_router = is_stack(target), target.endswith(".mlp.gate.weight")
                 found = part.lora is not None and any(self._has(key) for key in part.lora)
-                is_expert, is_router = ".mlp.experts." in target, target.endswith(".mlp.gate.weight")
+                if is_router and part.lora is not None and not found:  # a copy stands beside the routers
+                    part = part._replace(lora=tuple(("gates", key) for _, key in part.lora))
+                    found = any(self._has(key) for key in part.lora)
                 if found and keep and not is_expert and not is_router:
                     stem = target.removesuffix(".weight")
                     for side, key in zip("AB", part.lora, strict=True):
@@ -200,10 +215,10 @@ class OriginalFiles:
                 plan[target].append(part if found and merged else part._replace(lora=None))
         return plan, adapter
 
-    def _has(self, key: tuple[str, str]) -> bool:
+    def _has(self, key: Key) -> bool:
         return key[0] in self.files and key[1] in self.files[key[0]]
 
-    def _standing(self, key: tuple[str, str]) -> tuple[str, str]:
+    def _standing(self, key: Key) -> Key:
         """Where the key stands: what has no file of its own is in the base."""
         return key if key[0] in self.files else ("base", key[1])
 
@@ -226,7 +241,7 @@ class OriginalFiles:
         for name, part in adapter.items():
             weight = targets[adapted_weight(name)].shape
             rank = self._use(used, part.key, name)[0 if ".lora_A." in name else 1]
-            self._scaling(rank)
+            self._scaling(rank, "adapter")
             self._use(used, part.key, name, (rank, weight[1]) if ".lora_A." in name else (weight[0], rank))
 
         dropped: dict[str, list[str]] = {}
@@ -248,6 +263,7 @@ class OriginalFiles:
                     f"'{files.file_of(unknown[0])}' holds '{unknown[0]}'{more}, for which the model has no place; "
                     f"{HINTS[role.split('.')[0]]}"
                 )
+        self._check_adapter()
         tables = [key for key in dropped.get("audio", ()) if "relative_attention_bias" in key]
         first = "encoder.layers.0.self_attn.relative_attention_bias.weight"
         for key in tables:
@@ -255,8 +271,18 @@ class OriginalFiles:
                 raise ValueError(f"'{key}' differs from the first layer's, but BEATs has one table for all layers.")
         return dropped
 
+    def _check_adapter(self) -> None:
+        """An adapter that lost tensors, as saving a sharded model can do, would go unnoticed."""
+        modules = self.adapter_config.get("target_modules")
+        for module in modules if isinstance(modules, list) else ():
+            if f"{module}.weight" in self.files["base"] and f"{module}.lora_A.weight" not in self.files["adapter"]:
+                raise ValueError(
+                    f"adapter_config.json names '{module}' as a target, but "
+                    f"'{self.files['adapter'].files[0].name}' has no LoRA for it; save the adapter again."
+                )
+
     def _use(
-        self, used: dict[str, set[str]], key: tuple[str, str], target: str, shape: tuple[int, ...] | None = None
+        self, used: dict[str, set[str]], key: Key, target: str, shape: tuple[int, ...] | None = None
     ) -> tuple[int, ...]:
         role, name = key
         hint = HINTS[role.split(".")[0]]
@@ -265,6 +291,8 @@ class OriginalFiles:
             raise ValueError(f"'{file}' lacks '{name}', of which '{target}' is made; {hint}")
         used[role].add(name)
         found = self.files[role].info[name]
+        if shape is None and len(found.shape) != 2:
+            raise ValueError(f"'{self.files[role].file_of(name)}' holds '{name}' of shape {found.shape}, no matrix.")
         if shape is not None and found.shape != tuple(shape):
             raise ValueError(
                 f"'{self.files[role].file_of(name)}' holds '{name}' of shape {found.shape}, but '{target}' needs "
@@ -288,10 +316,10 @@ class OriginalFiles:
                 value = value * (self._read(part.norm).float() / value.norm(dim=(0, 1), keepdim=True))
             yield value
 
-    def _info(self, key: tuple[str, str]) -> TensorInfo:
+    def _info(self, key: Key) -> TensorInfo:
         return self.files[key[0]].info[key[1]]
 
-    def _read(self, key: tuple[str, str]) -> torch.Tensor:
+    def _read(self, key: Key) -> torch.Tensor:
         return self.files[key[0]].read(key[1])
 
     def write_adapter(self, folder: Path, parts: Mapping[str, Part], dtype: torch.dtype, base_name: str) -> None:
@@ -299,14 +327,14 @@ class OriginalFiles:
         infos = {name: TensorInfo(self._info(part.key).shape, dtype) for name, part in parts.items()}
         write_adapter(folder, infos, lambda name: self.values([parts[name]]), self.adapter_config, base_name)
 
-    def remains(self, dropped: Mapping[str, list[str]]) -> dict[str, TensorInfo]:
-        """The dropped tensors that belong to the model in the original, `role/key` -> tensor."""
+    def remains(self, dropped: Mapping[str, list[str]], plan: Mapping[str, list[Part]]) -> dict[str, TensorInfo]:
+        """`role/key` -> tensor, of what the model does not hold but is part of it in the original."""
+        merged = [key for parts in plan.values() for part in parts if part.lora for key in (part.key, *part.lora)]
+        keys = [(role, key) for role, names in dropped.items() for key in names] + merged
         return {
             f"{role}/{key}": self._info((role, key))
-            for role, keys in dropped.items()
-            if role not in TOWERS
-            for key in keys
-            if not is_foreign(role, key, self.layout)
+            for role, key in keys
+            if role not in TOWERS and not is_foreign(role, key, self.layout)
         }
 
     def write_remains(self, folder: Path, infos: Mapping[str, TensorInfo]) -> None:
@@ -319,11 +347,12 @@ class OriginalFiles:
             "names": json.dumps(names),
             "dtypes": json.dumps(dtypes),
             "files": json.dumps({role: self._place(role) for role in own}),
-            "base/config.json": (self.base / "config.json").read_text(),
         }
-        for name in ("config.json", "adapter_config.json"):
-            if self.finetuned is not None and (self.finetuned / name).is_file():
-                metadata[f"finetuned/{name}"] = (self.finetuned / name).read_text()
+        folders = {"base": self.base, "finetuned": self.finetuned}
+        for place in CONFIGS:
+            source, name = place.split("/")
+            if folders[source] is not None and (folders[source] / name).is_file():
+                metadata[place] = (folders[source] / name).read_text(encoding="utf-8")
         write_safetensors(
             folder,
             infos,
@@ -352,4 +381,4 @@ def _tower_config(folder: Path, *kinds: str) -> Any:
     return config
 
 
-__all__ = ["REMAINS", "TOWERS", "OriginalFiles"]
+__all__ = ["CONFIGS", "REMAINS", "TOWERS", "OriginalFiles"]

@@ -298,7 +298,10 @@ def layout_of(base: Mapping[str, TensorInfo], gates: Mapping[str, TensorInfo] | 
         for info in (gates or {},) if eight else (base, gates or {}):
             found |= {int(match[1]): info[key] for key in info if (match := re.fullmatch(pattern, key))}
         if found:
-            return Layout(eight, found[min(found)].shape[0]), sorted(found)
+            shape = found[min(found)].shape
+            if len(shape) != 2:
+                raise ValueError(f"The router of layer {min(found)} has shape {shape}, not (experts, hidden_size).")
+            return Layout(eight, shape[0]), sorted(found)
     raise ValueError(
         "The base holds no router (model.layers.*.mlp.gate.weight): it is no Uni-MoE; a dense LLM becomes one through "
         "`uni_moe_hf.build_model` and the three stages."
@@ -433,6 +436,7 @@ __all__ = [
     "FINETUNED",
     "HINTS",
     "ROUTER_LORA",
+    "Key",
     "Layout",
     "Part",
     "beats_config",
