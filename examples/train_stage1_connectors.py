@@ -22,7 +22,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from trl import ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
-from uni_moe_hf import UniMoEDataCollator, build_model, build_processor, load_rows, prepare_stage
+from uni_moe_hf import UniMoEDataCollator, build_processor, from_pretrained_parts, load_rows, prepare_stage
 from uni_moe_hf.stages import stage_table
 
 
@@ -50,7 +50,7 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, parts: PartsArg
     ################
     # Model & processor
     ################
-    model = build_model(
+    model = from_pretrained_parts(
         parts.llm,
         vision_tower=parts.vision_tower,
         speech_tower=parts.speech_tower,

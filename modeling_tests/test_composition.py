@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from uni_moe_hf import BeatsModel, UniMoEForConditionalGeneration
-from uni_moe_hf.composition import build_model, build_processor, export_expert, grow_experts
+from uni_moe_hf.composition import build_processor, from_pretrained_parts, grow_experts
+from uni_moe_hf.expert_adapters import export_expert
 from uni_moe_hf.stages import prepare_stage
 
 
@@ -53,7 +54,7 @@ def parts():
         k: v for k, v in config.text_config.to_dict().items() if k in LlamaConfig().to_dict() and k != "model_type"
     }
     return {
-        "llm": LlamaForCausalLM(LlamaConfig(**text)).eval(),
+        "language_model": LlamaForCausalLM(LlamaConfig(**text)).eval(),
         "vision_tower": CLIPVisionModel(config.vision_config).eval(),
         "speech_tower": WhisperModel(config.speech_config).eval(),
         "audio_tower": BeatsModel(config.audio_config).eval(),
@@ -87,10 +88,12 @@ def only(model: UniMoEForConditionalGeneration, expert: int) -> UniMoEForConditi
 
 def test_a_composed_model_computes_what_its_parts_compute():
     given = parts()
-    model = build_model(**given, num_speech_query_tokens=3, num_audio_query_tokens=5).eval()
+    model = from_pretrained_parts(**given, num_speech_query_tokens=3, num_audio_query_tokens=5).eval()
     assert not model.config.text_config.is_sparse
     ids = text_ids()
-    torch.testing.assert_close(model(input_ids=ids).logits, given["llm"](input_ids=ids).logits, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        model(input_ids=ids).logits, given["language_model"](input_ids=ids).logits, atol=1e-6, rtol=0
+    )
     pixels, mel, fbank = torch.randn(1, 3, 16, 16), torch.randn(1, 80, 100), torch.randn(1, 98, 128)
     inner = model.model
     for mine, theirs in (
@@ -103,7 +106,7 @@ def test_a_composed_model_computes_what_its_parts_compute():
 
 def test_the_speech_connector_starts_as_whispers_decoder():
     given = parts()
-    connector = build_model(**given, num_speech_query_tokens=3).model.speech_connector
+    connector = from_pretrained_parts(**given, num_speech_query_tokens=3).model.speech_connector
     for name, tensor in connector.decoder.state_dict().items():
         assert torch.equal(tensor, given["speech_tower"].decoder.state_dict()[name]), name
 
@@ -116,8 +119,8 @@ def test_parts_are_loaded_from_folders(tmp_path):
             part.save_pretrained(tmp_path / name)
             folders[name] = str(tmp_path / name)
     settings = {"audio_connector_config": given["audio_connector_config"], "num_speech_query_tokens": 3}
-    model = build_model(**folders, **settings).eval()
-    reference = given["llm"](input_ids=text_ids()).logits
+    model = from_pretrained_parts(**folders, **settings).eval()
+    reference = given["language_model"](input_ids=text_ids()).logits
     torch.testing.assert_close(model(input_ids=text_ids()).logits, reference, atol=1e-6, rtol=0)
 
 
@@ -126,13 +129,13 @@ def test_a_decoder_that_is_no_llama_is_refused():
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
     )
     with pytest.raises(ValueError, match="'mistral'.*'llama'"):
-        build_model(MistralForCausalLM(config))
+        from_pretrained_parts(MistralForCausalLM(config))
 
 
 def test_a_speech_tower_that_is_no_whisper_is_refused():
     given = parts()
     with pytest.raises(ValueError, match="'clip_vision_model'.*'whisper'"):
-        build_model(given["llm"], speech_tower=given["vision_tower"])
+        from_pretrained_parts(given["language_model"], speech_tower=given["vision_tower"])
 
 
 def test_placeholders_stand_behind_a_padded_embedding_table():

@@ -258,8 +258,8 @@ def test_rows_are_read_from_files_as_they_were_written(tmp_path, suffix, rows):
         ("rows.json", "[{]", "no valid json"),
         ("rows.jsonl", '{"text": 1}\n{"text"', "no valid jsonl"),
         ("rows.json", '{"messages": []}', "non-empty list of objects"),
-        ("rows.json", "[]", "non-empty list of objects"),
-        ("rows.jsonl", "1\n2", "non-empty list of objects"),
+        ("rows.json", "[]", "holds no rows"),
+        ("rows.jsonl", "1\n2", "is a int, not an object"),
     ],
 )
 def test_files_that_hold_no_rows_are_named(tmp_path, name, text, message):
@@ -362,7 +362,7 @@ BROKEN = {
 def test_unreadable_rows_are_skipped_and_counted_on_request(processor, broken):
     with pytest.raises(ValueError):
         UniMoEDataCollator(processor)([row("hello"), broken])
-    collate = UniMoEDataCollator(processor, skip_unreadable=True)
+    collate = UniMoEDataCollator(processor, skip_bad_rows=True)
     assert_same(
         collate([row("hello"), broken, row("is it")]), UniMoEDataCollator(processor)([row("hello"), row("is it")])
     )
@@ -371,7 +371,7 @@ def test_unreadable_rows_are_skipped_and_counted_on_request(processor, broken):
 
 
 def test_a_batch_without_a_usable_row_is_an_error(processor):
-    collate = UniMoEDataCollator(processor, skip_unreadable=True)
+    collate = UniMoEDataCollator(processor, skip_bad_rows=True)
     broken = [BROKEN["missing file"], BROKEN["NaN"]]
     with pytest.raises(ValueError, match="No row of this batch of 2 can be used: {'unreadable': 2}"):
         collate(broken)

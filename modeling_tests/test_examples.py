@@ -41,7 +41,7 @@ def workplace(tmp_path_factory) -> Path:
     for name, part in given.items():
         if name != "audio_connector_config":
             part.save_pretrained(root / name)
-    tiny_tokenizer().save_pretrained(root / "llm")
+    tiny_tokenizer().save_pretrained(root / "language_model")
     (root / "qformer.json").write_text(json.dumps(given["audio_connector_config"]))
     (root / "media").mkdir()
     Image.fromarray(picture()).save(root / "media/a.png")
@@ -76,7 +76,7 @@ def test_the_three_scripts_lead_from_parts_to_a_merged_model(workplace):
         "stage1_connectors.yaml",
         *data,
         *towers,
-        *("--llm", str(workplace / "llm"), "--output_dir", str(workplace / "stage1")),
+        *("--llm", str(workplace / "language_model"), "--output_dir", str(workplace / "stage1")),
         *("--num_speech_query_tokens", "3", "--num_audio_query_tokens", "5"),
         *("--audio_connector_config", (workplace / "qformer.json").read_text()),
     )

@@ -28,21 +28,32 @@ PUBLIC = {
     "UniMoEModel",
     "UniMoEPreTrainedModel",
     "UniMoEProcessor",
+    "UniMoESFTTrainer",
     "UniMoETextConfig",
     "UniMoETextModel",
     "__version__",
-    "build_model",
+    "add_expert",
+    "balance_routers",
     "build_processor",
+    "check_rows",
+    "clone_expert",
     "connector_statistics",
     "convert_checkpoint",
+    "drop_expert",
     "export_expert",
+    "export_expert_stack",
+    "from_pretrained_parts",
     "grow_experts",
+    "last_complete_checkpoint",
     "load_rows",
+    "merge_experts",
     "merge_modalities",
+    "moe_lora_config",
     "prepare_stage",
     "record_routing",
     "revert_checkpoint",
     "row_to_messages",
+    "sft_config",
 }
 
 
@@ -77,7 +88,7 @@ def test_a_star_import_brings_all_of_them():
 def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="'uni_moe_hf' has no attribute 'UniMoE'"):
         uni_moe_hf.UniMoE  # noqa: B018
-    assert not hasattr(uni_moe_hf, "training")
+    assert not hasattr(uni_moe_hf, "nonsense")
 
 
 def test_the_version_is_one_of_pep_440():

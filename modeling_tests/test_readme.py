@@ -15,7 +15,7 @@ from tiny import tiny_model, tiny_processor
 
 from uni_moe_hf import convert_checkpoint
 from uni_moe_hf.cli import main
-from uni_moe_hf.composition import export_expert
+from uni_moe_hf.expert_adapters import export_expert
 from uni_moe_hf.stages import prepare_stage
 
 

@@ -4,14 +4,10 @@ Building Uni-MoE models: from pretrained parts to a dense model, from PEFT adapt
 Growing moves the decoder's own feed-forward modules into the mixture: nothing is copied that can be shared.
 """
 
-import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModel,
@@ -25,22 +21,15 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from .beats_uni_moe import BeatsModel
 from .configuration_uni_moe import MODALITIES, UniMoEConfig, UniMoETextConfig
+from .expert_adapters import ExpertAdapter, choose_projectors, read_expert
 from .experts_uni_moe import UniMoESparseMoeBlock
 from .feature_extraction_uni_moe import UniMoEFeatureExtractor
 from .modeling_uni_moe import UniMoEForConditionalGeneration
 from .processing_uni_moe import UniMoEProcessor
 
 
-# Beside an exported adapter: the projector that was trained with it.
-PROJECTOR_FILE = "projector.safetensors"
-CONNECTORS = {"image": "vision", "video": "vision", "audio": "audio", "speech": "speech"}
-
-_LORA_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.(gate|up|down)_proj\.lora_([AB])\.weight$")
-_PROJECTOR_KEY = re.compile(r"(?:^|\.)((vision|speech|audio)_connector\.projector\..+)$")
-
-
-def build_model(
-    llm: str | PreTrainedModel,
+def from_pretrained_parts(
+    language_model: str | PreTrainedModel,
     vision_tower: str | PreTrainedModel | None = None,
     speech_tower: str | PreTrainedModel | None = None,
     audio_tower: str | BeatsModel | None = None,
@@ -50,7 +39,7 @@ def build_model(
     Joins pretrained parts into a dense Uni-MoE with fresh connectors: where the three stages begin.
 
     Args:
-        llm (`str` or [`PreTrainedModel`]): A Llama, as a Hub id, a folder or a loaded `LlamaForCausalLM`.
+        language_model (`str` or [`PreTrainedModel`]): A Llama, as a Hub id, a folder or a loaded `LlamaForCausalLM`.
         vision_tower (`str` or [`PreTrainedModel`], *optional*): A vision backbone with patch tokens, CLIP or other.
         speech_tower (`str` or [`PreTrainedModel`], *optional*): A Whisper model. Its encoder becomes the tower; its
             decoder, where there is one, the start of the speech connector, as in the original.
@@ -58,19 +47,20 @@ def build_model(
         config: Further fields of [`UniMoEConfig`], for example `video_pooling`.
 
     Returns:
-        [`UniMoEForConditionalGeneration`] with dense layers only, in the dtype of `llm`.
+        [`UniMoEForConditionalGeneration`] with dense layers only, in the dtype of `language_model`.
 
     Raises:
-        ValueError: `llm` is not a Llama, or a part is not of the expected kind.
+        ValueError: `language_model` is not a Llama, or a part is not of the expected kind.
 
     Source: Uni-MoE (https://huggingface.co/papers/2405.11273), figure 3.
     """
+    llm = language_model
     if isinstance(llm, str):
         llm = AutoModelForCausalLM.from_pretrained(llm)
     if llm.config.model_type != "llama":
-        raise ValueError(f"`llm` is a '{llm.config.model_type}' model, but the decoder of Uni-MoE is a 'llama'.")
+        raise ValueError(f"`language_model` is a '{llm.config.model_type}', but the decoder of Uni-MoE is a 'llama'.")
     if getattr(llm, "is_quantized", False):
-        raise ValueError("`llm` is quantised; build from unquantised parts and quantise what was saved.")
+        raise ValueError("`language_model` is quantised; build from unquantised parts and quantise what was saved.")
     vision = _vision_part(vision_tower)
     speech_encoder, speech_decoder = _speech_parts(speech_tower)
     audio = BeatsModel.from_pretrained(audio_tower) if isinstance(audio_tower, str) else audio_tower
@@ -183,125 +173,6 @@ def _add_placeholders(config: UniMoEConfig, tokenizer: PreTrainedTokenizerBase) 
         config.text_config.pad_token_id = tokenizer.pad_token_id
 
 
-@dataclass
-class ExpertAdapter:
-    """
-    A stage-2 adapter, read and checked.
-
-    Args:
-        name (`str`): For messages.
-        scaling (`float`): What its products are multiplied by.
-        factors (`dict`): `(layer, "gate" | "up" | "down", "A" | "B")` -> `(rank, in)` or `(out, rank)`.
-        projectors (`dict[str, dict]`): `"vision" | "speech" | "audio"` -> the connector's trained tensors.
-    """
-
-    name: str
-    rank: int
-    scaling: float
-    factors: dict[tuple[int, str, str], torch.Tensor]
-    projectors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-
-
-def read_expert(name: str, folder: str | Path, text_config: UniMoETextConfig) -> ExpertAdapter:
-    """
-    Args:
-        name (`str`): Of the expert, for messages.
-        folder (`str` or `Path`): A PEFT adapter on the MLP projections: a stage-2 checkpoint or an exported one.
-        text_config ([`UniMoETextConfig`]): Of the model that it must fit.
-
-    Returns:
-        [`ExpertAdapter`].
-
-    Raises:
-        ValueError: no adapter there, of another method, with other keys, or for a model of another shape.
-    """
-    folder = Path(folder)
-    config_file, weights_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise ValueError(f"Expert '{name}': '{folder}' holds no {file.name}; give a PEFT adapter's folder.")
-    peft_config = json.loads(config_file.read_text())
-    unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern") if peft_config.get(key)]
-    if peft_config.get("peft_type") != "LORA" or unsupported:
-        raise ValueError(
-            f"Expert '{name}': '{folder}' is an adapter of type {peft_config.get('peft_type')}"
-            f"{' with ' + ', '.join(unsupported) if unsupported else ''}; only plain LoRA can become an expert."
-        )
-    rank, alpha = peft_config["r"], peft_config["lora_alpha"]
-    adapter = ExpertAdapter(name, rank, alpha / (rank**0.5 if peft_config.get("use_rslora") else rank), {})
-
-    tensors = load_file(weights_file)
-    if (folder / PROJECTOR_FILE).is_file():
-        tensors |= load_file(folder / PROJECTOR_FILE)
-    for key, tensor in tensors.items():
-        if match := _LORA_KEY.search(key):
-            layer, projection, side = match.groups()
-            adapter.factors[int(layer), projection, side] = tensor
-        elif match := _PROJECTOR_KEY.search(key):
-            adapter.projectors.setdefault(match.group(2), {})[match.group(1)] = tensor
-        else:
-            raise ValueError(f"Expert '{name}': '{folder}' holds '{key}', which is neither MLP LoRA nor a projector.")
-
-    hidden, inner = text_config.hidden_size, text_config.intermediate_size
-    sizes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
-    for layer in range(text_config.num_hidden_layers):
-        for projection, (rows, columns) in sizes.items():
-            for side, shape in (("A", (rank, columns)), ("B", (rows, rank))):
-                found = adapter.factors.get((layer, projection, side))
-                if found is None or tuple(found.shape) != shape:
-                    raise ValueError(
-                        f"Expert '{name}' does not fit the model: LoRA {side} of layer {layer} `{projection}_proj` is "
-                        f"{'missing' if found is None else tuple(found.shape)}, expected {shape}."
-                    )
-    if len(adapter.factors) != 6 * text_config.num_hidden_layers:
-        raise ValueError(
-            f"Expert '{name}' was trained on more layers than the model's {text_config.num_hidden_layers}."
-        )
-    return adapter
-
-
-def export_expert(adapter_folder: str | Path, output_folder: str | Path) -> Path:
-    r"""
-    Rewrites a stage-2 checkpoint as an ordinary PEFT adapter of the plain LLM, with the projector beside it.
-
-    Args:
-        adapter_folder (`str` or `Path`): A stage-2 checkpoint, with the composite model's names.
-        output_folder (`str` or `Path`): Gets `adapter_config.json` and `adapter_model.safetensors`, which
-            `PeftModel.from_pretrained(plain_llm, ...)` loads without a missing key, and `projector.safetensors`.
-
-    Returns:
-        `Path`: the output folder.
-
-    Raises:
-        ValueError: the folder holds no adapter, or keys of something else.
-    """
-    adapter_folder, output_folder = Path(adapter_folder), Path(output_folder)
-    config_file, weights_file = adapter_folder / "adapter_config.json", adapter_folder / "adapter_model.safetensors"
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise ValueError(f"'{adapter_folder}' holds no {file.name}; give the folder of a stage-2 checkpoint.")
-    lora, projectors = {}, {}
-    for key, tensor in load_file(weights_file).items():
-        if match := _LORA_KEY.search(key):
-            lora[f"base_model.model.model.{key[match.start() :].lstrip('.')}"] = tensor
-        elif match := _PROJECTOR_KEY.search(key):
-            projectors[match.group(1)] = tensor
-        else:
-            raise ValueError(f"'{weights_file}' holds '{key}', which is neither MLP LoRA nor a projector.")
-    peft_config = json.loads(config_file.read_text()) | {
-        "target_modules": ["down_proj", "gate_proj", "up_proj"],
-        "modules_to_save": None,
-        "auto_mapping": None,
-        "base_model_name_or_path": None,
-    }
-    output_folder.mkdir(parents=True, exist_ok=True)
-    save_file(lora, output_folder / weights_file.name, metadata={"format": "pt"})
-    if projectors:
-        save_file(projectors, output_folder / PROJECTOR_FILE, metadata={"format": "pt"})
-    (output_folder / config_file.name).write_text(json.dumps(peft_config, indent=2))
-    return output_folder
-
-
 @torch.no_grad()
 def grow_experts(
     model: UniMoEForConditionalGeneration,
@@ -352,16 +223,18 @@ def grow_experts(
             f"The model already has {config.num_experts} experts in {config.mlp_layer_types.count('sparse')} layers; "
             "experts are grown from a dense model."
         )
+    kinds = _layer_types(layers, config.num_hidden_layers)
+    sparse = [index for index, kind in enumerate(kinds) if kind == "sparse"]
     adapters = {
-        name: None if folder is None else read_expert(name, folder, config) for name, folder in experts.items()
+        name: None if folder is None else read_expert(name, folder, config, sparse) for name, folder in experts.items()
     }
     given = [adapter for adapter in adapters.values() if adapter is not None]
-    chosen = _choose_projectors(model, given, projectors or {})
+    chosen = choose_projectors(model, given, projectors or {})
     if shared_base and given:
         largest = max(given, key=lambda adapter: adapter.rank)
         lora_rank, lora_alpha = largest.rank, largest.scaling * largest.rank
     fields = {
-        "mlp_layer_types": _layer_types(layers, config.num_hidden_layers),
+        "mlp_layer_types": kinds,
         "num_experts": len(adapters),
         "num_experts_per_tok": num_experts_per_tok,
         "expert_names": list(adapters),
@@ -389,41 +262,6 @@ def _layer_types(layers: str | list[int], num_layers: int) -> list[str]:
     if indices is None or not all(0 <= index < num_layers for index in indices):
         raise ValueError(f"`layers={layers!r}` must be 'all', 'even' or indices below the {num_layers} layers.")
     return ["sparse" if index in indices else "dense" for index in range(num_layers)]
-
-
-def _choose_projectors(
-    model: UniMoEForConditionalGeneration, adapters: list[ExpertAdapter], choices: Mapping[str, str]
-) -> dict[str, torch.Tensor]:
-    """The projector tensors to keep; experts that disagree need a choice."""
-    for modality, name in choices.items():
-        if modality not in CONNECTORS or name not in {adapter.name for adapter in adapters}:
-            raise ValueError(
-                f"`projectors` maps {modality!r} to {name!r}; keys are of {list(CONNECTORS)}, values of the experts "
-                f"with an adapter, {[adapter.name for adapter in adapters]}."
-            )
-    choices = {CONNECTORS[modality]: name for modality, name in choices.items()}
-    own = model.model.state_dict()
-    chosen = {}
-    for connector in ("vision", "audio", "speech"):
-        bringing = [adapter for adapter in adapters if connector in adapter.projectors]
-        if connector in choices:
-            bringing = [adapter for adapter in bringing if adapter.name == choices[connector]]
-        for adapter in bringing:
-            tensors = adapter.projectors[connector]
-            for key, tensor in tensors.items():
-                if key not in own or own[key].shape != tensor.shape:
-                    raise ValueError(
-                        f"Expert '{adapter.name}' brings '{key}' of shape {tuple(tensor.shape)}, the model "
-                        f"{'has none' if key not in own else 'has ' + str(tuple(own[key].shape))}."
-                    )
-                if key in chosen and not torch.equal(chosen[key], tensor):
-                    names = [adapter.name for adapter in bringing]
-                    raise ValueError(
-                        f"Experts {names} bring different projectors for {connector}; say which to keep, for example "
-                        f"`projectors={{'{'image' if connector == 'vision' else connector}': '{names[0]}'}}`."
-                    )
-                chosen[key] = tensor
-    return chosen
 
 
 def _grown_block(
@@ -482,4 +320,4 @@ def _fill_lora(experts: nn.Module, expert: int, adapter: ExpertAdapter | None, f
         b[:, :rank].copy_(factors[projection, "B"] * ratio)
 
 
-__all__ = ["build_model", "build_processor", "export_expert", "grow_experts", "read_expert"]
+__all__ = ["build_processor", "from_pretrained_parts", "grow_experts"]

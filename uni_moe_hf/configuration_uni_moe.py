@@ -355,7 +355,7 @@ class UniMoEConfig(PreTrainedConfig):
         if not hasattr(self.text_config, "mlp_layer_types"):
             raise ValueError(
                 f"`text_config` is a {type(self.text_config).__name__}, but the decoder needs a UniMoETextConfig; "
-                "pass `text_config.to_dict()` without its 'model_type', or use `composition.build_model`."
+                "pass `text_config.to_dict()` without its 'model_type', or use `composition.from_pretrained_parts`."
             )
         ids = {m: getattr(self, f"{m}_token_id") for m in MODALITIES}
         vocab_size = self.base_vocab_size

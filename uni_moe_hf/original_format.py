@@ -304,7 +304,7 @@ def layout_of(base: Mapping[str, TensorInfo], gates: Mapping[str, TensorInfo] | 
             return Layout(eight, shape[0]), sorted(found)
     raise ValueError(
         "The base holds no router (model.layers.*.mlp.gate.weight): it is no Uni-MoE; a dense LLM becomes one through "
-        "`uni_moe_hf.build_model` and the three stages."
+        "`uni_moe_hf.from_pretrained_parts` and the three stages."
     )
 
 

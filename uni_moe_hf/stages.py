@@ -6,15 +6,19 @@ resuming and merging then apply.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers.utils import logging
 
-from .composition import CONNECTORS
+from .expert_adapters import CONNECTORS
 from .modeling_uni_moe import UniMoEForConditionalGeneration
 from .quantization_uni_moe import is_quantised
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Stage:
         lora_rank, lora_alpha, lora_dropout: Of that LoRA.
         learning_rate (`float`): The paper's.
         sparse_parent (`bool`): Whether the stage starts from a mixture of experts or from a dense model.
+        parents (`tuple[str | None, ...]`): Stages that may come before; `None` for none.
 
     Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 4.4 and table 2; stage 3 as in
     `*/train/train.py@f5e82dd`.
@@ -44,6 +49,7 @@ class Stage:
     lora_alpha: int = 16
     lora_dropout: float = 0.0
     sparse_parent: bool = False
+    parents: tuple[str | None, ...] = (None, "connectors")
 
 
 STAGES = {
@@ -68,6 +74,7 @@ STAGES = {
         lora_rank=8,
         lora_dropout=0.05,
         sparse_parent=True,
+        parents=(None, "connectors", "experts", "moe"),
     ),
 }
 
@@ -87,8 +94,8 @@ def prepare_stage(
         lora: Overrides of the stage's LoRA (`r`, `lora_alpha`, `lora_dropout`).
 
     Returns:
-        `peft.LoraConfig` for `SFTTrainer(peft_config=...)`, or `None` for "connectors", which trains modules of the
-        model itself.
+        `peft.LoraConfig` for `SFTTrainer(peft_config=...)`, which records the stage in the adapter; `None` for
+        "connectors", which trains modules of the model itself.
 
     Raises:
         ValueError: an unknown stage or modality, the wrong parent, a pattern that matches nothing, or quantised
@@ -102,6 +109,15 @@ def prepare_stage(
         wanted, found = ("sparse", "dense") if plan.sparse_parent else ("dense", "sparse")
         remedy = "grow experts with `grow_experts` first" if plan.sparse_parent else "start from a stage-1 model"
         raise ValueError(f"Stage '{stage}' starts from a {wanted} model but this one is {found}; {remedy}.")
+    # A model may be prepared again before it is trained: what counts is what it came with.
+    parent = getattr(model, "_stage_before", config.stage)
+    if parent not in plan.parents:
+        raise ValueError(
+            f"Stage '{stage}' follows {' or '.join(repr(name) for name in plan.parents if name)}, but this model has "
+            f"had '{parent}'; load what stage 1 left."
+        )
+    if stage == "experts" and parent is None and config.modalities:
+        logger.warning("The connectors of this model have had no stage 1: experts would learn from random features.")
     modalities = list(config.modalities if modalities is None else modalities)
     if unknown := [modality for modality in modalities if modality not in config.modalities]:
         raise ValueError(f"This model has no tower for {unknown}; it takes text and {list(config.modalities)}.")
@@ -115,6 +131,7 @@ def prepare_stage(
             "the modules that are not to be converted."
         )
     model.requires_grad_(False)
+    model._stage_before = parent
     config.stage = stage  # what is saved says which training it has had
     if not plan.lora_targets:
         for name in trained:
@@ -127,7 +144,28 @@ def prepare_stage(
         raise ImportError(f"Stage '{stage}' trains LoRA with PEFT: `pip install uni-moe-hf[train]`.") from error
     _matching(model, plan.lora_targets)
     settings = {"r": plan.lora_rank, "lora_alpha": plan.lora_alpha, "lora_dropout": plan.lora_dropout} | lora
-    return LoraConfig(task_type="CAUSAL_LM", target_modules=plan.lora_targets, modules_to_save=trained, **settings)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules=plan.lora_targets,
+        modules_to_save=trained,
+        auto_mapping={"stage": stage},  # a field that PEFT saves as it is where the task is known
+        **settings,
+    )
+
+
+def moe_lora_config(
+    model: UniMoEForConditionalGeneration, modalities: Iterable[str] | None = None, **lora: Any
+) -> Any:
+    """
+    `prepare_stage(model, "moe", ...)`: stage 3 as one adapter of attention LoRA, expert LoRA, routers and projectors.
+
+    Args:
+        model, modalities, lora: As in [`prepare_stage`].
+
+    Returns:
+        `peft.LoraConfig` for `SFTTrainer(peft_config=...)`.
+    """
+    return prepare_stage(model, "moe", modalities, **lora)
 
 
 def _matching(model: nn.Module, pattern: str) -> list[str]:
@@ -165,11 +203,12 @@ def part_of(parameter: str) -> str:
     return next(part for part, pattern in PARTS.items() if re.search(pattern, parameter))
 
 
-def stage_table(model: nn.Module, learning_rate: float) -> str:
+def stage_table(model: nn.Module, learning_rate: float, learning_rates: Mapping[str, float] | None = None) -> str:
     """
     Args:
         model (`nn.Module`): Prepared, wrapped by PEFT or not.
         learning_rate (`float`): To print beside what is trained.
+        learning_rates (`dict[str, float]`, *optional*): Of parts with another one.
 
     Returns:
         `str`: one line per part of the model, with its trainable and frozen parameters.
@@ -180,8 +219,9 @@ def stage_table(model: nn.Module, learning_rate: float) -> str:
     rows = [f"{'part':<26}{'trainable':>14}{'frozen':>16}{'lr':>12}"]
     for part, (trainable, frozen) in counts.items():
         if trainable or frozen:
-            rows.append(f"{part:<26}{trainable:>14,}{frozen:>16,}{learning_rate if trainable else '-':>12}")
+            rate = (learning_rates or {}).get(part, learning_rate) if trainable else "-"
+            rows.append(f"{part:<26}{trainable:>14,}{frozen:>16,}{rate:>12}")
     return "\n".join(rows)
 
 
-__all__ = ["STAGES", "Stage", "part_of", "prepare_stage", "stage_table"]
+__all__ = ["STAGES", "Stage", "moe_lora_config", "part_of", "prepare_stage", "stage_table"]

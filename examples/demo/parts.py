@@ -2,7 +2,7 @@
 A stand-in for what a user would download: tiny towers and a tiny Llama, each with a short pretraining of its own.
 
 Towers learn labels, the Llama learns text. Nothing here is part of the recipe; afterwards all four are frozen and
-`uni_moe_hf.composition.build_model` joins them. Only training nuisances (voices, positions, pitches) are ever drawn.
+`uni_moe_hf.from_pretrained_parts` joins them. Only training nuisances (voices, positions, pitches) are ever drawn.
 """
 
 import re
