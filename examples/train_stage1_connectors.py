@@ -20,9 +20,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import AutoTokenizer
-from trl import ScriptArguments, SFTConfig, SFTTrainer, TrlParser
+from trl import ScriptArguments, SFTConfig, TrlParser
 
-from uni_moe_hf import UniMoEDataCollator, build_processor, from_pretrained_parts, load_rows, prepare_stage
+from uni_moe_hf import (
+    UniMoEDataCollator,
+    UniMoESFTTrainer,
+    build_processor,
+    from_pretrained_parts,
+    last_complete_checkpoint,
+    load_rows,
+    prepare_stage,
+)
 from uni_moe_hf.stages import stage_table
 
 
@@ -40,8 +48,17 @@ class PartsArguments:
     chat_template: str | None = field(default=None, metadata={"help": "Jinja file in place of Vicuna's template."})
     media_root: str | None = field(default=None, metadata={"help": "Folder that paths in the data start from."})
     max_tokens: int | None = field(default=2048, metadata={"help": "Longest row, media included."})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "Count rows that cannot be used instead of stopping."}
+    )
+    group_by_modality: bool = field(default=False, metadata={"help": "Steps of rows with the same modalities."})
+    learning_rates: dict | str | None = field(
+        default=None, metadata={"help": "Of parts with another one, such as '{\"audio connector\": 3e-5}'."}
+    )
 
     def __post_init__(self) -> None:
+        if isinstance(self.learning_rates, str):
+            self.learning_rates = json.loads(self.learning_rates)
         if isinstance(self.audio_connector_config, str):
             self.audio_connector_config = json.loads(self.audio_connector_config)
 
@@ -67,21 +84,27 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, parts: PartsArg
     # Data
     ################
     dataset = load_rows(script_args.dataset_name, script_args.dataset_train_split)
-    media_root = parts.media_root or Path(script_args.dataset_name).parent
-    collator = UniMoEDataCollator(processor, max_length=parts.max_tokens, media_root=media_root)
+    collator = UniMoEDataCollator(
+        processor, max_length=parts.max_tokens, media_root=parts.media_root, skip_bad_rows=parts.skip_bad_rows
+    )
 
     ################
     # Training
     ################
-    trainer = SFTTrainer(
+    resume = training_args.resume_from_checkpoint
+    if resume == "last":  # that was saved whole; none at the first start
+        resume = last_complete_checkpoint(training_args.output_dir)
+    trainer = UniMoESFTTrainer(
         model=model,
         args=training_args,
         train_dataset=dataset,
         processing_class=processor,
         data_collator=collator,
+        learning_rates=parts.learning_rates,
+        group_by_modality=parts.group_by_modality,
     )
-    trainer.accelerator.print(stage_table(trainer.model, training_args.learning_rate))
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.accelerator.print(stage_table(trainer.model, training_args.learning_rate, parts.learning_rates))
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

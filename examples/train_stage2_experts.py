@@ -15,16 +15,19 @@ Leaves trainer checkpoints and the adapter in `output_dir`, and in `output_dir/e
 plain LLM with the projector beside it.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import AutoProcessor
-from trl import ScriptArguments, SFTConfig, SFTTrainer, TrlParser
+from trl import ScriptArguments, SFTConfig, TrlParser
 
 from uni_moe_hf import (
     UniMoEDataCollator,
     UniMoEForConditionalGeneration,
+    UniMoESFTTrainer,
     export_expert,
+    last_complete_checkpoint,
     load_rows,
     prepare_stage,
 )
@@ -39,6 +42,17 @@ class ExpertArguments:
     lora_alpha: int = field(default=16, metadata={"help": "Scale of the expert; products are scaled by alpha / rank."})
     media_root: str | None = field(default=None, metadata={"help": "Folder that paths in the data start from."})
     max_tokens: int | None = field(default=2048, metadata={"help": "Longest row, media included."})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "Count rows that cannot be used instead of stopping."}
+    )
+    group_by_modality: bool = field(default=False, metadata={"help": "Steps of rows with the same modalities."})
+    learning_rates: dict | str | None = field(
+        default=None, metadata={"help": "Of parts with another one, such as '{\"audio connector\": 3e-5}'."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.learning_rates, str):
+            self.learning_rates = json.loads(self.learning_rates)
 
 
 def main(script_args: ScriptArguments, training_args: SFTConfig, expert: ExpertArguments) -> None:
@@ -54,22 +68,28 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, expert: ExpertA
     # Data
     ################
     dataset = load_rows(script_args.dataset_name, script_args.dataset_train_split)
-    media_root = expert.media_root or Path(script_args.dataset_name).parent
-    collator = UniMoEDataCollator(processor, max_length=expert.max_tokens, media_root=media_root)
+    collator = UniMoEDataCollator(
+        processor, max_length=expert.max_tokens, media_root=expert.media_root, skip_bad_rows=expert.skip_bad_rows
+    )
 
     ################
     # Training
     ################
-    trainer = SFTTrainer(
+    resume = training_args.resume_from_checkpoint
+    if resume == "last":  # that was saved whole; none at the first start
+        resume = last_complete_checkpoint(training_args.output_dir)
+    trainer = UniMoESFTTrainer(
         model=model,
         args=training_args,
         train_dataset=dataset,
         processing_class=processor,
         data_collator=collator,
         peft_config=peft_config,
+        learning_rates=expert.learning_rates,
+        group_by_modality=expert.group_by_modality,
     )
-    trainer.accelerator.print(stage_table(trainer.model, training_args.learning_rate))
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.accelerator.print(stage_table(trainer.model, training_args.learning_rate, expert.learning_rates))
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training_args.output_dir)
     if trainer.accelerator.is_main_process:
         export_expert(training_args.output_dir, Path(training_args.output_dir) / "expert")

@@ -3,6 +3,9 @@
 import base64
 import copy
 import json
+import re
+import shutil
+from itertools import groupby
 from pathlib import Path
 
 import datasets
@@ -10,10 +13,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from tiny import film, picture, tiny_model, tiny_processor, tone, user
 
-from uni_moe_hf import UniMoEDataCollator, load_rows, row_to_messages
+from uni_moe_hf import UniMoEDataCollator, check_rows, load_rows, row_to_messages
+from uni_moe_hf.cli import main
 
 
 SYSTEM = (
@@ -376,3 +381,171 @@ def test_a_batch_without_a_usable_row_is_an_error(processor):
     with pytest.raises(ValueError, match="No row of this batch of 2 can be used: {'unreadable': 2}"):
         collate(broken)
     assert collate.skipped.total() == 2
+
+
+def test_labels_of_a_padded_mixed_batch_are_those_written_by_hand(processor, files):
+    """Four kinds of rows; every id and every label, token by token."""
+    conversations = [
+        row({"type": "image", "path": files["image"]}, "what is it", answer="a bird"),
+        row("what is this", answer="yes"),
+        {
+            "messages": [
+                *user({"type": "speech", "path": files["sound"]}),
+                {"role": "assistant", "content": [{"type": "text", "text": "no"}]},
+                *user({"type": "audio", "path": files["sound"]}, "what is it"),
+                {"role": "assistant", "content": [{"type": "text", "text": "bell"}]},
+            ]
+        },
+    ]
+    by_hand = [
+        [(f"<s> {SYSTEM}USER: <image><image><image><image> \nwhat is it ASSISTANT:", False), (" a bird</s>", True)],
+        [(f"<s> {SYSTEM}USER: what is this ASSISTANT:", False), (" yes</s>", True)],
+        [
+            (f"<s> {SYSTEM}USER: <speech><speech><speech> ASSISTANT:", False),
+            (" no</s>", True),
+            ("USER: <audio><audio><audio><audio><audio> \nwhat is it ASSISTANT:", False),
+            (" bell</s>", True),
+        ],
+    ]
+    batch = UniMoEDataCollator(processor)(conversations)
+    for index, expected in enumerate(by_hand):
+        length = int(batch["attention_mask"][index].sum())
+        tokens = processor.tokenizer.convert_ids_to_tokens(batch["input_ids"][index, :length])
+        texts = [token.replace("▁", " ").replace("<0x0A>", "\n") for token in tokens]
+        marks = (batch["labels"][index] != -100).tolist()
+        assert not any(marks[length:])
+        runs = [(list(run), mark) for mark, run in groupby(range(length), key=lambda i: marks[i])]
+        found = [("".join(texts[i] for i in run), mark) for run, mark in runs]
+        # Whether a space precedes the text after a special token is the tokenizer's affair.
+        assert [(re.sub(r" *(\n|<)", r"\1", text), mark) for text, mark in found] == [
+            (re.sub(r" *(\n|<)", r"\1", text), mark) for text, mark in expected
+        ]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_every_kind_of_file_give_the_same_batch(processor, files, suffix, streaming, tmp_path):
+    (tmp_path / "media").mkdir()
+    for kind in ("image", "sound"):
+        shutil.copy(files[kind], tmp_path / "media")
+    made = [
+        row({"type": "image", "path": "media/picture.png"}, "what is it", answer="a bird"),
+        row("what is this", answer="yes"),
+        row({"type": "audio", "path": "media/sound.wav"}, answer="bell"),
+    ]
+    file = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        datasets.Dataset.from_list(made).to_parquet(file)
+    elif suffix == ".json":
+        file.write_text(json.dumps(made))
+    else:
+        file.write_text("\n".join(map(json.dumps, made)) + "\n\n")
+    found = list(load_rows(file, streaming=streaming))
+    assert [each["_row"] for each in found] == [1, 2, 3]
+    expected = UniMoEDataCollator(processor, media_root=tmp_path)(made)
+    assert_same(UniMoEDataCollator(processor)(found), expected)
+
+
+def test_a_stream_is_shared_by_workers_and_gives_every_row_once(processor, tmp_path):
+    lines = [json.dumps(row("what is it", answer=f"yes {number}")) for number in range(50)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    stream = load_rows(tmp_path / "rows.jsonl", streaming=True)
+    loader = torch.utils.data.DataLoader(stream, batch_size=4, num_workers=2, collate_fn=lambda batch: batch)
+    seen = [each["_row"] for batch in loader for each in batch]
+    assert sorted(seen) == list(range(1, 51))
+    halves = [split_dataset_by_node(stream, rank=rank, world_size=2) for rank in range(2)]
+    assert sorted(each["_row"] for half in halves for each in half) == list(range(1, 51))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_sources_are_mixed_by_weight(tmp_path, streaming):
+    for name, count in (("a", 40), ("b", 20)):
+        lines = [json.dumps(row(f"{name} {number}")) for number in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    weights = {str(tmp_path / "a.jsonl"): 0.5, str(tmp_path / "b.jsonl"): 2.25}
+    mixed = load_rows(weights, streaming=streaming, seed=1)
+    sources = [Path(each["_source"]).stem for each in mixed]
+    if streaming:  # by probability, until each source was seen whole
+        assert 0.1 < sources.count("a") / len(sources) < 0.3
+        return
+    assert (sources.count("a"), sources.count("b")) == (20, 45)
+    rows_of_a = [each["_row"] for each in mixed if each["_source"].endswith("a.jsonl")]
+    assert len(set(rows_of_a)) == 20 and rows_of_a != list(range(1, 21))
+    with pytest.raises(ValueError, match="positive weights"):
+        load_rows({str(tmp_path / "a.jsonl"): 0})
+
+
+BAD_ROWS = {
+    "a file that is not there": (row({"type": "image", "path": "no.png"}), r"no file '.*no\.png'"),
+    "a file that is no picture": (row({"type": "image", "path": "text.png"}), r"text\.png"),
+    "a part without source": (row({"type": "audio"}), "has no source"),
+    "an unknown part": (row({"type": "smell", "path": "x"}), "type 'smell'"),
+    "no answer": (row("hello", answer=" "), "no assistant text"),
+    "roles": ({"messages": [{"role": "assistant", "content": "x"}]}, "roles must alternate"),
+    "neither format": ({"text": "x"}, "needs 'messages' or 'conversations'"),
+    "more tags than files": (original("<image><image>what", image="picture.png"), "has 2 <image> .* but 1 such files"),
+    "a missing frame": (original("<video>what", video=["0.png", "9.png"]), r"no file '.*9\.png'"),
+    "content": ({"messages": [{"role": "user", "content": 5}, {"role": "assistant", "content": "x"}]}, "neither text"),
+}
+
+
+def test_the_checker_lists_every_bad_row_and_why(files, tmp_path, capsys):
+    for file in Path(files["image"]).parent.iterdir():
+        shutil.copy(file, tmp_path)
+    (tmp_path / "text.png").write_text("no picture")
+    good = [row({"type": "image", "path": "picture.png"}), original("<audio>", voice=["sound.wav"]), row("hello")]
+    lines = []
+    for bad, _ in BAD_ROWS.values():
+        lines += [json.dumps(good[len(lines) % 3]), json.dumps(bad)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    found = dict(check_rows(tmp_path / "rows.jsonl"))
+    assert list(found) == list(range(2, 2 * len(BAD_ROWS) + 1, 2))
+    for (name, (_, message)), reason in zip(BAD_ROWS.items(), found.values(), strict=True):
+        assert re.search(message, reason), (name, reason)
+    assert main(["data", "check", str(tmp_path / "rows.jsonl")]) == 1
+    out = capsys.readouterr().out
+    assert "row 2: there is no file" in out and f"{len(BAD_ROWS)} rows cannot be used" in out
+    (tmp_path / "good.jsonl").write_text("\n".join(map(json.dumps, good)))
+    assert main(["data", "check", str(tmp_path / "good.jsonl")]) == 0
+    assert "every row can be used" in capsys.readouterr().out
+    assert dict(check_rows(tmp_path / "good.jsonl", modalities=["image"])) == {
+        2: "it has speech, for which the model has no tower"
+    }
+    assert main(["data", "check", str(tmp_path / "nothing.jsonl")]) == 1
+    assert "check the path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bad", BAD_ROWS)
+def test_a_bad_row_names_itself_or_is_skipped_and_counted(processor, files, bad, tmp_path):
+    for file in Path(files["image"]).parent.iterdir():
+        shutil.copy(file, tmp_path)
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row("hello")) + "\n" + json.dumps(BAD_ROWS[bad][0]))
+    loaded = list(load_rows(tmp_path / "rows.jsonl"))
+    with pytest.raises(ValueError, match=r"^Row 2 of '.*rows\.jsonl' cannot be used: "):
+        UniMoEDataCollator(processor)(loaded)
+    collate = UniMoEDataCollator(processor, skip_bad_rows=True, describe_rows=True)
+    batch = collate(loaded)
+    assert len(batch["input_ids"]) == 1 and collate.skipped == {"unreadable": 1}
+    assert batch["rows"] == [f"Row 1 of '{tmp_path / 'rows.jsonl'}'"]
+
+
+def test_workers_decode_videos_without_hanging(processor, tmp_path):
+    import av
+
+    with av.open(str(tmp_path / "film.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height = 32, 32
+        for index in range(16):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), index * 15, np.uint8), format="rgb24")
+            for packet in stream.encode(frame):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row({"type": "video", "path": "film.mp4"}))] * 12))
+    collate = UniMoEDataCollator(processor)
+    collate(list(load_rows(tmp_path / "rows.jsonl").select([0])))  # the parent has decoded before the workers fork
+    loader = torch.utils.data.DataLoader(
+        load_rows(tmp_path / "rows.jsonl"), batch_size=2, num_workers=2, collate_fn=collate, timeout=60
+    )
+    assert sum(len(batch["pixel_values_videos"]) for batch in loader) == 12

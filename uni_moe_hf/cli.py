@@ -2,7 +2,7 @@
 `uni-moe`: ask a checkpoint, describe it, look inside it, make one from the original's files.
 
 Nothing heavy is imported before a command has work to do, so `--help` and wrong usage answer at once. Exit codes: 0
-done, 1 failed with one sentence on stderr, 2 wrong usage, 130 interrupted.
+done, 1 failed with one sentence on stderr (of `data check`: bad rows were listed), 2 wrong usage, 130 interrupted.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.argv = sys.argv[1:] if argv is None else list(argv)
     try:
         _check_files(args)
-        args.run(args)
+        return args.run(args) or 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -41,7 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         cause = error.__cause__ if type(error).__name__.startswith("StrictDataclass") and error.__cause__ else error
         sys.stderr.write(f"uni-moe: {' '.join(str(cause).split())}\n")
         return 1
-    return 0
 
 
 def _is_expected(error: Exception) -> bool:
@@ -133,6 +132,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--tokenizer", metavar="DIR", help="default: that of the base")
     sub.add_argument("--expert-names", nargs="+", metavar="NAME", help="one for each expert")
     sub.add_argument("--reverse", metavar="DIR", help="back to the original's layout, of a model converted with keep")
+
+    data = commands.add_parser("data", help="Look at training data.", description="Look at training data.")
+    sub = data.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "check", help="List the rows that training could not use.", description="List the rows training could not use."
+    )
+    sub.set_defaults(run=_check_data, parts=None, data=None)
+    sub.add_argument("file", metavar="FILE", help="rows as .json, .jsonl or .parquet; media relative to it")
+    sub.add_argument("--model", metavar="CHECKPOINT", help="whose towers they are for (default: all kinds of media)")
+    sub.add_argument("--voice", choices=["speech", "audio"], default="speech", help="what `voice` files are")
+    sub.add_argument("--no-decode", action="store_true", help="look for media files without opening them")
 
     sub = command("merge-modalities", _merge_modalities, "Join a model for sound and one for speech.", False)
     sub.add_argument("--audio-model", metavar="DIR", required=True, help="a converted model with BEATs")
@@ -299,6 +308,19 @@ def _info(args: argparse.Namespace) -> None:
     lines += [f"{f'memory in {dtype}':<28}{size:>15.3f} GB" for dtype, size in facts["memory_gb"].items()]
     lines += ["", *(f"{name:<28}{facts[name]}" for name in ("takes", "experts", "stage", "dtype", "licence"))]
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _check_data(args: argparse.Namespace) -> int:
+    """Exit code 1 where a row is bad."""
+    from .data import MODALITIES, check_rows
+
+    modalities = _config(args.model).modalities if args.model else MODALITIES
+    count = 0
+    for number, reason in check_rows(args.file, modalities, args.voice, not args.no_decode):
+        sys.stdout.write(f"row {number}: {reason}\n")
+        count += 1
+    sys.stdout.write(f"{args.file}: {f'{count} rows cannot be used' if count else 'every row can be used'}\n")
+    return int(count > 0)
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -90,7 +90,9 @@ class UniMoEDataCollator:
         """A row as messages with rooted paths; `None` when it is skipped."""
         root = self.media_root or row.get("_root")
         try:
-            return _rooted(row_to_messages(row, self.voice), None if root is None else Path(root))
+            messages = row_to_messages(row, self.voice)
+            _parts(messages)
+            return _rooted(messages, None if root is None else Path(root))
         except ValueError as error:
             self._refuse(describe_row(row), error)
             return None
@@ -426,7 +428,9 @@ def check_rows(
     for row in _numbered(path):
         number = row["_row"]
         try:
-            _check_row(_rooted(row_to_messages(row, voice), path.parent), allowed, decode)
+            messages = row_to_messages(row, voice)
+            _parts(messages)
+            _check_row(_rooted(messages, path.parent), allowed, decode)
         except ValueError as error:
             yield number, str(error)
     if not number:
@@ -437,17 +441,27 @@ def _check_row(messages: list[dict], allowed: set[str], decode: bool) -> None:
     turns = [message for message in messages if message.get("role") != "system"]
     if not turns or [turn.get("role") for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
         raise ValueError(f"roles must alternate user, assistant, got {[message.get('role') for message in messages]}")
+    for part in _parts(messages):
+        if part.get("type") != "text":
+            _check_part(part.get("type"), part, allowed, decode)
+
+
+def _parts(messages: list[dict]) -> list[Mapping[str, Any]]:
+    """All parts of a conversation from which something can be learned."""
+    found, answers = [], ""
     for message in messages:
         content = message.get("content")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts = [content] if isinstance(content, str) else content or []
+        if isinstance(parts, list):
+            parts = [{"type": "text", "text": each} if isinstance(each, str) else each for each in parts]
         if not isinstance(parts, list) or not all(isinstance(part, Mapping) for part in parts):
-            raise ValueError(f"the content of a {message['role']} message is neither text nor a list of parts")
-        if message["role"] == "assistant" and not any(str(part.get("text") or "").strip() for part in parts):
-            raise ValueError("there is no assistant text to learn")
-        for part in parts:
-            kind = part.get("type")
-            if kind != "text":
-                _check_part(kind, part, allowed, decode)
+            raise ValueError(f"the content of a {message.get('role')} message is neither text nor a list of parts")
+        found += parts
+        if message.get("role") == "assistant":
+            answers += "".join(str(part.get("text") or "") for part in parts)
+    if not answers.strip():
+        raise ValueError("there is no assistant text to learn")
+    return found
 
 
 def _check_part(kind: Any, part: Mapping[str, Any], allowed: set[str], decode: bool) -> None:

@@ -1,0 +1,67 @@
+"""Killed at any moment, a run ends with the very weights of an uninterrupted one."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_training import write_media
+
+
+HERE = Path(__file__).parent
+STAGES = ("connectors", "experts", "moe")
+# A run has 24 optimiser steps of two micro-batches each, and saves twelve times.
+MOMENTS = {
+    "inside an accumulation": ["step", 8],
+    "inside the weights": ["weights", 2],
+    "inside a pickle": ["pickle", 2],
+}
+
+
+def run(stage: str, folder: Path, media: Path, kills: list) -> tuple[str, str]:
+    """Digest of the final weights, and what happened."""
+    folder.mkdir()
+    command = [sys.executable, HERE / "resuming.py", stage, folder, media, json.dumps([*kills, ["none"]])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return (folder / "digest").read_text(), done.stdout
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory) -> Path:
+    return write_media(tmp_path_factory.mktemp("media"))
+
+
+@pytest.fixture(scope="module")
+def digests() -> dict[str, str]:
+    """Of uninterrupted runs, made when first asked for."""
+    return {}
+
+
+def uninterrupted(stage: str, digests: dict[str, str], media: Path, folder: Path) -> str:
+    if stage not in digests:
+        digests[stage], _ = run(stage, folder / "whole", media, [])
+    return digests[stage]
+
+
+def test_a_mixture_killed_in_a_save_and_in_an_accumulation_ends_the_same(digests, media, tmp_path):
+    whole = uninterrupted("moe", digests, media, tmp_path)
+    digest, story = run("moe", tmp_path / "killed", media, list(MOMENTS.values()))
+    assert story.count("-> 9") == 3, story  # each run was killed
+    assert digest == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_random_moments_a_run_ends_the_same(stage, seed, digests, media, tmp_path):
+    whole = uninterrupted(stage, digests, media, tmp_path)
+    draw = random.Random(seed)
+    kills = [["time", draw.uniform(0.3, 1.2)], ["step", draw.randint(1, 9)], ["weights", draw.randint(1, 2)]]
+    kills += [["pickle", draw.randint(1, 4)], ["time", draw.uniform(0.3, 1.2)]]
+    draw.shuffle(kills)
+    digest, story = run(stage, tmp_path / "killed", media, kills)
+    assert story.count("-> 9") >= 3, story
+    assert digest == whole
