@@ -176,6 +176,20 @@ class UniMoETextConfig(LlamaConfig):
         return plan
 
     @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        """`dict[str, str]`: how expert parallelism spreads experts with bases of their own, LoRA with them."""
+        if not self.is_sparse or self.shared_expert_base:
+            return {}
+        experts = "layers.*.mlp.experts"
+        names = ["gate_up_proj", "down_proj"]
+        if self.expert_lora_rank:
+            names += ["lora.gate_up_a", "lora.gate_up_b", "lora.down_a", "lora.down_b"]
+        plan = {f"{experts}.{name}": "grouped_gemm" for name in names}
+        if self.expert_lora_rank:
+            plan[f"{experts}.lora"] = "local_params"  # the experts' own are made local by the next style alone
+        return plan | {experts: "ep_dispatch_experts"}
+
+    @property
     def is_sparse(self) -> bool:
         """`bool`: whether any layer is a mixture of experts."""
         return "sparse" in self.mlp_layer_types

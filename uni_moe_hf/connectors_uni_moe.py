@@ -6,6 +6,7 @@ Letters: W windows, L encoder positions, Q query tokens, D tower width, H decode
 """
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -106,4 +107,34 @@ class AudioConnector(nn.Module):
         return self.projector(outputs.last_hidden_state)
 
 
-__all__ = ["AudioConnector", "SpeechConnector", "VisionConnector"]
+def idle_connectors(model: nn.Module, used: Iterable[str]) -> torch.Tensor | float:
+    """
+    Runs the connectors that a batch does not need on zero rows, in training on several processes: where parameters are
+    sharded, a process that leaves out a module which another one runs keeps both waiting for ever.
+
+    Args:
+        model (`nn.Module`): With the connectors as attributes.
+        used (`Iterable[str]`): Modalities of the batch.
+
+    Returns:
+        `torch.Tensor` of shape `()`: 0, of which every trained connector is a part; 0.0 where there is nothing to do.
+    """
+    distributed = torch.distributed
+    if not (
+        model.training and torch.is_grad_enabled() and distributed.is_available() and distributed.is_initialized()
+    ):
+        return 0.0
+    busy = {"vision" if modality in ("image", "video") else modality for modality in used}
+    total = 0.0
+    for name in ("vision", "speech", "audio"):
+        connector = getattr(model, f"{name}_connector", None)
+        if connector is None or name in busy or not any(p.requires_grad for p in connector.parameters()):
+            continue
+        width = getattr(model.config, f"{name}_config").hidden_size
+        parameter = next(connector.parameters())
+        rows = torch.zeros(0, 1, width, device=parameter.device, dtype=parameter.dtype)
+        total = total + connector(rows).sum()
+    return total
+
+
+__all__ = ["AudioConnector", "SpeechConnector", "VisionConnector", "idle_connectors"]

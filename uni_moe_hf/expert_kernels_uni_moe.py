@@ -14,6 +14,8 @@ Letters: N tokens, K experts per token, S = N * K routed rows, E experts, H hidd
 of one expert.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface, _grouped_linear
@@ -279,6 +281,16 @@ class ExpertsRouteMixin:
             known = ", ".join(f'"{name}"' for name in names)
             raise ValueError(f'There is no `experts_implementation="{requested_experts}"`; there are {known}.')
         return requested_experts or "auto"
+
+    def _resolve_parallel_plans(self, distributed_config: Any) -> tuple[dict, dict, dict]:
+        text_config = self.config.get_text_config()
+        if distributed_config.ep_size > 1 and (not text_config.is_sparse or text_config.shared_expert_base):
+            kind = "share one base" if text_config.is_sparse else "do not exist"
+            raise ValueError(
+                f"`ep_size={distributed_config.ep_size}` spreads experts over processes, but those of this model {kind}, "
+                "so there is nothing to spread; use `fsdp_size` or `tp_size` alone."
+            )
+        return super()._resolve_parallel_plans(distributed_config)
 
 
 __all__ = [

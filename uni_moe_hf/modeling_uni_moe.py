@@ -33,7 +33,7 @@ from transformers.utils.output_capturing import OutputRecorder, select_hidden_st
 
 from .beats_uni_moe import BeatsModel
 from .configuration_uni_moe import MODALITIES, UniMoEConfig, UniMoETextConfig
-from .connectors_uni_moe import AudioConnector, SpeechConnector, VisionConnector
+from .connectors_uni_moe import AudioConnector, SpeechConnector, VisionConnector, idle_connectors
 from .expert_kernels_uni_moe import ExpertsRouteMixin
 from .experts_uni_moe import UniMoEExpertLora, UniMoELoraExperts, UniMoESparseMoeBlock, UniMoETopKRouter
 from .generation_uni_moe import UniMoEGenerationMixin, joined
@@ -452,7 +452,7 @@ class UniMoEModel(UniMoEPreTrainedModel):
             rows = rows.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = masks[modality].unsqueeze(-1).to(inputs_embeds.device)  # (B, T, 1)
             inputs_embeds = inputs_embeds.masked_scatter(mask, rows)
-        return inputs_embeds
+        return inputs_embeds + idle_connectors(self, features)
 
 
 def _mismatch(masks: dict[str, torch.Tensor], num_features: int) -> str:
