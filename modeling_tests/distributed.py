@@ -3,11 +3,14 @@ What two processes compute together, for `test_distributed.py`:
 
     torchrun --nproc_per_node 2 distributed.py SCENARIO FOLDER
 
-`FOLDER/model` is a saved model, `FOLDER/batch-RANK.pt` each process's batch. Leaves gradients, losses and logits there.
+`FOLDER/model` is a saved model, `FOLDER/batch-RANK.pt` each process's batch. Leaves gradients and logits there.
 """
 
+import faulthandler
 import os
+import re
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -24,22 +27,21 @@ SCENARIOS = {
     "experts": {"fsdp_size": 2, "ep_size": 2},
     "tensor_experts": {"tp_size": 2, "ep_size": 2},
 }
-# What is trained: names that hold one of these.
+# What is trained: names that match. Towers are frozen in every stage, so a process may leave them out.
 TRAINED = {
-    "fsdp": ("_connector.",),
-    "experts": (".experts.lora.", ".mlp.gate.", "_connector.projector", ".self_attn."),
-    "tensor_experts": (),
+    "fsdp": r"_connector\.",
+    "experts": r"\.experts\.lora\.|\.mlp\.gate\.|_connector\.projector|language_model\..*\.self_attn\.",
+    "tensor_experts": r"^$",
 }
 
 
 def prepare(model: torch.nn.Module, scenario: str) -> torch.nn.Module:
     """The same in one process and in two."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(part in name for part in TRAINED[scenario]))
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model.train()
+        parameter.requires_grad_(re.search(TRAINED[scenario], name) is not None)
+    model.train()
+    model.model.audio_connector.eval()  # without the Q-Former's dropout
+    return model
 
 
 def run(model: torch.nn.Module, batch: dict) -> torch.Tensor:
@@ -81,11 +83,13 @@ def main(scenario: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(100, exit=True)  # where it hangs, should it hang
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
         main(sys.argv[1], Path(sys.argv[2]))
         dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # the other process would be waited for
     os._exit(0)

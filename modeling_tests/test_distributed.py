@@ -22,10 +22,10 @@ ROWS = ((("image", 5, "audio"), ("speech", 3)), ((9,), (4,)))
 
 
 def launch(scenario: str, folder: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(HERE / "distributed.py"), scenario, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -47,7 +47,8 @@ def test_two_processes_have_the_gradients_of_one(scenario, text, tmp_path):
     for rank, batch in enumerate(batches):
         expected = run(model, batch)
         found = torch.load(tmp_path / f"logits-{rank}.pt", weights_only=True)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        words = batch["attention_mask"].bool()  # what padding computes is nobody's affair
+        torch.testing.assert_close(found[words], expected[words], atol=1e-5, rtol=0)
     gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
     expected = {name: p.grad / 2 for name, p in model.named_parameters() if p.grad is not None}
     assert gradients.keys() == expected.keys() and len(expected) > 10

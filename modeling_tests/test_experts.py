@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, inject_adapter_in_model
+from tiny import tiny_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -848,3 +849,22 @@ def test_block_keeps_the_dtype_of_its_input(shared):
         nn.init.normal_(parameter, std=0.3)
     output = block(torch.randn(2, 3, HIDDEN, dtype=torch.bfloat16))
     assert output.dtype == torch.bfloat16 and output.isfinite().all()
+
+
+@pytest.mark.parametrize("route", ["eager", "auto", "segmented", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_routes_to_experts_of_other_processes_count_for_nothing(route, tokens):
+    """Expert parallelism marks them with the number behind the last, and weight 0."""
+    model = tiny_model({"shared_expert_base": False})
+    model.set_experts_implementation(route)
+    experts = next(iter(model._experts()))
+    rows = torch.randn(tokens, experts.hidden_size)
+    index = torch.stack([torch.arange(tokens) % 4, (torch.arange(tokens) + 1) % 4], dim=1)
+    weights = torch.rand(tokens, 2)
+    elsewhere = torch.arange(tokens) % 3 == 0
+    weights[elsewhere, 1] = 0.0
+    with torch.no_grad():
+        expected = experts(rows, index, weights)
+        index[elsewhere, 1] = experts.num_experts
+        experts._is_expert_parallel = True
+        torch.testing.assert_close(experts(rows, index, weights), expected, atol=1e-6, rtol=0)

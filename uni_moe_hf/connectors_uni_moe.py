@@ -109,8 +109,8 @@ class AudioConnector(nn.Module):
 
 def idle_connectors(model: nn.Module, used: Iterable[str]) -> torch.Tensor | float:
     """
-    Runs the connectors that a batch does not need on zero rows, in training on several processes: where parameters are
-    sharded, a process that leaves out a module which another one runs keeps both waiting for ever.
+    Runs the connectors that a batch does not need on one row that counts for nothing, in training on several
+    processes: where parameters are sharded, one that leaves out a module which another runs keeps both waiting.
 
     Args:
         model (`nn.Module`): With the connectors as attributes.
@@ -119,10 +119,8 @@ def idle_connectors(model: nn.Module, used: Iterable[str]) -> torch.Tensor | flo
     Returns:
         `torch.Tensor` of shape `()`: 0, of which every trained connector is a part; 0.0 where there is nothing to do.
     """
-    distributed = torch.distributed
-    if not (
-        model.training and torch.is_grad_enabled() and distributed.is_available() and distributed.is_initialized()
-    ):
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not (together and model.training and torch.is_grad_enabled()):
         return 0.0
     busy = {"vision" if modality in ("image", "video") else modality for modality in used}
     total = 0.0
@@ -130,10 +128,10 @@ def idle_connectors(model: nn.Module, used: Iterable[str]) -> torch.Tensor | flo
         connector = getattr(model, f"{name}_connector", None)
         if connector is None or name in busy or not any(p.requires_grad for p in connector.parameters()):
             continue
-        width = getattr(model.config, f"{name}_config").hidden_size
         parameter = next(connector.parameters())
-        rows = torch.zeros(0, 1, width, device=parameter.device, dtype=parameter.dtype)
-        total = total + connector(rows).sum()
+        # One position of one window: Whisper's decoder cannot be asked about none.
+        row = torch.zeros(1, 1, getattr(model.config, f"{name}_config").hidden_size)
+        total = total + 0.0 * connector(row.to(parameter.device, parameter.dtype)).sum()
     return total
 
 

@@ -36,6 +36,18 @@ def auto_lora_experts_forward(
     return route(self, hidden_states, top_k_index, top_k_weights)
 
 
+def own_index(self: nn.Module, top_k_index: torch.Tensor) -> torch.Tensor:
+    """
+    Args:
+        top_k_index (`torch.Tensor` of shape `(N, K)`): Experts of each token. Where experts are spread over processes,
+            the number behind the last stands for those of others, and its weight is 0.
+
+    Returns:
+        `torch.Tensor` of the same shape: numbers of experts that are here.
+    """
+    return top_k_index.clamp(max=self.num_experts - 1) if self._is_expert_parallel else top_k_index
+
+
 def choose_route(self: nn.Module, hidden_states: torch.Tensor) -> str:
     """
     The rule behind `experts_implementation="auto"`.
@@ -74,6 +86,7 @@ def grouped_mm_lora_experts_forward(
     if _has_quantised_stacks(self) or not _fits_grouped_mm(self, hidden_states):
         return self.eager_forward(hidden_states, top_k_index, top_k_weights)
 
+    top_k_index = own_index(self, top_k_index)
     num_tokens, top_k = top_k_index.shape
     expert_of_row, order = torch.sort(top_k_index.reshape(-1), stable=True)  # (S,)
     token_of_row = order // top_k  # (S,)
@@ -103,6 +116,7 @@ def batched_mm_lora_experts_forward(
     if _has_quantised_stacks(self):
         return self.eager_forward(hidden_states, top_k_index, top_k_weights)
 
+    top_k_index = own_index(self, top_k_index)
     num_tokens, top_k = top_k_index.shape
     expert_of_row = top_k_index.reshape(-1)  # (S,)
     token_of_row = torch.arange(num_tokens, device=top_k_index.device).repeat_interleave(top_k)  # (S,)
@@ -176,7 +190,7 @@ def segmented_lora_experts_forward(
     """
     if not _can_be_segmented(self, hidden_states):
         return grouped_mm_lora_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    return _segmented(self, hidden_states, top_k_index, top_k_weights)
+    return _segmented(self, hidden_states, own_index(self, top_k_index), top_k_weights)
 
 
 def _segmented(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
@@ -287,8 +301,8 @@ class ExpertsRouteMixin:
         if distributed_config.ep_size > 1 and (not text_config.is_sparse or text_config.shared_expert_base):
             kind = "share one base" if text_config.is_sparse else "do not exist"
             raise ValueError(
-                f"`ep_size={distributed_config.ep_size}` spreads experts over processes, but those of this model {kind}, "
-                "so there is nothing to spread; use `fsdp_size` or `tp_size` alone."
+                f"`ep_size={distributed_config.ep_size}` spreads experts over processes, but those of this model "
+                f"{kind}, so there is nothing to spread; use `fsdp_size` or `tp_size` alone."
             )
         return super()._resolve_parallel_plans(distributed_config)
 
@@ -300,5 +314,6 @@ __all__ = [
     "batched_mm_lora_experts_forward",
     "choose_route",
     "grouped_mm_lora_experts_forward",
+    "own_index",
     "segmented_lora_experts_forward",
 ]

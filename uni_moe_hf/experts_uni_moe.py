@@ -14,7 +14,7 @@ from transformers.integrations.moe import use_experts_implementation
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from .configuration_uni_moe import UniMoETextConfig
-from .expert_kernels_uni_moe import LoraExpertsInterface
+from .expert_kernels_uni_moe import LoraExpertsInterface, own_index
 from .quantization_uni_moe import is_quantised
 
 
@@ -143,6 +143,7 @@ class UniMoELoraExperts(nn.Module):
         Returns:
             `torch.Tensor` of shape `(num_tokens, hidden_size)`.
         """
+        top_k_index = own_index(self, top_k_index)
         lora = self.lora_tensors(hidden_states)
         output = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
