@@ -867,4 +867,4 @@ def test_routes_to_experts_of_other_processes_count_for_nothing(route, tokens):
         expected = experts(rows, index, weights)
         index[elsewhere, 1] = experts.num_experts
         experts._is_expert_parallel = True
-        torch.testing.assert_close(experts(rows, index, weights), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(experts(rows, index, weights), expected, atol=1e-5, rtol=1e-5)

@@ -293,3 +293,38 @@ def test_an_adapter_of_another_model_is_refused_by_peft(saved):
 def test_what_is_trained_is_what_the_stage_names(trainer):
     plain, ours = (trainer(tiny_model(), "moe", kind) for kind in (SFTTrainer, UniMoESFTTrainer))
     assert trainable(plain.model) == trainable(ours.model)
+
+
+@pytest.mark.parametrize("stage", ["connectors", "moe"])
+def test_accumulated_gradients_are_those_of_the_large_batch(stage, trainer, tmp_path):
+    """Rows have answers of unequal length, so micro-batches have unequal numbers of tokens. Plain SGD, one step."""
+    data = rows(8)
+    for index, row in enumerate(data):
+        row["messages"][1]["content"][0]["text"] = "a bird " * (1 + index)
+
+    def run(batch_size, accumulate):
+        sft = trainer(
+            tiny_model(None if stage == "moe" else DENSE),
+            stage,
+            data=data,
+            output_dir=str(tmp_path / str(batch_size)),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulate,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=1.0,
+            max_grad_norm=0.0,
+            router_aux_loss_coef=0.0,
+        )
+        for module in sft.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        connector = next(module for name, module in sft.model.named_modules() if name.endswith("audio_connector"))
+        connector.qformer.register_forward_pre_hook(lambda module, _: module.eval() and None)  # dropout by number
+        sft.train()
+        return sft.model.state_dict()
+
+    whole = run(8, 1)
+    for size in (4, 2, 1):
+        for name, tensor in run(size, 8 // size).items():
+            torch.testing.assert_close(tensor, whole[name], atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

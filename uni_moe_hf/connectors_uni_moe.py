@@ -109,18 +109,22 @@ class AudioConnector(nn.Module):
 
 def idle_connectors(model: nn.Module, used: Iterable[str]) -> torch.Tensor | float:
     """
-    Runs the connectors that a batch does not need on one row that counts for nothing, in training on several
-    processes: where parameters are sharded, one that leaves out a module which another runs keeps both waiting.
+    Runs the connectors that a batch does not need on one row that counts for nothing. In training on several
+    processes, where parameters are sharded, one that leaves out a module which another runs keeps both waiting; and
+    where nothing but connectors is trained, a batch of words alone would have no gradient at all.
 
     Args:
-        model (`nn.Module`): With the connectors as attributes.
+        model (`nn.Module`): With the connectors and `language_model` as attributes.
         used (`Iterable[str]`): Modalities of the batch.
 
     Returns:
         `torch.Tensor` of shape `()`: 0, of which every trained connector is a part; 0.0 where there is nothing to do.
     """
+    if not (model.training and torch.is_grad_enabled()):
+        return 0.0
+    used = set(used)
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not (together and model.training and torch.is_grad_enabled()):
+    if not together and (used or any(p.requires_grad for p in model.language_model.parameters())):
         return 0.0
     busy = {"vision" if modality in ("image", "video") else modality for modality in used}
     total = 0.0

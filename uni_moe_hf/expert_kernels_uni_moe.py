@@ -190,7 +190,7 @@ def segmented_lora_experts_forward(
     """
     if not _can_be_segmented(self, hidden_states):
         return grouped_mm_lora_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    return _segmented(self, hidden_states, own_index(self, top_k_index), top_k_weights)
+    return _segmented(self, hidden_states, top_k_index, top_k_weights)
 
 
 def _segmented(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
@@ -204,7 +204,7 @@ def _segmented(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
         output = segmented_experts(
             tokens,
             top_k_weights.to(tokens.dtype),
-            top_k_index,
+            own_index(self, top_k_index),
             _frozen_weights(self),
             lora,
             self.num_experts,

@@ -1,0 +1,74 @@
+"""
+A few steps of training, in as many processes as there are, for `test_distributed.py`:
+
+    accelerate launch --config_file FILE side_by_side.py FOLDER MEDIA BATCH_SIZE NUM_PROCESSES
+
+Every second batch has words alone, so that with two processes one of them never sees media. Leaves losses and weights.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tiny import tiny_model, tiny_processor
+from tiny_training import rows
+from torch.utils.data import SequentialSampler
+
+from uni_moe_hf import UniMoEDataCollator, UniMoESFTTrainer, prepare_stage, sft_config
+
+
+class InOrder(UniMoESFTTrainer):
+    """Rows as they stand."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+
+def main(folder: Path, media: Path, batch_size: int, num_processes: int) -> None:
+    model = tiny_model({"shared_expert_base": True})
+    words = {"messages": [{"role": "user", "content": "hello what is it"}, {"role": "assistant", "content": "a bird"}]}
+    seen = [row for row in rows(12) if len(row["messages"][0]["content"]) > 1]  # all but those of words alone
+    data = []
+    for start in range(0, 8, 2):
+        data += [*seen[start : start + 2], {"messages": words["messages"]}, {"messages": words["messages"]}]
+    processor = tiny_processor(model.config)
+    args = sft_config(
+        "moe",
+        folder,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=batch_size,
+        learning_rate=0.1,
+        optim="sgd",  # Adam makes whole steps of rounding errors
+        max_steps=4,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        router_aux_loss_coef=0.0,
+    )
+    trainer = InOrder(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(data, on_mixed_types="use_json"),
+        processing_class=processor,
+        data_collator=UniMoEDataCollator(processor, media_root=media),
+        peft_config=prepare_stage(model, "moe", lora_dropout=0.0),
+    )
+    assert trainer.accelerator.num_processes == num_processes
+    trainer.model.base_model.model.model.audio_connector.qformer.register_forward_pre_hook(
+        lambda module, _: module.eval() and None  # its dropout would differ
+    )
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        (folder / "logs.json").write_text(json.dumps(trainer.state.log_history))
+        weights = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        torch.save(weights, folder / "weights.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))
