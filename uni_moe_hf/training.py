@@ -22,6 +22,7 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from .data import UniMoEDataCollator, row_modalities
+from .model_card import trained_card
 from .routing import record_routing
 from .stages import PARTS, STAGES, part_of
 
@@ -158,6 +159,16 @@ class UniMoESFTTrainer(SFTTrainer):
             if self._routing is not None:
                 logs |= _loads(self._routing, self.accelerator)
         super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **kwargs: Any) -> None:
+        """Ours: TRL's tells of a text model."""
+        if not self.is_world_process_zero():
+            return
+        config, is_adapter = self.model.config, hasattr(self.model, "peft_config")
+        name = self.hub_model_id or model_name or Path(self.args.output_dir).name
+        base = getattr(config, "_name_or_path", "") or None
+        card = trained_card(config, name, is_adapter, base_model=base, dataset=dataset_name)
+        card.save(Path(self.args.output_dir) / "README.md")
 
 
 class ModalityLosses:
