@@ -15,6 +15,7 @@ SMALLEST = {
     "bench_frontends.py": ["--repeats", "2"],
     "bench_parity.py": [],
     "bench_routing.py": ["--repeats", "2"],
+    "bench_training_logs.py": ["--repeats", "2", "--steps", "2"],
 }
 
 
