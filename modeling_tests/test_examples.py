@@ -15,6 +15,8 @@ from test_composition import parts
 from tiny import picture, tiny_tokenizer, tone, user
 from transformers import AutoModel, AutoProcessor
 
+from uni_moe_hf.training import REQUIRED
+
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = (
@@ -100,6 +102,8 @@ def test_the_three_scripts_lead_from_parts_to_a_merged_model(workplace):
         *data,
         *stage1,
         *("--experts", "text=", *experts, "--output_dir", str(workplace / "stage3")),
+        *("--learning_rates", '{"expert LoRA": 1e-4}', "--group_by_modality", "true", "--skip_bad_rows", "true"),
+        *("--resume_from_checkpoint", "last"),  # there is none yet
     )
     merged = workplace / "stage3/merged"
     model = AutoModel.from_pretrained(merged, trust_remote_code=True).eval()
@@ -127,6 +131,7 @@ def test_the_configs_hold_the_papers_numbers_and_what_our_collator_needs(name, r
     assert config["remove_unused_columns"] is False
     assert config["dataset_kwargs"] == {"skip_prepare_dataset": True}
     assert config["max_length"] is None
+    assert {name: config[name] for name in REQUIRED} == REQUIRED
 
 
 def test_every_config_belongs_to_a_script_and_says_how_it_is_run():
