@@ -1,11 +1,12 @@
 """
 Runs a stage again and again, killed each time at another moment, until it has come to its end.
 
-    python resuming.py STAGE FOLDER MEDIA KILLS
+    python resuming.py STAGE MEDIA RUNS
 
-`KILLS` is a JSON list of moments, one for each run: `["none"]`, `["time", seconds]`, `["step", n]` (in the n-th
-micro-batch of the run), `["weights", n]` or `["pickle", n]` (in the n-th file of that kind, when half is written).
-Writes the digest of the final weights to `FOLDER/digest`.
+`RUNS` is a JSON object, folder -> list of moments, one for each start: `["none"]`, `["time", seconds]`, `["step", n]`
+(in the n-th micro-batch of the run), `["weights", n]` or `["pickle", n]` (in the n-th file of that kind, when half is
+written).
+Writes the digest of the final weights to `digest` in each folder.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import peft.peft_model
@@ -99,25 +101,30 @@ def train(stage: str, folder: Path, media: Path, moment: str, number: float) -> 
     (folder / "digest").write_text(digest.hexdigest())
 
 
-def main(stage: str, folder: str, media: str, kills: str) -> None:
-    for moment, *number in json.loads(kills):
-        child = os.fork()  # everything is imported already
-        if child == 0:
-            try:
-                train(stage, Path(folder), Path(media), moment, number[0] if number else 0)
-            except BaseException:
-                import traceback
+def start(stage: str, folder: Path, media: Path, moment: str, number: float) -> int:
+    """A run in a process of its own, to which everything is imported already; how it ended."""
+    child = os.fork()
+    if child == 0:
+        try:
+            train(stage, folder, media, moment, number)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if moment == "time":
+        time.sleep(number)
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
 
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        if moment == "time":
-            time.sleep(number[0])
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        sys.stdout.write(f"{moment} {number} -> {status}\n")
-        if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-            sys.exit(1)
+
+def main(stage: str, media: str, runs: str) -> None:
+    for folder, kills in json.loads(runs).items():
+        Path(folder).mkdir()
+        for moment, *number in kills:
+            status = start(stage, Path(folder), Path(media), moment, number[0] if number else 0)
+            sys.stdout.write(f"{moment} {number} -> {status}\n")
+            if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+                sys.exit(1)
 
 
 if __name__ == "__main__":

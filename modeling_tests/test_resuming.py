@@ -20,13 +20,13 @@ MOMENTS = {
 }
 
 
-def run(stage: str, folder: Path, media: Path, kills: list) -> tuple[str, str]:
-    """Digest of the final weights, and what happened."""
-    folder.mkdir()
-    command = [sys.executable, HERE / "resuming.py", stage, folder, media, json.dumps([*kills, ["none"]])]
+def digests(stage: str, root: Path, media: Path, kills: list) -> tuple[str, str, str]:
+    """Of the weights of an uninterrupted and of a killed run; and what happened."""
+    runs = {str(root / "whole"): [["none"]], str(root / "killed"): [*kills, ["none"]]}
+    command = [sys.executable, HERE / "resuming.py", stage, media, json.dumps(runs)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, timeout=600)
     assert done.returncode == 0, done.stderr
-    return (folder / "digest").read_text(), done.stdout
+    return (root / "whole/digest").read_text(), (root / "killed/digest").read_text(), done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -34,34 +34,20 @@ def media(tmp_path_factory) -> Path:
     return write_media(tmp_path_factory.mktemp("media"))
 
 
-@pytest.fixture(scope="module")
-def digests() -> dict[str, str]:
-    """Of uninterrupted runs, made when first asked for."""
-    return {}
-
-
-def uninterrupted(stage: str, digests: dict[str, str], media: Path, folder: Path) -> str:
-    if stage not in digests:
-        digests[stage], _ = run(stage, folder / "whole", media, [])
-    return digests[stage]
-
-
-def test_a_mixture_killed_in_a_save_and_in_an_accumulation_ends_the_same(digests, media, tmp_path):
-    whole = uninterrupted("moe", digests, media, tmp_path)
-    digest, story = run("moe", tmp_path / "killed", media, list(MOMENTS.values()))
-    assert story.count("-> 9") == 3, story  # each run was killed
-    assert digest == whole
+def test_a_mixture_killed_in_a_save_and_in_an_accumulation_ends_the_same(media, tmp_path):
+    whole, killed, story = digests("moe", tmp_path, media, list(MOMENTS.values()))
+    assert story.count("-> 9") == 3, story  # each start was killed
+    assert killed == whole
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_at_random_moments_a_run_ends_the_same(stage, seed, digests, media, tmp_path):
-    whole = uninterrupted(stage, digests, media, tmp_path)
+def test_killed_at_random_moments_a_run_ends_the_same(stage, seed, media, tmp_path):
     draw = random.Random(seed)
     kills = [["time", draw.uniform(0.3, 1.2)], ["step", draw.randint(1, 9)], ["weights", draw.randint(1, 2)]]
     kills += [["pickle", draw.randint(1, 4)], ["time", draw.uniform(0.3, 1.2)]]
     draw.shuffle(kills)
-    digest, story = run(stage, tmp_path / "killed", media, kills)
+    whole, killed, story = digests(stage, tmp_path, media, kills)
     assert story.count("-> 9") >= 3, story
-    assert digest == whole
+    assert killed == whole
