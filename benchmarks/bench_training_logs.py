@@ -78,20 +78,24 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         plain, ours = (trainer(kind, Path(folder)) for kind in (SFTTrainer, UniMoESFTTrainer))
-    batch = make_inputs(plain.model.config, *ROWS)
-    batch["labels"] = labels_of(plain.model.config, batch)
-    first = partial(seconds, plain, batch, args.steps, False)
-    second = partial(seconds, ours, batch, args.steps, True)
-    slow, fast = alternate(second, first, args.repeats)
     lines = [
         f"`UniMoESFTTrainer` beside `SFTTrainer`, {date.today()}, torch {torch.__version__}, {platform.machine()}, 1 "
-        f"thread, float32; stage 3 of a tiny mixture, {batch['input_ids'].numel()} tokens with media in every row, "
-        f"{args.steps} steps for each log, {args.repeats} alternating repeats.",
+        f"thread, float32; stage 3 of a tiny mixture, media in every row, {args.steps} steps for each log, "
+        f"{args.repeats} alternating repeats; step, optimiser and log.",
         "",
-        "| | plain, ms a step | ours / plain, median (middle half) |",
-        "|---|--:|--:|",
-        f"| step, optimiser, log | {1000 * statistics.median(fast):.1f} | {quotient(slow, fast, digits=3)} |",
+        "| rows | tokens | plain, ms a step | ours / plain, median (middle half) |",
+        "|--:|--:|--:|--:|",
     ]
+    for rows in (4, 8, 32):
+        batch = make_inputs(plain.model.config, *ROWS[:rows])
+        batch["labels"] = labels_of(plain.model.config, batch)
+        first = partial(seconds, plain, batch, args.steps, False)
+        second = partial(seconds, ours, batch, args.steps, True)
+        slow, fast = alternate(second, first, args.repeats)
+        lines.append(
+            f"| {rows} | {batch['input_ids'].numel()} | {1000 * statistics.median(fast):.1f} "
+            f"| {quotient(slow, fast, digits=3)} |"
+        )
     publish(lines, args.output)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SMALLEST = {
-    "bench_conversion.py": ["--layers", "2", "--hidden", "64", "--inner", "144", "--repeats", "1"],
+    "bench_conversion.py": ["--layers", "2", "--hidden", "512", "--inner", "1376", "--shards", "1", "--repeats", "1"],
     "bench_experts.py": ["--only", "tiny E4", "--repeats", "2"],
     "bench_frontends.py": ["--repeats", "2"],
     "bench_parity.py": [],
