@@ -82,7 +82,7 @@ def test_an_added_adapter_is_the_dense_model_with_it(adapters, shared):
     add_expert(model, "audio", adapters["audio"][0], like=None if shared else "text", projectors={"audio": "audio"})
     assert model.config.text_config.expert_lora_rank == (8 if shared else 4)
     names = ["text", "image", "audio"]
-    assert expert_names(model) == names
+    assert expert_names(model.config.text_config) == names
     routed = only(model, 1)
     torch.testing.assert_close(logits_of(routed), first, atol=1e-4, rtol=1e-4)
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_a_clone_computes_the_same_and_is_dropped_without_trace(adapters, shared
     model = grown(adapters, shared)
     before = state_of(model)
     clone_expert(model, "speech", "copy")
-    assert expert_names(model) == ["text", "image", "speech", "copy"]
+    assert expert_names(model.config.text_config) == ["text", "image", "speech", "copy"]
     for name, tensor in model.state_dict().items():
         if tensor.dim() and tensor.shape[0] == 4 and ".mlp." in name and ".base." not in name:
             assert torch.equal(tensor[2], tensor[3])
@@ -118,7 +118,7 @@ def test_a_dropped_expert_takes_its_own_row_along_and_no_other(adapters, shared)
     model = grown(adapters, shared)
     before = state_of(model)
     drop_expert(model, "image")
-    assert expert_names(model) == ["text", "speech"]
+    assert expert_names(model.config.text_config) == ["text", "speech"]
     for name, tensor in model.state_dict().items():
         if "language_model" in name and ".mlp." in name and ".base." not in name:
             assert torch.equal(tensor, before[name][[0, 2]])
@@ -139,12 +139,12 @@ def test_merging_is_the_weighted_sum_where_the_rank_suffices(adapters, shared, w
         with torch.no_grad():
             for experts in model._experts():  # second halves of the rank empty, so that both fit
                 experts.lora.gate_up_b[..., 2:], experts.lora.down_b[..., 2:] = 0, 0
-    deltas = {name: dense_delta(model, expert_names(model).index(name)) for name in weights}
+    deltas = {name: dense_delta(model, expert_names(model.config.text_config).index(name)) for name in weights}
     bases = [dict(experts.named_parameters()) for experts in model._experts()]
     bases = [{name: tensor.detach().clone() for name, tensor in base.items()} for base in bases]
     errors = merge_experts(model, weights, "both")
     assert max(errors.values()) < 1e-5 and len(errors) == 6
-    assert expert_names(model) == ["text", "both", "audio"]
+    assert expert_names(model.config.text_config) == ["text", "both", "audio"]
     expected = [sum(w * deltas[name][i] for name, w in weights.items()) for i in range(4)]
     for found, wanted in zip(dense_delta(model, 1), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)

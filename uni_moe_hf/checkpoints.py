@@ -23,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 
-INDEX = "model.safetensors.index.json"
 # In the order of preference where a folder holds several formats.
 _NAMES = ("model.safetensors", "pytorch_model.bin")
 # Bytes read from a memory-mapped file before it is opened anew.

@@ -286,7 +286,13 @@ def describe_row(row: Mapping[str, Any]) -> str:
     """
     if row.get("_row") is not None:
         return f"Row {row['_row']} of '{row['_source']}'"
-    return f"The row that begins with {json.dumps(row.get('messages') or row.get('conversations'), default=str)[:100]}"
+    # Piece by piece: every row of every batch is described, and some hold a whole waveform.
+    beginning = ""
+    for piece in json.JSONEncoder(default=str).iterencode(row.get("messages") or row.get("conversations")):
+        beginning += piece
+        if len(beginning) >= 100:
+            break
+    return f"The row that begins with {beginning[:100]}"
 
 
 def load_rows(

@@ -50,7 +50,7 @@ def add_expert(
         ValueError: the name is taken, the adapter does not fit, or it brings another projector.
     """
     config = _config_of(model)
-    names = expert_names(model)
+    names = expert_names(model.config.text_config)
     if name in names:
         raise ValueError(f"There is an expert '{name}' already; the model has {names}.")
     if config.shared_expert_base == (like is not None):
@@ -105,7 +105,7 @@ def drop_expert(model: UniMoEForConditionalGeneration, name: str) -> UniMoEForCo
     Raises:
         ValueError: there is no such expert, or too few would be left for `num_experts_per_tok`.
     """
-    config, names, index = _config_of(model), expert_names(model), _index(model, name)
+    config, names, index = _config_of(model), expert_names(model.config.text_config), _index(model, name)
     if len(names) - 1 < config.num_experts_per_tok:
         raise ValueError(
             f"Without '{name}' {len(names) - 1} experts are left, but every token goes to "
@@ -131,7 +131,7 @@ def clone_expert(model: UniMoEForConditionalGeneration, name: str, new_name: str
     Raises:
         ValueError: there is no such expert, or the new name is taken.
     """
-    names, index = expert_names(model), _index(model, name)
+    names, index = expert_names(model.config.text_config), _index(model, name)
     if new_name in names:
         raise ValueError(f"There is an expert '{new_name}' already; the model has {names}.")
     _restack(model, [*range(len(names)), index], [*names, new_name])
@@ -162,7 +162,7 @@ def merge_experts(
         ValueError: an expert is unknown, the name is taken, weights do not add up to 1 (own bases) or to 0, or too few
             experts would be left.
     """
-    config, names = _config_of(model), expert_names(model)
+    config, names = _config_of(model), expert_names(model.config.text_config)
     indices = [_index(model, name) for name in weights]
     kept = [name for name in names if name not in weights]
     total = sum(weights.values())
@@ -281,7 +281,7 @@ def _config_of(model: Any) -> UniMoETextConfig:
 
 
 def _index(model: UniMoEForConditionalGeneration, name: str) -> int:
-    names = expert_names(model)
+    names = expert_names(model.config.text_config)
     if name not in names:
         raise ValueError(f"There is no expert '{name}'; the model has {names}.")
     return names.index(name)

@@ -142,12 +142,16 @@ def export_expert(
         "auto_mapping": None,
         "base_model_name_or_path": None,
     }
-    output_folder.mkdir(parents=True, exist_ok=True)
-    save_file(lora, output_folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _write_adapter(output_folder, lora, peft_config)
     if projectors:
         save_file(projectors, output_folder / PROJECTOR_FILE, metadata={"format": "pt"})
-    (output_folder / "adapter_config.json").write_text(json.dumps(peft_config, indent=2))
     return output_folder
+
+
+def _write_adapter(folder: Path, tensors: dict[str, torch.Tensor], peft_config: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(peft_config, indent=2))
 
 
 def _stage_2_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict]:
@@ -170,7 +174,7 @@ def _stage_2_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, t
 def _expert_of(model: UniMoEForConditionalGeneration, name: str | None) -> tuple[dict[str, torch.Tensor], dict]:
     """LoRA of one expert of a mixture, by the plain LLM's names."""
     text = model.config.text_config
-    names = expert_names(model)
+    names = expert_names(text)
     if not text.is_sparse or name not in names:
         raise ValueError(f"There is no expert {name!r}; the model has {names if text.is_sparse else 'none'}.")
     if not text.shared_expert_base or not text.expert_lora_rank:
@@ -237,16 +241,13 @@ def export_expert_stack(model: UniMoEForConditionalGeneration, output_folder: st
         "bias": "none",
         "inference_mode": True,
     }
-    output_folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, output_folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (output_folder / "adapter_config.json").write_text(json.dumps(peft_config, indent=2))
+    _write_adapter(output_folder, tensors, peft_config)
     return output_folder
 
 
-def expert_names(model: UniMoEForConditionalGeneration) -> list[str]:
+def expert_names(text_config: UniMoETextConfig) -> list[str]:
     """Names of a model's experts; their numbers where they have none."""
-    text = model.config.text_config
-    return list(text.expert_names or map(str, range(text.num_experts)))
+    return list(text_config.expert_names or map(str, range(text_config.num_experts)))
 
 
 def lora_factors(lora: UniMoEExpertLora) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:

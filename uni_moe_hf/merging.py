@@ -22,6 +22,7 @@ from .checkpoints import (
 from .composition import build_processor
 from .configuration_uni_moe import UniMoEConfig
 from .conversion import ADAPTER, complete_folder, source_name
+from .expert_adapters import expert_names
 from .model_card import model_card
 from .modeling_uni_moe import UniMoEForConditionalGeneration
 from .original_format import is_stack
@@ -58,11 +59,6 @@ class _Side:
             raise ValueError(f"'{folder}' {state} '{name}'; convert the model again.")
         adapter = folder / ADAPTER / "adapter_model.safetensors"
         self.adapter = TensorFiles([adapter]) if adapter.is_file() else None
-
-    @property
-    def expert_names(self) -> list[str]:
-        text = self.config.text_config
-        return text.expert_names or [str(index) for index in range(text.num_experts)]
 
     def expert(self, name: str, shape: tuple[int, ...], index: int) -> Iterator[torch.Tensor]:
         """
@@ -197,7 +193,11 @@ def _is_own(name: str) -> bool:
 
 def _chosen(sides: Mapping[str, _Side], experts: Sequence[str] | None) -> list[tuple[str, int]]:
     """Ear and index of every expert of the new model."""
-    known = {f"{ear}:{name}": (ear, i) for ear, side in sides.items() for i, name in enumerate(side.expert_names)}
+    known = {
+        f"{ear}:{name}": (ear, i)
+        for ear, side in sides.items()
+        for i, name in enumerate(expert_names(side.config.text_config))
+    }
     wanted = list(known) if experts is None else list(experts)
     if unknown := [name for name in wanted if name not in known]:
         raise ValueError(f"There are no experts {unknown}; the two models have {list(known)}.")
@@ -226,7 +226,7 @@ def _joined_config(
             f"The decoders differ in {len(differing)} of their settings, first in `{field}`: {audio} in the audio "
             f"model, {speech} in the speech model; both must come from one LLM, with the same --lora and --dtype."
         )
-    names = [sides[ear].expert_names[index] for ear, index in chosen]
+    names = [expert_names(sides[ear].config.text_config)[index] for ear, index in chosen]
     unique = [
         name if names.count(name) == 1 and not name.isdigit() else f"{ear}_{name}"
         for name, (ear, _) in zip(names, chosen, strict=True)
