@@ -33,6 +33,14 @@ CASES = [(variant, case) for variant in VARIANTS for case in case_names(variant)
 ROUTES = ("eager", "auto", "segmented", "grouped_mm", "batched_mm")
 
 
+def command_for(arguments: dict, output: Path) -> list[str]:
+    """`uni-moe convert` with the arguments of `convert_checkpoint`."""
+    command = ["convert", "--output", str(output)]
+    for name, value in arguments.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    return command
+
+
 def load(folder: Path) -> torch.nn.Module:
     """A converted model with its adapter, where there is one."""
     model = AutoModel.from_pretrained(folder).eval()
@@ -602,9 +610,7 @@ def test_a_merged_model_cannot_go_back(converted, tmp_path):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_card_says_where_it_comes_from_and_what_binds_it(variant, tmp_path, capsys):
     arguments = write_original(tmp_path / "in", variant=variant, layers=1)
-    command = ["convert", "--output", str(tmp_path / "My Model"), "--lora", "keep"]
-    for name, value in arguments.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
+    command = [*command_for(arguments, tmp_path / "My Model"), "--lora", "keep"]
     assert main(command) == 0
     assert "1 layers sparse" in capsys.readouterr().out
     card = ModelCard.load(tmp_path / "My Model" / "README.md")
@@ -663,9 +669,7 @@ def test_experts_can_be_named(tmp_path):
 
 def test_without_a_tokenizer_the_command_says_that_there_is_no_processor(tmp_path, capsys):
     arguments = write_original(tmp_path / "in", layers=1)
-    command = ["convert", "--output", str(tmp_path / "out")]
-    for name, value in arguments.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
+    command = command_for(arguments, tmp_path / "out")
     assert main(command) == 0
     assert "the processor was not converted" in capsys.readouterr().out
     small_tokenizer().save_pretrained(tmp_path / "words")
@@ -880,10 +884,7 @@ def edit_tower(folder: Path, **fields) -> None:
 
 def convert_by_command(arguments: dict, output: Path, capsys) -> str:
     """Exit code 1 and the sentence."""
-    command = ["convert", "--output", str(output)]
-    for name, value in arguments.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    assert main(command) == 1
+    assert main(command_for(arguments, output)) == 1
     message = capsys.readouterr().err
     assert message.count("uni-moe: ") == 1 and message.strip().count("\n") == 0
     return message
