@@ -110,7 +110,14 @@ class BeatsLayer(GradientCheckpointingLayer):
 
 
 class BeatsPositionalConv(nn.Conv1d):
-    """The convolution that tells tokens where they are; a class of its own for its initialisation."""
+    """The convolution that tells tokens where they are."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(W, D, T)` to `(W, D, T)`."""
+        # A tap of zeros makes an even kernel odd: as many outputs as inputs, and right ones. On CPUs with AMX, torch
+        # 2.13 computes narrow groups with an even kernel wrongly in bfloat16.
+        weight = F.pad(self.weight, (0, 1 - self.kernel_size[0] % 2))
+        return F.conv1d(hidden_states, weight, self.bias, padding=self.padding, groups=self.groups)
 
 
 class BeatsEncoder(nn.Module):
@@ -160,7 +167,7 @@ class BeatsEncoder(nn.Module):
             lowest = torch.finfo(hidden_states.dtype).min
             padding_bias = padding_bias.masked_fill(padding_mask[:, None, None, :], lowest)
 
-        positions = self.pos_conv(hidden_states.transpose(1, 2))[..., :length]  # an even kernel gives one too many
+        positions = self.pos_conv(hidden_states.transpose(1, 2))
         hidden_states = self.layer_norm(hidden_states + F.gelu(positions.transpose(1, 2)))
         hidden_states = self.dropout(hidden_states)
 
