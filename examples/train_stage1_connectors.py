@@ -40,6 +40,9 @@ class PartsArguments:
     vision_tower: str | None = field(default=None, metadata={"help": "CLIP or another vision backbone."})
     speech_tower: str | None = field(default=None, metadata={"help": "Whisper."})
     audio_tower: str | None = field(default=None, metadata={"help": "BEATs, as saved by this package."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of pictures in pixels; the tower's own by default."}
+    )
     num_speech_query_tokens: int = field(default=50, metadata={"help": "Tokens of a window of speech."})
     num_audio_query_tokens: int = field(default=50, metadata={"help": "Tokens of a window of sound."})
     audio_connector_config: dict | str | None = field(
@@ -77,7 +80,13 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, parts: PartsArg
         audio_connector_config=parts.audio_connector_config,
     )
     template = None if parts.chat_template is None else Path(parts.chat_template).read_text(encoding="utf-8")
-    processor = build_processor(model.config, AutoTokenizer.from_pretrained(parts.llm), chat_template=template)
+    processor = build_processor(
+        model.config,
+        AutoTokenizer.from_pretrained(parts.llm),
+        image_processor=parts.vision_tower,
+        image_size=parts.image_size,
+        chat_template=template,
+    )
     prepare_stage(model, "connectors")
 
     ################

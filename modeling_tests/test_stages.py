@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import picture, tiny_config, tiny_model, tiny_processor
+from tiny import make_inputs, picture, tiny_config, tiny_model, tiny_processor
 from tiny_training import make_trainer, rows, write_media
 
 from uni_moe_hf import UniMoEDataCollator, UniMoEForConditionalGeneration
@@ -210,3 +210,46 @@ def test_stage_three_under_peft_takes_the_fast_route(shared):
     trained = get_peft_model(model, prepare_stage(model, "moe")).train()
     layers = [module for module in trained.modules() if isinstance(module, UniMoELoraExperts)]
     assert {choose_route(experts, torch.zeros(20, experts.hidden_size)) for experts in layers} == {"segmented"}
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "plain"])
+@pytest.mark.parametrize("stage", ["connectors", "experts", "moe"])
+def test_what_is_trained_of_a_bfloat16_model_is_float32_and_moves_at_the_papers_rate(
+    stage, autocast, tmp_path, trainer
+):
+    """In bfloat16 itself, two thirds of the weights would stay where they were: the updates are below its rounding."""
+    model = tiny_model(None if stage == "moe" else DENSE).to(torch.bfloat16)
+    settings = {"learning_rate": 2e-5, "bf16": autocast, "max_steps": 6}
+    sft = trainer(model, tmp_path, prepare_stage(model, stage), **settings)
+    dtypes = {parameter.requires_grad: set() for parameter in sft.model.parameters()}
+    for parameter in sft.model.parameters():
+        dtypes[parameter.requires_grad].add(parameter.dtype)
+    assert dtypes[True] == {torch.float32} and torch.bfloat16 in dtypes[False]
+    before = {name: p.detach().clone() for name, p in sft.model.named_parameters() if p.requires_grad}
+    sft.train()
+    for name, parameter in sft.model.named_parameters():
+        if name in before and "projector" in name and "weight" in name:
+            assert (parameter != before[name]).float().mean() > 0.99, name
+
+
+def test_a_float64_model_stays_one():
+    model = tiny_model(DENSE).to(torch.float64)
+    prepare_stage(model, "connectors")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("stage", ["connectors", "moe"])
+def test_a_bfloat16_model_computes_the_same_with_its_trained_parts_in_float32(stage):
+    """Within bfloat16's rounding of connector outputs (0.02) before an expert is chosen."""
+    model = tiny_model(DENSE if stage == "connectors" else None).to(torch.bfloat16).eval()
+    inputs = make_inputs(model.config, ["image", "audio", "speech"], ["video"])
+    media = {name: tensor for name, tensor in inputs.items() if "input_ids" != name and "attention" not in name}
+    with torch.no_grad():
+        plain = model.model.encode_media(**media)
+        prepare_stage(model, stage)
+        mixed = model.model.encode_media(**media)
+        assert model(**inputs).logits.dtype == torch.bfloat16
+    for modality, outputs in plain.items():
+        other = mixed[modality].pooler_output
+        assert other.dtype == torch.float32
+        torch.testing.assert_close(outputs.pooler_output.float(), other, atol=0.02, rtol=0.02)

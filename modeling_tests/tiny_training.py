@@ -41,24 +41,23 @@ def rows(count: int = 8) -> list[dict]:
 
 def make_trainer(media: Path, model, folder: Path, peft_config=None, **overrides) -> SFTTrainer:
     """Four steps of two rows on a CPU in float32; checkpoints and all else as `overrides` say."""
-    args = SFTConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=overrides.pop("gradient_checkpointing", False),
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        max_steps=overrides.pop("max_steps", 4),
-        save_strategy=overrides.pop("save_strategy", "no"),
-        logging_steps=1,
-        report_to="none",
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        seed=3,
-        disable_tqdm=True,
-        **overrides,
-    )
+    settings = {
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "max_steps": 4,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "max_length": None,
+        "seed": 3,
+        "disable_tqdm": True,
+    }
+    args = SFTConfig(output_dir=str(folder), **settings | overrides)
     processor = tiny_processor(model.config)
     return SFTTrainer(
         model=model,

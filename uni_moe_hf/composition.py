@@ -6,10 +6,12 @@ Growing moves the decoder's own feed-forward modules into the mixture: nothing i
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     CLIPImageProcessorPil,
@@ -106,16 +108,25 @@ def _speech_parts(tower: str | PreTrainedModel | None) -> tuple[PreTrainedModel 
 
 
 def build_processor(
-    config: UniMoEConfig, tokenizer: PreTrainedTokenizerBase, image_processor=None, chunk_length: int = 30, **settings
+    config: UniMoEConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    image_processor=None,
+    image_size: int | None = None,
+    chunk_length: int = 30,
+    **settings,
 ) -> UniMoEProcessor:
     r"""
-    Makes the processor that fits a model, and tells the config the placeholders' ids.
+    Makes the processor that fits a model, and tells the config the placeholders' ids and the tokens of a picture.
 
     Args:
-        config ([`UniMoEConfig`]): Of the model; its four placeholder ids are set to the tokenizer's.
+        config ([`UniMoEConfig`]): Of the model; its four placeholder ids are set to the tokenizer's, its
+            `image_seq_length` follows the pictures' size.
         tokenizer ([`PreTrainedTokenizerBase`]): Of the LLM. Gets the four placeholder tokens, behind the vocabulary,
             and a padding token where it has none.
-        image_processor (*optional*): [`CLIPImageProcessor`] of the tower's picture size by default.
+        image_processor (`str` or image processor, *optional*): That of the vision tower, or the Hub id or folder it
+            lies in. By default CLIP's at the tower's picture size: right for no other tower.
+        image_size (`int`, *optional*): Side of pictures in pixels, in place of the image processor's, for towers that
+            take any: fewer pixels are fewer tokens.
         chunk_length (`int`, *optional*, defaults to 30): Seconds of a window of sound, in a model without a speech
             tower; with one its `max_source_positions` decides.
         settings: Further arguments of [`UniMoEProcessor`], for example `video_frames`.
@@ -124,7 +135,8 @@ def build_processor(
         [`UniMoEProcessor`].
 
     Raises:
-        ValueError: the speech tower's window is not a whole number of seconds.
+        ValueError: the speech tower's window is not a whole number of seconds, or pictures are no whole number of
+            patches.
     """
     _add_placeholders(config, tokenizer)
     feature_size = 80
@@ -137,12 +149,8 @@ def build_processor(
                 "of seconds at 50 positions per second; use a multiple of 50."
             )
     mel_bins = config.audio_config.num_mel_bins if config.audio_config is not None else 128
-    if image_processor is None:
-        side = config.vision_config.image_size if config.vision_config is not None else 336
-        size = {"height": side, "width": side}
-        image_processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=size)
     return UniMoEProcessor(
-        image_processor,
+        _image_processor(config, image_processor, image_size),
         UniMoEFeatureExtractor(feature_size=feature_size, chunk_length=chunk_length, num_audio_mel_bins=mel_bins),
         tokenizer,
         **{
@@ -154,6 +162,33 @@ def build_processor(
             **settings,
         },
     )
+
+
+def _image_processor(config: UniMoEConfig, processor: Any, side: int | None) -> Any:
+    """The image processor, at another picture size if asked; counts the tokens of its pictures."""
+    if isinstance(processor, str):
+        processor = AutoImageProcessor.from_pretrained(processor, backend="pil")
+    if processor is None:
+        tower_side = config.vision_config.image_size if config.vision_config is not None else 336
+        square = {"height": tower_side, "width": tower_side}
+        processor = CLIPImageProcessorPil(size={"shortest_edge": tower_side}, crop_size=square)
+    crops = getattr(processor, "do_center_crop", False)
+    if side is not None:
+        square = {"height": side, "width": side}
+        sizes = {"size": {"shortest_edge": side}, "crop_size": square} if crops else {"size": square}
+        processor = type(processor).from_dict({**processor.to_dict(), **sizes})
+    if config.vision_config is None:
+        return processor
+    size, patch = processor.crop_size if crops else processor.size, config.vision_config.patch_size
+    if size.height % patch or size.width % patch:
+        raise ValueError(
+            f"Pictures of {size.height} x {size.width} pixels are no whole number of the tower's patches of {patch}; "
+            f"set `image_size` to a multiple of {patch}."
+        )
+    special = config.image_seq_length - (config.vision_config.image_size // patch) ** 2
+    if special in (0, 1):  # another number was given by hand
+        config.image_seq_length = size.height * size.width // patch**2 + special
+    return processor
 
 
 def _add_placeholders(config: UniMoEConfig, tokenizer: PreTrainedTokenizerBase) -> None:

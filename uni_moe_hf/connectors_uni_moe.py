@@ -40,7 +40,7 @@ class VisionConnector(nn.Module):
         Returns:
             `torch.Tensor` of shape `(num_images, num_patches, hidden_size)`.
         """
-        return self.projector(encoder_hidden_states)
+        return self.projector(_as_in(self.projector, encoder_hidden_states))
 
 
 class SpeechConnector(nn.Module):
@@ -73,8 +73,9 @@ class SpeechConnector(nn.Module):
             `torch.Tensor` of shape `(num_windows, num_speech_query_tokens, hidden_size)`.
         """
         queries = self.query_tokens.expand(encoder_hidden_states.shape[0], -1, -1)  # (W, Q, D)
-        outputs = self.decoder(inputs_embeds=queries, encoder_hidden_states=encoder_hidden_states, use_cache=False)
-        return self.projector(outputs.last_hidden_state)
+        encoded = encoder_hidden_states.to(queries.dtype)
+        outputs = self.decoder(inputs_embeds=queries, encoder_hidden_states=encoded, use_cache=False)
+        return self.projector(_as_in(self.projector, outputs.last_hidden_state))
 
 
 class AudioConnector(nn.Module):
@@ -103,8 +104,14 @@ class AudioConnector(nn.Module):
             `torch.Tensor` of shape `(num_windows, num_audio_query_tokens, hidden_size)`.
         """
         queries = self.query_tokens.expand(encoder_hidden_states.shape[0], -1, -1)  # (W, Q, D)
-        outputs = self.qformer(query_embeds=queries, encoder_hidden_states=encoder_hidden_states)
-        return self.projector(outputs.last_hidden_state)
+        outputs = self.qformer(query_embeds=queries, encoder_hidden_states=encoder_hidden_states.to(queries.dtype))
+        return self.projector(_as_in(self.projector, outputs.last_hidden_state))
+
+
+def _as_in(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`hidden_states` in the dtype of `module`: what is trained is in float32, whatever comes before it."""
+    dtype = next(module.parameters()).dtype
+    return hidden_states.to(dtype) if dtype.is_floating_point else hidden_states  # quantised weights are integers
 
 
 def idle_connectors(model: nn.Module, used: Iterable[str]) -> torch.Tensor | float:

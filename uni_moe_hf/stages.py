@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.utils import logging
 
@@ -83,7 +84,8 @@ def prepare_stage(
     model: UniMoEForConditionalGeneration, stage: str, modalities: Iterable[str] | None = None, **lora: Any
 ) -> Any:
     r"""
-    Freezes what a stage does not train.
+    Freezes what a stage does not train, and makes what it trains float32: in half precision, updates smaller than its
+    rounding are lost, and at the paper's learning rates that is most of them.
 
     Args:
         model ([`UniMoEForConditionalGeneration`]): The stage's parent: dense for "connectors" and "experts", sparse
@@ -130,6 +132,9 @@ def prepare_stage(
             f"Stage '{stage}' trains {quantised[:3]} in full but they are quantised; load the model with these among "
             "the modules that are not to be converted."
         )
+    for module in map(model.get_submodule, trained):
+        if {torch.bfloat16, torch.float16} & {parameter.dtype for parameter in module.parameters()}:
+            module.float()
     model.requires_grad_(False)
     model._stage_before = parent
     config.stage = stage  # what is saved says which training it has had

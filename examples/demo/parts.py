@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import trange
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
@@ -98,6 +99,8 @@ def vision_tower(folder: Path, steps: int = 1000, batch: int = 96, pictures: int
 
     fit("vision tower", nn.ModuleList([tower, heads]), loss_of, steps, lr=2e-3)
     tower.save_pretrained(folder)
+    square = {"height": world.SIDE, "width": world.SIDE}
+    CLIPImageProcessorPil(size={"shortest_edge": world.SIDE}, crop_size=square).save_pretrained(folder)
 
 
 def altered(log_mel: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
