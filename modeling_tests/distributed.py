@@ -15,15 +15,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from peft import get_peft_model
 from tiny import labels_of
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
-from uni_moe_hf import UniMoEForConditionalGeneration
+from uni_moe_hf import UniMoEForConditionalGeneration, prepare_stage
 
 
 SCENARIOS = {
     "fsdp": {"fsdp_size": 2},
+    "adapter": {},  # sharded after PEFT has wrapped it, as accelerate does
     "experts": {"fsdp_size": 2, "ep_size": 2},
     "tensor_experts": {"tp_size": 2, "ep_size": 2},
 }
@@ -37,6 +40,11 @@ TRAINED = {
 
 def prepare(model: torch.nn.Module, scenario: str) -> torch.nn.Module:
     """The same in one process and in two."""
+    if scenario == "adapter":
+        torch.manual_seed(0)
+        model = get_peft_model(model, prepare_stage(model, "moe", lora_dropout=0.0)).train()
+        model.get_submodule("base_model.model.model.audio_connector.qformer").eval()  # without its dropout
+        return model
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(re.search(TRAINED[scenario], name) is not None)
     model.train()
@@ -58,15 +66,19 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def main(scenario: str, folder: Path) -> None:
     assert dist.get_world_size() == 2
-    config = DistributedConfig(**SCENARIOS[scenario])
+    config = DistributedConfig(**SCENARIOS[scenario]) if SCENARIOS[scenario] else None
     model = UniMoEForConditionalGeneration.from_pretrained(folder / "model", distributed_config=config)
+    model = prepare(model, scenario)
+    if scenario == "adapter":
+        for layer in model.get_submodule("base_model.model.model.language_model.layers"):
+            fully_shard(layer)
+        fully_shard(model)
     kinds = {name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)}
     assert kinds, "nothing is sharded"
     if "experts" in scenario:
         assert any(".experts.lora." in name for name in kinds)
         local = next(p for name, p in model.named_parameters() if name.endswith("experts.down_proj")).to_local()
         assert local.shape[0] == model.config.text_config.num_experts // 2
-    prepare(model, scenario)
     batch = torch.load(folder / f"batch-{dist.get_rank()}.pt", weights_only=True)
     if scenario == "tensor_experts":
         model.eval()

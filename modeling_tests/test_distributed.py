@@ -20,6 +20,7 @@ from uni_moe_hf import UniMoEForConditionalGeneration
 HERE = Path(__file__).parent
 DENSE = {"mlp_layer_types": ["dense", "dense"]}
 OWN = {"shared_expert_base": False}
+SHARED = {"shared_expert_base": True}
 # Rank 1 has words alone: it must not leave rank 0 waiting for its connectors.
 ROWS = ((("image", 5, "audio"), ("speech", 3)), ((9,), (4,)))
 
@@ -42,11 +43,11 @@ def prepared(folder: Path, text: dict, rows: tuple) -> tuple[UniMoEForConditiona
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scenario", "text"), [("fsdp", DENSE), ("experts", OWN)])
+@pytest.mark.parametrize(("scenario", "text"), [("fsdp", DENSE), ("experts", OWN), ("adapter", SHARED)])
 def test_two_processes_have_the_gradients_of_one(scenario, text, tmp_path):
     model, batches = prepared(tmp_path, text, ROWS)
     launch(scenario, tmp_path)
-    prepare(model, scenario)
+    model = prepare(model, scenario)
     for rank, batch in enumerate(batches):
         expected = run(model, batch)
         found = torch.load(tmp_path / f"logits-{rank}.pt", weights_only=True)
@@ -112,7 +113,7 @@ def test_data_parallel_training_loses_what_one_process_loses(tmp_path):
         torch.testing.assert_close(two[1][name.replace("module.", "")], tensor, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("text", "kind"), [({"shared_expert_base": True}, "share one base"), (DENSE, "do not exist")])
+@pytest.mark.parametrize(("text", "kind"), [(SHARED, "share one base"), (DENSE, "do not exist")])
 def test_experts_that_cannot_be_spread_are_refused(text, kind):
     model = tiny_model(text)
     with pytest.raises(

@@ -10,10 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from test_remote_code import HUB_FILES, PROCESSOR_FILES
 from test_training import DENSE, make
-from tiny import tiny_model, tiny_processor
+from tiny import make_inputs, tiny_model, tiny_processor
 from tiny_training import write_media
 
 from uni_moe_hf import UniMoEForConditionalGeneration
@@ -55,13 +56,13 @@ def hub(tmp_path, monkeypatch) -> Hub:
     return made
 
 
-def run_card(card: ModelCard, hub: Hub, tmp_path: Path) -> None:
-    """The card's snippet, in a process that has only the cache."""
+def run_card(card: ModelCard, hub: Hub, tmp_path: Path, more: str = "") -> None:
+    """The card's snippet, and `more`, in a process that has only the cache."""
     (snippet,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     environment = {**clean, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub.root), "HF_HOME": str(tmp_path / "home")}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    code = f"import sys; sys.modules['uni_moe_hf'] = None\n{snippet}"
+    code = f"import sys; sys.modules['uni_moe_hf'] = None\n{snippet}\n{more}"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
@@ -86,7 +87,7 @@ def test_a_pushed_model_is_whole_and_its_card_runs(hub, tmp_path):
     run_card(card, hub, tmp_path)
 
 
-def test_a_pushed_adapter_names_its_base_and_its_card_runs(hub, tmp_path):
+def test_a_pushed_adapter_names_its_base_and_its_card_runs_with_the_trained_logits(hub, tmp_path):
     media = write_media(tmp_path)
     hub.create_repo("me/grown")
     grown = tiny_model({"shared_expert_base": True})
@@ -103,4 +104,14 @@ def test_a_pushed_adapter_names_its_base_and_its_card_runs(hub, tmp_path):
     card = ModelCard.load(repository / "README.md")
     assert (card.data.library_name, card.data.base_model) == ("peft", "me/grown")
     assert card.data.to_dict()["base_model_relation"] == "adapter"
-    run_card(card, hub, tmp_path)
+
+    inputs = make_inputs(model.config, ("image", 5, "audio"), ("speech", 3, "video"))
+    with torch.no_grad():
+        torch.save((inputs, sft.model.eval()(**inputs).logits), tmp_path / "trained.pt")
+    same = """
+import torch
+inputs, logits = torch.load("trained.pt", weights_only=True)
+with torch.no_grad():
+    assert (model.eval()(**inputs).logits - logits).abs().max() < 1e-6
+"""
+    run_card(card, hub, tmp_path, more=same)

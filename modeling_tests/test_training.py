@@ -1,6 +1,7 @@
 """`UniMoESFTTrainer`: rates by part, grouped batches, logs that add up, checkpoints like the plain trainer's."""
 
 import json
+import resource
 import shutil
 from functools import partial
 
@@ -283,6 +284,34 @@ def test_a_torn_checkpoint_is_passed_over(tear, saved, tmp_path):
 def test_without_a_checkpoint_there_is_none(tmp_path):
     assert last_complete_checkpoint(tmp_path) is None
     assert last_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("before", [0, 1], ids=["first", "second"])
+def test_a_full_disk_is_one_sentence_that_names_the_last_whole_checkpoint(before, trainer, tmp_path):
+    """A limit on the size of files stands in for the disk: the same writes fail, with another reason."""
+    sft = trainer(tiny_model(), "moe", save_strategy="steps", save_steps=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class FullDisk(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step > 2 * before:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+
+    sft.add_callback(FullDisk())
+    left = f"resume from '{tmp_path}/checkpoint-2'" if before else "start again"
+    try:
+        with pytest.raises(
+            OSError, match=rf"step {2 * before + 2} could not be written: .*GB left\). Make room, then {left}"
+        ):
+            sft.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_an_unwritable_folder_is_refused_before_anything_is_trained(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(PermissionError, match=f"'{tmp_path}' cannot be written to"):
+        trainer(tiny_model(), "moe")
 
 
 def test_an_adapter_of_another_model_is_refused_by_peft(saved):

@@ -7,7 +7,9 @@ writes the same checkpoints.
 
 import json
 import math
+import os
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -83,6 +85,7 @@ class UniMoESFTTrainer(SFTTrainer):
 
     Raises:
         ValueError: a setting that media demand is missing, a part is unknown or not trained, or a loss is no number.
+        OSError: the output folder cannot be written to, or a checkpoint could not be written whole.
     """
 
     def __init__(
@@ -95,6 +98,8 @@ class UniMoESFTTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         if wrong := [name for name in ("remove_unused_columns", "logging_nan_inf_filter") if getattr(self.args, name)]:
             raise ValueError(f"Training on media needs `{wrong[0]}=False`; make the config with `sft_config`.")
+        if self.args.should_save and not os.access(self.args.output_dir, os.W_OK):
+            raise PermissionError(f"'{self.args.output_dir}' cannot be written to; choose another `output_dir`.")
         self.learning_rates = dict(learning_rates or {})
         if unknown := [part for part in self.learning_rates if part not in PARTS]:
             raise ValueError(f"There are no parts {unknown}; learning rates can be given for {list(PARTS)}.")
@@ -159,6 +164,19 @@ class UniMoESFTTrainer(SFTTrainer):
             if self._routing is not None:
                 logs |= _loads(self._routing, self.accelerator)
         super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As in TRL; where that fails, says what is left to go on from."""
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            folder = self.args.output_dir
+            whole = last_complete_checkpoint(folder)
+            remedy = f"resume from '{whole}'" if whole else "start again"
+            raise OSError(
+                f"The checkpoint of step {self.state.global_step} could not be written: {error} ('{folder}' has "
+                f"{shutil.disk_usage(folder).free / 1e9:.2f} GB left). Make room, then {remedy}."
+            ) from error
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **kwargs: Any) -> None:
         """Ours: TRL's tells of a text model."""

@@ -19,7 +19,7 @@ from transformers import logging, pipeline  # noqa: E402
 
 
 logging.set_verbosity_error()
-root = Path(sys.argv[1])
+root, max_new_tokens = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 8
 pipe = pipeline("any-to-text", model=str(root / "model"), trust_remote_code=True)
 asked = set()
 for line in (root / "data/test.jsonl").read_text().splitlines():
@@ -31,7 +31,9 @@ for line in (root / "data/test.jsonl").read_text().splitlines():
     for part in chat[0]["content"]:
         if "path" in part:
             part["path"] = str(root / "data" / part["path"])
-    answer = pipe(chat, max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"].strip()
+    answer = pipe(chat, max_new_tokens=max_new_tokens, do_sample=False, return_full_text=False)[0][
+        "generated_text"
+    ].strip()
     media = ", ".join(Path(part["path"]).name for part in chat[0]["content"] if "path" in part)
     question = next(
         (part["text"] for part in chat[0]["content"] if part["type"] == "text"), "(asked in the recording)"
