@@ -6,13 +6,18 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import tiny_config, tiny_model, tiny_processor, tiny_tokenizer, tone
+from tiny import film, picture, tiny_config, tiny_model, tiny_processor, tiny_tokenizer, tone
 from transformers import (
+    AutoProcessor,
+    BitImageProcessorPil,
     CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    ViTImageProcessorPil,
     WhisperModel,
 )
 
@@ -299,3 +304,60 @@ def test_the_processor_of_a_composed_model_feeds_it():
     processor = tiny_processor(config)
     inputs = processor(text="<audio> what <speech>", audio=tone(), speech=tone(2.5), return_tensors="pt")
     assert tiny_model(DENSE)(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory):
+    """A folder of a DINOv2 with its own image processor: 40 pixels from 48 of a tower that was trained on 56."""
+    folder = tmp_path_factory.mktemp("dino")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56, "patch_size": 8}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
+    crop = {"height": 40, "width": 40}
+    processor = BitImageProcessorPil(size={"shortest_edge": 48}, crop_size=crop, image_mean=[0.4] * 3)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("image_size", "tokens"), [(None, 25), (24, 9), (68, 64)])
+def test_a_tower_brings_its_own_image_processor_and_pictures_may_have_another_size(dino, image_size, tokens, tmp_path):
+    model = from_pretrained_parts(parts()["language_model"], vision_tower=dino).eval()
+    assert model.config.image_seq_length == 49
+    processor = build_processor(model.config, tiny_tokenizer(), image_processor=dino, image_size=image_size)
+    assert model.config.image_seq_length == processor.image_seq_length == tokens
+    assert list(processor.image_processor.image_mean) == [0.4] * 3
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    for each in (processor, loaded):
+        inputs = each(text="<image> what <video>", images=picture(), videos=film(), return_tensors="pt")
+        assert (inputs["input_ids"] == model.config.image_token_id).sum() == tokens
+        assert model(**inputs).logits.isfinite().all()
+    side = image_size or 40
+    plain = BitImageProcessorPil.from_pretrained(
+        dino, size={"shortest_edge": image_size or 48}, crop_size={"height": side, "width": side}
+    )
+    expected = plain(picture(), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(inputs["pixel_values"], expected, atol=1e-6, rtol=0)
+
+
+def test_pictures_without_a_crop_take_another_size_as_well():
+    config = tiny_config(DENSE)
+    patch, square = config.vision_config.patch_size, {"height": 99, "width": 99}
+    given = ViTImageProcessorPil(size=square)
+    processor = build_processor(config, tiny_tokenizer(), image_processor=given, image_size=3 * patch)
+    assert processor(images=picture(), return_tensors="pt")["pixel_values"].shape[-2:] == (3 * patch, 3 * patch)
+    assert (config.image_seq_length, given.size.height) == (9, 99)
+
+
+def test_a_number_of_tokens_given_by_hand_stays():
+    config = tiny_config(DENSE, image_seq_length=99)
+    assert build_processor(config, tiny_tokenizer()).image_seq_length == config.image_seq_length == 99
+
+
+def test_pictures_of_no_fixed_size_are_refused(dino):
+    model = from_pretrained_parts(parts()["language_model"], vision_tower=dino)
+    given = BitImageProcessorPil(size={"shortest_edge": 48}, do_center_crop=False)
+    with pytest.raises(ValueError, match="BitImageProcessorPil crops pictures to no fixed size.*set `image_size`"):
+        build_processor(model.config, tiny_tokenizer(), image_processor=given)
+    assert model.config.image_seq_length == 49

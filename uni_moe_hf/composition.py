@@ -135,8 +135,7 @@ def build_processor(
         [`UniMoEProcessor`].
 
     Raises:
-        ValueError: the speech tower's window is not a whole number of seconds, or pictures are no whole number of
-            patches.
+        ValueError: the speech tower's window is not a whole number of seconds, or pictures have no fixed size.
     """
     _add_placeholders(config, tokenizer)
     feature_size = 80
@@ -180,14 +179,11 @@ def _image_processor(config: UniMoEConfig, processor: Any, side: int | None) -> 
     if config.vision_config is None:
         return processor
     size, patch = processor.crop_size if crops else processor.size, config.vision_config.patch_size
-    if size.height % patch or size.width % patch:
-        raise ValueError(
-            f"Pictures of {size.height} x {size.width} pixels are no whole number of the tower's patches of {patch}; "
-            f"set `image_size` to a multiple of {patch}."
-        )
+    if not (size.height and size.width):
+        raise ValueError(f"{type(processor).__name__} crops pictures to no fixed size ({size}); set `image_size`.")
     special = config.image_seq_length - (config.vision_config.image_size // patch) ** 2
     if special in (0, 1):  # another number was given by hand
-        config.image_seq_length = size.height * size.width // patch**2 + special
+        config.image_seq_length = (size.height // patch) * (size.width // patch) + special
     return processor
 
 
