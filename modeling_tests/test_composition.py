@@ -306,10 +306,8 @@ def test_the_processor_of_a_composed_model_feeds_it():
     assert tiny_model(DENSE)(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
 
 
-@pytest.fixture(scope="module")
-def dino(tmp_path_factory):
-    """A folder of a DINOv2 with its own image processor: 40 pixels from 48 of a tower that was trained on 56."""
-    folder = tmp_path_factory.mktemp("dino")
+def save_dino(folder) -> str:
+    """A DINOv2 with its own image processor: 40 pixels from 48 of a tower that was trained on 56."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56, "patch_size": 8}
     Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
@@ -317,6 +315,11 @@ def dino(tmp_path_factory):
     processor = BitImageProcessorPil(size={"shortest_edge": 48}, crop_size=crop, image_mean=[0.4] * 3)
     processor.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory):
+    return save_dino(tmp_path_factory.mktemp("dino"))
 
 
 @pytest.mark.parametrize(("image_size", "tokens"), [(None, 25), (24, 9), (68, 64)])

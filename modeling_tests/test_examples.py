@@ -1,20 +1,25 @@
 """The example scripts run from parts to a merged model on tiny files, and the demo's data keep their promises."""
 
+import gzip
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile
 import torch
 import yaml
 from PIL import Image
-from test_composition import parts
-from tiny import picture, tiny_tokenizer, tone, user
+from test_composition import parts, save_dino
+from tiny import picture, tiny_processor, tiny_tokenizer, tone, user
 from transformers import AutoModel, AutoProcessor
 
+from uni_moe_hf import check_rows
 from uni_moe_hf.training import REQUIRED
 
 
@@ -44,6 +49,7 @@ def workplace(tmp_path_factory) -> Path:
         if name != "audio_connector_config":
             part.save_pretrained(root / name)
     tiny_tokenizer().save_pretrained(root / "language_model")
+    tiny_processor().image_processor.save_pretrained(root / "vision_tower")
     (root / "qformer.json").write_text(json.dumps(given["audio_connector_config"]))
     (root / "media").mkdir()
     Image.fromarray(picture()).save(root / "media/a.png")
@@ -188,3 +194,70 @@ def test_the_demos_control_swaps_media_within_a_task_and_keeps_the_question():
         assert question["text"] == f"question {index}"
         assert other != index
         assert tasks[other] == tasks[index]
+
+
+def packages(folder: Path) -> None:
+    """What Debian's packages of stamps and prompts look like when they are unpacked."""
+    stamps = folder / "usr/share/tuxpaint/stamps"
+    sounds = folder / "usr/share/asterisk/sounds/en"
+    listed = folder / "usr/share/doc/asterisk-core-sounds-en"
+    for made in (stamps / "animals", stamps / "symbols", sounds, listed):
+        made.mkdir(parents=True)
+    lines = ["; comment", "beep: [a tone]", "missing: Not there."]
+    for index in range(40):
+        for kind in ("animals", "symbols"):
+            Image.fromarray(picture(index)).convert("RGBA").save(stamps / kind / f"{index}.png")
+            (stamps / kind / f"{index}.txt").write_text(
+                f"bird {index}\nes.utf8=p\u00e1jaro {index}\n", encoding="utf-8"
+            )
+        with av.open(str(sounds / f"prompt{index}.g722"), "w", format="g722") as container:
+            stream = container.add_stream("g722", rate=16000, layout="mono")
+            samples = (tone(0.5, pitch=200 + 10 * index) * 20000).astype(np.int16)[None]
+            frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+            frame.sample_rate = 16000
+            for packet in (*stream.encode(frame), *stream.encode(None)):
+                container.mux(packet)
+        lines.append(f"prompt{index}: bell {'abcdefghij'[index % 10] * (1 + index // 10)}")
+    (listed / "core-sounds-en.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+
+
+def test_rows_of_the_real_parts_are_held_out_by_their_texts(tmp_path):
+    packages(tmp_path / "unpacked")
+    script = [
+        sys.executable,
+        str(EXAMPLES / "real_parts/make_data.py"),
+        str(tmp_path / "unpacked"),
+        str(tmp_path / "data"),
+    ]
+    subprocess.run(script, check=True, capture_output=True)
+    rows = {
+        file.stem: [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for file in (tmp_path / "data").glob("*.jsonl")
+    }
+    assert {name: bool(lines) for name, lines in rows.items()} == dict.fromkeys(
+        ("stage1", "stage2_vision", "stage2_speech", "stage3", "test"), True
+    )
+    texts = {
+        name: {row["messages"][1]["content"][0]["text"] for row in lines if row["task"] in ("picture", "recording")}
+        for name, lines in rows.items()
+    }
+    assert len(texts["stage1"] | texts["test"]) == 80 and not texts["stage1"] & texts["test"]
+    assert texts["stage3"] == texts["stage1"]
+    assert {row["task"] for row in rows["test"]} == {"picture", "kind", "recording", "both"}
+    assert list(check_rows(tmp_path / "data/stage3.jsonl")) == []
+
+
+@pytest.mark.slow
+def test_the_real_parts_script_trains_measures_and_asks(workplace, tmp_path):
+    packages(tmp_path / "unpacked")
+    scripts = EXAMPLES / "real_parts"
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    arguments = [str(tmp_path), "--max_steps", "12", "--llm", str(workplace / "language_model")]
+    arguments += ["--vision_tower", save_dino(tmp_path / "dino"), "--speech_tower", str(workplace / "speech_tower")]
+    for script in (["make_data.py", str(tmp_path / "unpacked"), str(tmp_path / "data")], ["run.py", *arguments]):
+        command = [sys.executable, str(scripts / script[0]), *script[1:]]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+    report = (tmp_path / "report.md").read_text()
+    assert report.count("\n| ") == 2 + 4 + 8
+    assert "picture" in report.partition("asked in a process")[2]

@@ -50,6 +50,7 @@ ENDS = 10  # steps at each end of a stage whose losses are compared
 
 
 def options(config: str, data: Path, output: Path, **settings) -> list[str]:
+    """Command line of an example script."""
     made = ["--config", str(CONFIGS / config), "--dataset_name", str(data), "--output_dir", str(output), *SMALL]
     made += [] if torch.cuda.is_available() else ["--use_cpu"]
     for name, value in settings.items():
@@ -57,43 +58,52 @@ def options(config: str, data: Path, output: Path, **settings) -> list[str]:
     return made
 
 
-def stage1(root: Path, parts: dict[str, str]) -> None:
-    settings = {"max_steps": 120, "learning_rate": 5e-4, "learning_rates": json.dumps({"vision connector": 1e-3})}
+def stage1(root: Path, steps: int, parts: dict[str, str]) -> None:
+    settings = {"max_steps": steps, "learning_rate": 5e-4, "learning_rates": json.dumps({"vision connector": 1e-3})}
     settings |= {"chat_template": HERE / "chatml.jinja", "image_size": 112, "num_speech_query_tokens": 16}
     args = options("stage1_connectors.yaml", root / "data/stage1.jsonl", root / "stage1", **settings, **parts)
     train_stage1_connectors.main(*train_stage1_connectors.parse(args))
 
 
-def stage2(root: Path, expert: str, modality: str) -> None:
-    settings = {"max_steps": 60, "learning_rate": 3e-4, "lora_r": 16}
+def stage2(root: Path, steps: int, expert: str, modality: str) -> None:
+    settings = {"max_steps": steps, "learning_rate": 3e-4, "lora_r": 16}
     settings |= {"model_name_or_path": root / "stage1", "modalities": modality}
     data, output = root / f"data/stage2_{expert}.jsonl", root / "stage2" / expert
     args = options("stage2_experts.yaml", data, output, **settings)
     train_stage2_experts.main(*train_stage2_experts.parse(args))
 
 
-def stage3(root: Path) -> None:
+def stage3(root: Path, steps: int) -> None:
     experts = ["text=", *(f"{name}={root / 'stage2' / name / 'expert'}" for name in ("vision", "speech"))]
-    settings = {"max_steps": 100, "learning_rate": 3e-4, "model_name_or_path": root / "stage1", "experts": experts}
+    settings = {"max_steps": steps, "learning_rate": 3e-4, "model_name_or_path": root / "stage1", "experts": experts}
     args = options("stage3_moe.yaml", root / "data/stage3.jsonl", root / "stage3", **settings)
     train_stage3_moe.main(*train_stage3_moe.parse(args))
 
 
+# Folder of what is left -> title and steps.
 STAGES = {
-    "stage1": ("1 connectors", stage1),
-    "stage2/vision": ("2 the vision expert", lambda root: stage2(root, "vision", "image")),
-    "stage2/speech": ("2 the speech expert", lambda root: stage2(root, "speech", "speech")),
-    "stage3": ("3 mixture of experts", stage3),
+    "stage1": ("1 connectors", 120),
+    "stage2/vision": ("2 the vision expert", 60),
+    "stage2/speech": ("2 the speech expert", 60),
+    "stage3": ("3 mixture of experts", 100),
 }
 
 
-def train(root: Path, parts: dict[str, str]) -> dict[str, float]:
+def train(root: Path, parts: dict[str, str], max_steps: int | None) -> dict[str, float]:
     """Stage -> minutes."""
+    steps = {name: max_steps or planned for name, (_, planned) in STAGES.items()}
+    jobs = {
+        "stage1": lambda n: stage1(root, n, parts),
+        "stage2/vision": lambda n: stage2(root, n, "vision", "image"),
+        "stage2/speech": lambda n: stage2(root, n, "speech", "speech"),
+        "stage3": lambda n: stage3(root, n),
+    }
     minutes = {}
-    for name, (_, stage) in STAGES.items():
+    for name, job in jobs.items():
         start = time.time()
-        stage(root, parts) if name == "stage1" else stage(root)
+        job(steps[name])
         minutes[name] = (time.time() - start) / 60
+    (root / "model").symlink_to((root / "stage3/merged").resolve())
     (root / "minutes.json").write_text(json.dumps(minutes))
     return minutes
 
@@ -132,7 +142,7 @@ def answer_losses(model, collator: UniMoEDataCollator, rows: list[dict], batch_s
     """Mean loss of each row's answer tokens, in nats."""
     losses = []
     for start in tqdm(range(0, len(rows), batch_size), desc="held-out answers", unit="batch"):
-        inputs = collator(rows[start : start + batch_size]).to(model.device)
+        inputs = {name: tensor.to(model.device) for name, tensor in collator(rows[start : start + batch_size]).items()}
         labels = inputs.pop("labels")[:, 1:]
         logits = model(**inputs).logits[:, :-1].float()
         tokens = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
@@ -195,21 +205,22 @@ def report(root: Path, minutes: dict[str, float]) -> str:
     return "\n".join([*lines, answers.rstrip(), "```"]) + "\n"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("root", type=Path, help="folder with data/, as make_data.py leaves it")
     for part in ("llm", "vision_tower", "speech_tower"):
         parser.add_argument(f"--{part}", help="Hub id or folder")
+    parser.add_argument("--max_steps", type=int, help="of every stage, to try it out")
     parser.add_argument("--report", type=Path, help="file for the report; ROOT/report.md by default")
     parser.add_argument("--measure_only", action="store_true", help="report on what an earlier run left")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     root = args.root
     if args.measure_only:
         minutes = json.loads((root / "minutes.json").read_text())
     else:
-        minutes = train(root, {part: getattr(args, part) for part in ("llm", "vision_tower", "speech_tower")})
-        (root / "model").symlink_to((root / "stage3/merged").resolve())
+        parts = {part: getattr(args, part) for part in ("llm", "vision_tower", "speech_tower")}
+        minutes = train(root, parts, args.max_steps)
     text = report(root, minutes)
     (args.report or root / "report.md").write_text(text, encoding="utf-8")
     print(text)
