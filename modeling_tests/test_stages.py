@@ -204,6 +204,16 @@ def test_a_text_only_model_has_no_projectors_to_train():
     assert not any("connector" in name for name in names)
 
 
+def test_a_stage_that_would_train_nothing_somewhere_is_refused():
+    plain = tiny_model({"expert_lora_rank": 0})
+    with pytest.raises(ValueError, match=r"No module of the model matches '.*experts.*lora'.*would train nothing"):
+        prepare_stage(plain, "moe")
+    deaf = UniMoEForConditionalGeneration(tiny_config(DENSE, without=("vision", "speech", "audio")))
+    with pytest.raises(ValueError, match=r"trains nothing but connectors, and there are none for \[\]"):
+        prepare_stage(deaf, "connectors")
+    assert any("self_attn" in name for name in trainable(plain)) and trainable(deaf)  # nothing was frozen
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 def test_stage_three_under_peft_takes_the_fast_route(shared):
     model = tiny_model({"shared_expert_base": shared})

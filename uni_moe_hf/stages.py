@@ -125,8 +125,12 @@ def prepare_stage(
         raise ValueError(f"This model has no tower for {unknown}; it takes text and {list(config.modalities)}.")
 
     connectors = dict.fromkeys(CONNECTORS[modality] for modality in modalities)
+    if not connectors and not plan.lora_targets:
+        raise ValueError(f"Stage '{stage}' trains nothing but connectors, and there are none for {modalities}.")
     patterns = [rf"model\.{connector}_connector{re.escape(plan.connector_part)}" for connector in connectors]
     trained = [name for pattern in (*patterns, *plan.trained_modules) for name in _matching(model, pattern)]
+    if plan.lora_targets:
+        _matching(model, plan.lora_targets)
     if quantised := [name for name in trained if any(map(is_quantised, model.get_submodule(name).parameters()))]:
         raise ValueError(
             f"Stage '{stage}' trains {quantised[:3]} in full but they are quantised; load the model with these among "
@@ -147,7 +151,6 @@ def prepare_stage(
         from peft import LoraConfig
     except ImportError as error:
         raise ImportError(f"Stage '{stage}' trains LoRA with PEFT: `pip install uni-moe-hf[train]`.") from error
-    _matching(model, plan.lora_targets)
     settings = {"r": plan.lora_rank, "lora_alpha": plan.lora_alpha, "lora_dropout": plan.lora_dropout} | lora
     return LoraConfig(
         task_type="CAUSAL_LM",
