@@ -242,6 +242,20 @@ def test_what_is_trained_of_a_bfloat16_model_is_float32_and_moves_at_the_papers_
             assert (parameter != before[name]).float().mean() > 0.99, name
 
 
+@pytest.mark.parametrize("stage", ["connectors", "moe"])
+def test_a_bfloat16_models_checkpoint_resumes_to_the_very_same_weights(stage, tmp_path, trainer):
+    def run(folder):
+        model = tiny_model(DENSE if stage == "connectors" else None).to(torch.bfloat16)
+        peft_config = prepare_stage(model, stage)
+        return trainer(model, folder, peft_config, save_strategy="steps", save_steps=2, bf16=True, learning_rate=1e-4)
+
+    whole, half = run(tmp_path / "whole"), run(tmp_path / "half")
+    whole.train()
+    half.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, half.model.state_dict()[name]), name
+
+
 def test_a_float64_model_stays_one():
     model = tiny_model(DENSE).to(torch.float64)
     prepare_stage(model, "connectors")

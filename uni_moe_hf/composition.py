@@ -182,7 +182,7 @@ def _image_processor(config: UniMoEConfig, processor: Any, side: int | None) -> 
     if not (size.height and size.width):
         raise ValueError(f"{type(processor).__name__} crops pictures to no fixed size ({size}); set `image_size`.")
     special = config.image_seq_length - (config.vision_config.image_size // patch) ** 2
-    if special in (0, 1):  # another number was given by hand
+    if special in (0, 1):  # any other number was given by hand, and stays
         config.image_seq_length = (size.height // patch) * (size.width // patch) + special
     return processor
 
