@@ -129,7 +129,7 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, mixture: Mixtur
     trainer.save_model(training_args.output_dir)
     if trainer.accelerator.is_main_process:
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        merged.to(merged.dtype).save_pretrained(output_dir / "merged")  # what was trained is float32
+        merged.save_pretrained(output_dir / "merged")
         processor.save_pretrained(output_dir / "merged")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

@@ -109,6 +109,20 @@ def test_a_composed_model_computes_what_its_parts_compute():
         torch.testing.assert_close(mine.last_hidden_state, theirs.last_hidden_state, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_half_precision_llm_keeps_its_positions(dtype):
+    """Logits of the Llama itself, at positions whose angles rounding would move by a tenth of a turn."""
+    llm = parts()["language_model"].to(dtype)
+    frequencies = LlamaForCausalLM(llm.config).model.rotary_emb.inv_freq
+    llm.model.rotary_emb.inv_freq.data = frequencies.clone()  # as from a file: `to` has just rounded them
+    model = from_pretrained_parts(llm, vision_tower=parts()["vision_tower"])
+    assert torch.equal(model.model.language_model.rotary_emb.inv_freq, frequencies)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    ids, positions = text_ids(), 1000 + torch.arange(20).expand(2, -1)
+    found, expected = (each(input_ids=ids, position_ids=positions).logits for each in (model, llm))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
 def test_the_speech_connector_starts_as_whispers_decoder():
     given = parts()
     connector = from_pretrained_parts(**given, num_speech_query_tokens=3).model.speech_connector

@@ -256,6 +256,23 @@ def test_a_bfloat16_models_checkpoint_resumes_to_the_very_same_weights(stage, tm
         assert torch.equal(tensor, half.model.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("stage", ["connectors", "experts", "moe"])
+def test_weights_that_were_cast_after_peft_copied_them_take_what_comes(stage):
+    """Over a base of 4 or 8 bits TRL makes what is trained bfloat16; PEFT keeps a copy of what it was before."""
+    model = tiny_model(None if stage == "moe" else DENSE).to(torch.bfloat16)
+    config = prepare_stage(model, stage)
+    wrapped = model if config is None else get_peft_model(model, config)
+    inputs = make_inputs(model.config, ("image", "audio", 3), ("video", "speech"))
+    for dtype in (torch.bfloat16, torch.float32):
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        wrapped(**inputs).logits.float().sum().backward()
+    if config is not None:
+        with torch.no_grad(), wrapped.disable_adapter():
+            assert wrapped(**inputs).logits.isfinite().all()
+
+
 def test_a_float64_model_stays_one():
     model = tiny_model(DENSE).to(torch.float64)
     prepare_stage(model, "connectors")

@@ -72,7 +72,8 @@ def from_pretrained_parts(
     for name, part in (("vision_config", vision), ("speech_config", speech_encoder), ("audio_config", audio)):
         if part is not None:
             config[name] = part.config.to_dict()
-    model = UniMoEForConditionalGeneration(UniMoEConfig(text_config=text, **config))
+    # Built in the LLM's dtype, not cast to it: that would round the rotary embedding's frequencies as well.
+    model = UniMoEForConditionalGeneration._from_config(UniMoEConfig(text_config=text, **config), dtype=llm.dtype)
 
     model.model.language_model.load_state_dict(llm.model.state_dict())
     model.lm_head.load_state_dict(llm.lm_head.state_dict())
@@ -86,7 +87,7 @@ def from_pretrained_parts(
     if audio is not None:
         model.model.audio_tower.load_state_dict(audio.state_dict())
     model.generation_config = llm.generation_config
-    return model.to(llm.dtype)
+    return model
 
 
 def _vision_part(tower: str | PreTrainedModel | None) -> PreTrainedModel | None:
@@ -304,12 +305,12 @@ def _grown_block(
         block = UniMoESparseMoeBlock(config)
     if block.experts.shared_base:
         block.experts.base = mlp
-    for module in (block.gate, block.experts, block.experts.lora):
+    wide = torch.promote_types(weight.dtype, torch.float32)  # of what will be trained
+    for module, dtype in ((block.gate, wide), (block.experts, weight.dtype), (block.experts.lora, wide)):
         if module is not None:
             for name, parameter in module.named_parameters(recurse=False):
-                setattr(
-                    module, name, nn.Parameter(torch.empty_like(parameter, device=weight.device, dtype=weight.dtype))
-                )
+                empty = torch.empty_like(parameter, device=weight.device, dtype=dtype)
+                setattr(module, name, nn.Parameter(empty))
     for module in block.modules():
         if module is not mlp and not isinstance(module, nn.Linear):
             init_weights(module)

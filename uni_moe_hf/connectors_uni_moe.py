@@ -17,6 +17,14 @@ from transformers.models.whisper.modeling_whisper import WhisperDecoder
 from .configuration_uni_moe import UniMoEConfig
 
 
+class ProjectorLinear(nn.Linear):
+    """A linear layer that takes any precision: what is trained is float32, whatever comes before it."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(..., in_features)` to `(..., out_features)`, in the dtype of the weight."""
+        return super().forward(hidden_states.to(self.weight.dtype))
+
+
 class VisionConnector(nn.Module):
     """
     A two-layer MLP on each patch token.
@@ -29,7 +37,7 @@ class VisionConnector(nn.Module):
         super().__init__()
         tower, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
         self.projector = nn.Sequential(
-            nn.Linear(tower, hidden), ACT2FN[config.projector_hidden_act], nn.Linear(hidden, hidden)
+            ProjectorLinear(tower, hidden), ACT2FN[config.projector_hidden_act], nn.Linear(hidden, hidden)
         )
 
     def forward(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
@@ -40,7 +48,7 @@ class VisionConnector(nn.Module):
         Returns:
             `torch.Tensor` of shape `(num_images, num_patches, hidden_size)`.
         """
-        return self.projector(_as_in(self.projector, encoder_hidden_states))
+        return self.projector(encoder_hidden_states)
 
 
 class SpeechConnector(nn.Module):
@@ -62,7 +70,7 @@ class SpeechConnector(nn.Module):
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_speech_query_tokens, decoder_config.d_model))
         self.decoder = WhisperDecoder(decoder_config)
         self.decoder.embed_tokens = None  # queries come as embeddings; the table would be dead weight
-        self.projector = nn.Linear(decoder_config.d_model, config.text_config.hidden_size)
+        self.projector = ProjectorLinear(decoder_config.d_model, config.text_config.hidden_size)
 
     def forward(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
         """
@@ -75,7 +83,7 @@ class SpeechConnector(nn.Module):
         queries = self.query_tokens.expand(encoder_hidden_states.shape[0], -1, -1)  # (W, Q, D)
         encoded = encoder_hidden_states.to(queries.dtype)
         outputs = self.decoder(inputs_embeds=queries, encoder_hidden_states=encoded, use_cache=False)
-        return self.projector(_as_in(self.projector, outputs.last_hidden_state))
+        return self.projector(outputs.last_hidden_state)
 
 
 class AudioConnector(nn.Module):
@@ -93,7 +101,7 @@ class AudioConnector(nn.Module):
         qformer_config = config.audio_connector_config
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_audio_query_tokens, qformer_config.hidden_size))
         self.qformer = Blip2QFormerModel(qformer_config)
-        self.projector = nn.Linear(qformer_config.hidden_size, config.text_config.hidden_size)
+        self.projector = ProjectorLinear(qformer_config.hidden_size, config.text_config.hidden_size)
 
     def forward(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
         """
@@ -105,13 +113,7 @@ class AudioConnector(nn.Module):
         """
         queries = self.query_tokens.expand(encoder_hidden_states.shape[0], -1, -1)  # (W, Q, D)
         outputs = self.qformer(query_embeds=queries, encoder_hidden_states=encoder_hidden_states.to(queries.dtype))
-        return self.projector(_as_in(self.projector, outputs.last_hidden_state))
-
-
-def _as_in(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """`hidden_states` in the dtype of `module`: what is trained is in float32, whatever comes before it."""
-    dtype = next(module.parameters()).dtype
-    return hidden_states.to(dtype) if dtype.is_floating_point else hidden_states  # quantised weights are integers
+        return self.projector(outputs.last_hidden_state)
 
 
 def idle_connectors(model: nn.Module, used: Iterable[str]) -> torch.Tensor | float:

@@ -225,7 +225,7 @@ class UniMoELoraExperts(nn.Module):
         gate_up, down = self.gate_up_proj, self.down_proj
         unmerged = self.__dict__.pop("_unmerged")
         # What lay aside did not follow `.to(...)` calls in between.
-        self.lora = unmerged["lora"].to(gate_up.device, gate_up.dtype)
+        self.lora = unmerged["lora"].to(gate_up.device)
         self._is_merged = False
         if unmerged["base"] is not None:
             self.base, self.shared_base = unmerged["base"].to(gate_up.device, gate_up.dtype), True
