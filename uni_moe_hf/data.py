@@ -4,10 +4,13 @@ From data set rows to training batches: rows of either format become messages, m
 Rows keep paths; media are read when a batch is made. Rows with different modalities, or none, mix freely.
 """
 
+import base64
 import json
+import math
+import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,14 @@ from transformers.utils import logging
 
 from .configuration_uni_moe import MODALITIES
 from .media_uni_moe import check_waveform, load_frames, load_image, load_waveform
-from .processing_uni_moe import UniMoEProcessor
+from .processing_uni_moe import SOURCE_KEYS, UniMoEProcessor
 
 
 logger = logging.get_logger(__name__)
+
+# What stands where every row of a batch was skipped, and how many such batches may follow each other.
+EMPTY_ROW = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+MAX_BARREN = 100
 
 
 class UniMoEDataCollator:
@@ -36,6 +43,8 @@ class UniMoEDataCollator:
         media_root (`str` or `Path`, *optional*): Folder that relative paths start from; else that of the file from
             which [`load_rows`] read the row, else the working directory.
         describe_rows (`bool`, *optional*, defaults to `False`): Whether batches carry `rows`, a description of each.
+
+    A batch of which every row is skipped becomes one empty row without labels, so that training goes on.
 
     Attributes:
         skipped (`Counter`): Why rows were skipped, and how often, in this process.
@@ -59,6 +68,7 @@ class UniMoEDataCollator:
         self.media_root = None if media_root is None else Path(media_root)
         self.describe_rows = describe_rows
         self.skipped: Counter[str] = Counter()
+        self._barren = 0  # batches in succession of which nothing could be used
 
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
         r"""
@@ -70,8 +80,8 @@ class UniMoEDataCollator:
             learned.
 
         Raises:
-            ValueError: a row cannot be processed (unless `skip_bad_rows`), or no row of the batch is left; it names
-                the row and what is wrong.
+            ValueError: a row cannot be processed (unless `skip_bad_rows`); it names the row and what is wrong. Or
+                nothing of a hundred batches in succession could be used.
         """
         named = [(describe_row(row), self._messages(row)) for row in rows]
         named = [(name, messages) for name, messages in named if messages]
@@ -82,22 +92,24 @@ class UniMoEDataCollator:
             batch = self._encode([messages for _, messages in named]) if named else {}
         if batch and self.max_length is not None:
             batch = self._shortened(named, batch)
+        self._barren = 0 if batch else self._barren + 1
+        if self._barren > MAX_BARREN:
+            raise ValueError(f"No row of the last {MAX_BARREN} batches could be used: {dict(self.skipped)}.")
         if not batch:
-            raise ValueError(f"No row of this batch of {len(rows)} can be used: {dict(self.skipped)}.")
+            named = [(f"an empty row in place of {len(rows)} that were skipped", EMPTY_ROW)]
+            batch = self._encode([EMPTY_ROW], learned=False)
         return batch | {"rows": [name for name, _ in named]} if self.describe_rows else batch
 
     def _messages(self, row: Mapping[str, Any]) -> list[dict] | None:
         """A row as messages with rooted paths; `None` when it is skipped."""
         root = self.media_root or row.get("_root")
         try:
-            messages = row_to_messages(row, self.voice)
-            _parts(messages)
-            return _rooted(messages, None if root is None else Path(root))
+            return _rooted(_learnable(row_to_messages(row, self.voice)), None if root is None else Path(root))
         except ValueError as error:
             self._refuse(describe_row(row), error)
             return None
 
-    def _encode(self, conversations: list[list[dict]]) -> dict[str, Any]:
+    def _encode(self, conversations: list[list[dict]], learned: bool = True) -> dict[str, Any]:
         try:
             batch = self.processor.apply_chat_template(
                 conversations,
@@ -112,7 +124,9 @@ class UniMoEDataCollator:
         labels = batch["input_ids"].masked_fill(batch.pop("assistant_masks") == 0, -100)
         for token_id in self._placeholder_ids:  # media in an answer are shown, not learned
             labels = labels.masked_fill(labels == token_id, -100)
-        if not (labels != -100).any(dim=1).all():
+        if not learned:
+            labels = labels.fill_(-100)
+        elif not (labels != -100).any(dim=1).all():
             raise ValueError(
                 "there is no assistant text to learn; remove the row, or check that the chat template marks answers "
                 "with `generation`."
@@ -174,17 +188,15 @@ def _rooted(messages: list[dict], root: Path | None) -> list[dict]:
         is_path = isinstance(value, str | Path) and not str(value).startswith(("http://", "https://", "data:"))
         return str(root / value) if is_path else value
 
-    def rooted_part(part: Any) -> Any:
-        if not isinstance(part, Mapping) or part.get("type") == "text":
-            return part
-        keys = (part.get("type"), "path")
+    def rooted_part(part: Mapping[str, Any]) -> dict[str, Any]:
+        keys = () if part.get("type") == "text" else (part.get("type"), "path")
         return {key: rooted(value) if key in keys else value for key, value in part.items()}
 
     if root is None:
         return messages
     return [
         message
-        if isinstance(message.get("content"), str | None)
+        if isinstance(message["content"], str)
         else {**message, "content": [rooted_part(part) for part in message["content"]]}
         for message in messages
     ]
@@ -202,38 +214,39 @@ def row_to_messages(row: Mapping[str, Any], voice: str = "speech") -> list[dict[
         `list[dict]`: messages with typed parts.
 
     Raises:
-        ValueError: neither format, or placeholders and files differ in number.
+        ValueError: neither format, something of it is not what it should be, or placeholders and files differ in
+            number.
 
     Source: `*/train/data.py@f5e82dd`; records as in the original's `data_sample`.
     """
     if row.get("messages") is not None:
-        return [_without_empty(message) for message in row["messages"]]
+        return [_checked_message(message) for message in _objects(row["messages"], "messages")]
     if row.get("conversations") is None:
         raise ValueError(f"A row needs 'messages' or 'conversations', got the keys {sorted(row)}.")
 
-    sounds = row.get("voice") or []
-    frames = row.get("video")
     files = {
-        "<image>": [row["image"]] if isinstance(row.get("image"), str) else list(row.get("image") or []),
-        "<audio>": [sounds] if isinstance(sounds, str) else list(sounds),
-        "<video>": [frames] if frames else [],  # one video, as the list of its frames
+        "<image>": _listed(row.get("image")),
+        "<audio>": _listed(row.get("voice")),
+        "<video>": [row["video"]] if row.get("video") else [],  # one video, perhaps as the list of its frames
     }
     kinds = {"<image>": "image", "<audio>": voice, "<video>": "video"}
     queues = {placeholder: iter(names) for placeholder, names in files.items()}
     used: Counter[str] = Counter()
     messages = []
-    turns = row["conversations"]
+    turns = _objects(row["conversations"], "conversations")
     if turns and turns[0].get("from") != "human":
         turns = turns[1:]  # as the original does
     for turn in turns:
+        if turn.get("from") not in SPEAKERS:
+            raise ValueError(f"a turn is by {turn.get('from')!r}; known are {list(SPEAKERS)}")
         parts = []
-        for piece in re.split(r"\n?(<image>|<audio>|<video>)\n?", turn.get("value") or ""):
+        for piece in re.split(r"\n?(<image>|<audio>|<video>)\n?", _checked_text(turn.get("value") or "")):
             if piece in kinds:
                 used[piece] += 1
                 parts.append({"type": kinds[piece], kinds[piece]: next(queues[piece], None)})
             elif piece:
                 parts.append({"type": "text", "text": piece})
-        messages.append({"role": "user" if turn.get("from") == "human" else "assistant", "content": parts})
+        messages.append({"role": SPEAKERS[turn["from"]], "content": parts})
     for placeholder, names in files.items():
         if used[placeholder] != len(names):
             raise ValueError(
@@ -243,15 +256,52 @@ def row_to_messages(row: Mapping[str, Any], voice: str = "speech") -> list[dict[
     return messages
 
 
-def _without_empty(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without the fields that a common schema, as Parquet has one, fills into every part."""
+SPEAKERS = {"human": "user", "gpt": "assistant"}
+
+
+def _objects(value: Any, name: str) -> list[Mapping[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
+        raise ValueError(f"'{name}' is not a list of objects but {_shortened_json(value)}")
+    return value
+
+
+def _listed(value: Any) -> list:
+    return value if isinstance(value, list) else [] if value is None or value == "" else [value]
+
+
+def _checked_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose content is text or a list of parts, without the fields that a common schema fills into parts."""
     content = message.get("content")
-    if isinstance(content, list):
-        content = [
-            {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else part
-            for part in content
-        ]
-    return {**message, "content": content}
+    if isinstance(content, str):
+        return {**message, "content": _checked_text(content)}
+    if not isinstance(content, list) or not all(isinstance(part, str | Mapping) for part in content):
+        raise ValueError(f"the content of a {message.get('role')} message is neither text nor a list of parts")
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    parts = [{key: value for key, value in part.items() if value is not None} for part in parts]
+    for part in parts:
+        if part.get("type") == "text":
+            _checked_text(part.get("text", ""))
+    return {**message, "content": parts}
+
+
+def _checked_text(text: Any) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"a text is a {type(text).__name__}: {_shortened_json(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a text holds half a character ({error.reason})") from error
+    return text
+
+
+def _shortened_json(value: Any) -> str:
+    """How a value begins, piece by piece: some hold a whole waveform."""
+    beginning = ""
+    for piece in json.JSONEncoder(default=str).iterencode(value):
+        beginning += piece
+        if len(beginning) >= 100:
+            break
+    return beginning[:100]
 
 
 def row_modalities(row: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
@@ -262,17 +312,9 @@ def row_modalities(row: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
     Returns:
         `tuple(tuple[str], int)`: which modalities it has, in the order of `MODALITIES`, and its length in words.
     """
-    parts = [
-        part
-        for message in row_to_messages(row)
-        for part in (
-            [{"type": "text", "text": message["content"]}]
-            if isinstance(message.get("content"), str)
-            else message["content"]
-        )
-    ]
+    parts = _parts(row_to_messages(row))
     kinds = {part.get("type") for part in parts}
-    words = sum(len(str(part.get("text") or "").split()) for part in parts)
+    words = sum(len(part.get("text", "").split()) for part in parts if part.get("type") == "text")
     return tuple(modality for modality in MODALITIES if modality in kinds), words
 
 
@@ -286,13 +328,7 @@ def describe_row(row: Mapping[str, Any]) -> str:
     """
     if row.get("_row") is not None:
         return f"Row {row['_row']} of '{row['_source']}'"
-    # Piece by piece: every row of every batch is described, and some hold a whole waveform.
-    beginning = ""
-    for piece in json.JSONEncoder(default=str).iterencode(row.get("messages") or row.get("conversations")):
-        beginning += piece
-        if len(beginning) >= 100:
-            break
-    return f"The row that begins with {beginning[:100]}"
+    return f"The row that begins with {_shortened_json(row.get('messages') or row.get('conversations'))}"
 
 
 def load_rows(
@@ -301,8 +337,8 @@ def load_rows(
     r"""
     Args:
         source (`str`, `Path` or `dict[str, float]`): A `.json` (one list), `.jsonl` or `.parquet` file of rows in
-            either format, or a data set that `datasets.load_dataset` finds. Or several of them with weights: how
-            often an epoch shows each of its rows, 2.0 twice, 0.5 a random half.
+            either format, or a data set that `datasets.load_dataset` finds. Or several files with weights: how often
+            an epoch shows each of its rows, 2.0 twice, 0.5 a random half.
         split (`str`, *optional*, defaults to `"train"`): Split of such a data set.
         streaming (`bool`, *optional*, defaults to `False`): Whether rows are read while they are used. Streams are
             divided among processes and workers.
@@ -310,7 +346,7 @@ def load_rows(
 
     Returns:
         `datasets.Dataset` or `IterableDataset`. Media stay paths, relative to their file: nothing is decoded. Rows of
-        files know their number (from 1) and file.
+        files know their number (from 1) and file; of their other fields those stay that training reads.
 
     Raises:
         ValueError: a file is missing, or no JSON list, lines of objects or Parquet; a weight is not positive.
@@ -321,62 +357,105 @@ def load_rows(
     except ImportError as error:
         raise ImportError("Loading rows needs `datasets`: `pip install uni-moe-hf[train]`.") from error
     if isinstance(source, Mapping):
-        return _mixture(datasets, source, split, streaming, seed)
-    path = Path(source)
-    if path.suffix not in READERS:
+        weights = {str(name): weight for name, weight in source.items()}
+        if not weights or not all(_is_weight(weight) for weight in weights.values()):
+            raise ValueError(f"Sources need positive weights, got {weights}.")
+    elif Path(source).suffix in READERS:
+        weights = {str(source): 1}
+    else:
         return datasets.load_dataset(str(source), split=split, streaming=streaming)
-    if not path.is_file():
-        raise ValueError(f"Data file '{path}' does not exist; check the path.")
+    for name in weights:
+        if Path(name).suffix not in READERS:
+            raise ValueError(f"'{name}' is no {', '.join(READERS)} file; only files can be mixed by weight.")
+        if not Path(name).is_file():
+            raise ValueError(f"Data file '{name}' does not exist; check the path.")
     if streaming:
-        # Every shard reads the lines and keeps its own: cheap beside media, and nothing is counted beforehand.
-        shards = {"path": str(path), "shard": list(range(NUM_SHARDS))}
-        return datasets.IterableDataset.from_generator(_stream, gen_kwargs=shards)
-    rows = list(_numbered(path))
-    if not rows:
-        raise ValueError(f"Data file '{path}' holds no rows.")
-    # Columns are those of the first row, so every row gets all. Parts have other keys for each modality; a common
-    # schema would fill every part with all of them.
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    rows = [{key: row.get(key) for key in columns} for row in rows]
-    return datasets.Dataset.from_list(rows, on_mixed_types="use_json")
-
-
-def _mixture(datasets: Any, sources: Mapping[str, float], split: str, streaming: bool, seed: int) -> Any:
-    if not sources or any(not isinstance(weight, int | float) or weight <= 0 for weight in sources.values()):
-        raise ValueError(f"Sources need positive weights, got {dict(sources)}.")
-    parts = {name: load_rows(name, split, streaming) for name in sources}
-    if streaming:
-        total = sum(sources.values())
-        shares = [weight / total for weight in sources.values()]
-        return datasets.interleave_datasets(
-            list(parts.values()), probabilities=shares, seed=seed, stopping_strategy="all_exhausted"
-        )
+        counts = {name: sum(1 for _ in _numbered(Path(name), lambda number: False)) for name in weights}
+        # Every shard reads the lines and parses its own: cheap beside media.
+        given = {"weights": weights, "counts": counts, "seed": seed, "shard": list(range(NUM_SHARDS))}
+        return datasets.IterableDataset.from_generator(_stream, gen_kwargs=given)
     chosen = []
-    for name, rows in parts.items():
-        whole, rest = divmod(sources[name], 1)
+    for name, weight in weights.items():
+        rows = _whole(datasets, Path(name))
+        whole, rest = divmod(weight, 1)
         extra = rows.shuffle(seed=seed).select(range(round(rest * len(rows))))
         chosen += [rows] * int(whole) + [extra] * bool(len(extra))
+    if not chosen:
+        raise ValueError(f"The weights {weights} leave no row; give larger ones.")
     return datasets.concatenate_datasets(chosen)
 
 
-def _numbered(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file with where they stand."""
-    number = 0
-    for number, row in enumerate(READERS[path.suffix](path), start=1):
-        if not isinstance(row, dict):
+def _whole(datasets: Any, path: Path) -> Any:
+    """All rows of a file. JSON in all columns: a common schema would fill every part with the keys of all parts."""
+    rows = list(_numbered(path))
+    if not rows:
+        raise ValueError(f"Data file '{path}' holds no rows.")
+    text, kinds = datasets.Value("string"), dict.fromkeys(FIELDS, datasets.Json())
+    features = datasets.Features({**kinds, "_row": datasets.Value("int64"), "_source": text, "_root": text})
+    try:
+        return datasets.Dataset.from_list(rows, features=features)
+    except UnicodeEncodeError as error:
+        bad = next(row for row in rows if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)))
+        raise ValueError(f"{describe_row(bad)} holds half a character ({error.reason}); correct it.") from error
+
+
+def _is_weight(weight: Any) -> bool:
+    return isinstance(weight, int | float) and math.isfinite(weight) and weight > 0
+
+
+def _numbered(path: Path, wanted: Callable[[int], bool] = lambda number: True) -> Iterator[dict[str, Any] | None]:
+    """Rows of a file with where they stand; `None` for those whose number is not wanted."""
+    for number, row in enumerate(READERS[path.suffix](path, wanted), start=1):
+        if not wanted(number):
+            yield None
+        elif not isinstance(row, dict):
             raise ValueError(f"Row {number} of '{path}' is a {type(row).__name__}, not an object.")
-        yield {**row, "_row": number, "_source": str(path), "_root": str(path.parent)}
+        else:
+            stored = {field: _stored(field, row.get(field)) for field in FIELDS}
+            yield {**stored, "_row": number, "_source": str(path), "_root": str(path.parent)}
 
 
-def _stream(path: str, shard: list[int]) -> Iterator[dict[str, Any]]:
-    for row in _numbered(Path(path)):
-        if row["_row"] % NUM_SHARDS in shard:
+def _stored(field: str, value: Any) -> Any:
+    """A field without bytes, as a list or object: text alone comes back from a JSON column as what it spells."""
+    if field == "video" and isinstance(value, str):
+        return {"path": value}  # one file, where a list is one video's frames
+    return _without_bytes(value if isinstance(value, list | dict | None) else [value])
+
+
+def _without_bytes(value: Any) -> Any:
+    """Bytes, as Parquet may hold them, become `data:` URLs."""
+    if isinstance(value, bytes):
+        return f"data:;base64,{base64.b64encode(value).decode()}"
+    if isinstance(value, Mapping):
+        return {key: _without_bytes(each) for key, each in value.items()}
+    return [_without_bytes(each) for each in value] if isinstance(value, list) else value
+
+
+def _stream(
+    weights: dict[str, float], counts: dict[str, int], seed: int, shard: list[int]
+) -> Iterator[dict[str, Any]]:
+    """The rows of some shards of all files, each as often as its weight says, the files mixed evenly."""
+    shards, chance = set(shard), random.Random(f"{seed} {shard}")
+
+    def rows(name: str) -> Iterator[dict[str, Any]]:
+        whole, rest = divmod(weights[name], 1)
+        for row in _numbered(Path(name), lambda number: number * SHARD_STEP % NUM_SHARDS in shards):
+            if row is not None:
+                yield from [row] * (int(whole) + (rest > 0 and chance.random() < rest))
+
+    left = {name: rows(name) for name in weights}
+    while left:
+        (name,) = chance.choices(list(left), [weights[name] * counts[name] + 1e-9 for name in left])
+        row = next(left[name], None)
+        if row is None:
+            del left[name]
+        else:
             yield row
 
 
-def _json_rows(path: Path) -> Iterator[Any]:
+def _json_rows(path: Path, wanted: Callable[[int], bool]) -> Iterator[Any]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"Data file '{path}' is no valid json ({error}).") from error
     if not isinstance(rows, list):
@@ -384,28 +463,40 @@ def _json_rows(path: Path) -> Iterator[Any]:
     yield from rows
 
 
-def _json_lines(path: Path) -> Iterator[Any]:
-    with open(path, encoding="utf-8", newline="\n") as lines:  # other line breaks may stand in JSON strings
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"Data file '{path}' is no valid jsonl (line {number}: {error}).") from error
+def _json_lines(path: Path, wanted: Callable[[int], bool]) -> Iterator[Any]:
+    number = line_number = 0
+    with open(path, encoding="utf-8-sig", newline="\n") as lines:  # other line breaks may stand in JSON strings
+        try:
+            for line in lines:
+                line_number += 1
+                if line.strip():
+                    number += 1
+                    yield json.loads(line) if wanted(number) else None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"Data file '{path}' is no valid jsonl (line {line_number}: {error}).") from error
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet_rows(path: Path, wanted: Callable[[int], bool]) -> Iterator[dict[str, Any]]:
+    import datasets
     import pyarrow
     import pyarrow.parquet
 
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
+        file = pyarrow.parquet.ParquetFile(path)
+        # Columns that `datasets` wrote as JSON come back as text.
+        features = datasets.Features.from_arrow_schema(file.schema_arrow)
+        encoded = datasets.Features({name: kind for name, kind in features.items() if "Json(" in repr(kind)})
+        for batch in file.iter_batches(columns=[name for name in file.schema_arrow.names if name in FIELDS]):
+            for row in batch.to_pylist():
+                yield row | encoded.decode_example({name: row[name] for name in encoded if name in row})
     except pyarrow.ArrowException as error:
         raise ValueError(f"Data file '{path}' is no valid parquet ({error}).") from error
 
 
+FIELDS = ("messages", "conversations", "image", "voice", "video")
 NUM_SHARDS = 64  # of a stream: at most as many readers share it
+# Whoever gets a run of shards, or every n-th of them, gets as many rows as the others, two more or less.
+SHARD_STEP = 39
 READERS = {".json": _json_rows, ".jsonl": _json_lines, ".parquet": _parquet_rows}
 
 
@@ -430,44 +521,41 @@ def check_rows(
     path = Path(source)
     if path.suffix not in READERS or not path.is_file():
         raise ValueError(f"'{path}' is no {', '.join(READERS)} file; check the path.")
-    allowed, number = set(modalities), 0
+    allowed, number = {modalities} if isinstance(modalities, str) else set(modalities), 0
     for row in _numbered(path):
         number = row["_row"]
         try:
-            messages = row_to_messages(row, voice)
-            _parts(messages)
-            _check_row(_rooted(messages, path.parent), allowed, decode)
-        except ValueError as error:
+            _check_row(_rooted(_learnable(row_to_messages(row, voice)), path.parent), allowed, decode)
+        except (ValueError, OSError) as error:
             yield number, str(error)
     if not number:
         raise ValueError(f"Data file '{path}' holds no rows.")
 
 
 def _check_row(messages: list[dict], allowed: set[str], decode: bool) -> None:
-    turns = [message for message in messages if message.get("role") != "system"]
-    if not turns or [turn.get("role") for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
-        raise ValueError(f"roles must alternate user, assistant, got {[message.get('role') for message in messages]}")
+    roles = [message.get("role") for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"] * (len(turns) % 2):
+        raise ValueError(f"roles must alternate user, assistant after an optional system message, got {roles}")
     for part in _parts(messages):
         if part.get("type") != "text":
             _check_part(part.get("type"), part, allowed, decode)
 
 
 def _parts(messages: list[dict]) -> list[Mapping[str, Any]]:
-    """All parts of a conversation from which something can be learned."""
-    found, answers = [], ""
-    for message in messages:
-        content = message.get("content")
-        parts = [content] if isinstance(content, str) else content or []
-        if isinstance(parts, list):
-            parts = [{"type": "text", "text": each} if isinstance(each, str) else each for each in parts]
-        if not isinstance(parts, list) or not all(isinstance(part, Mapping) for part in parts):
-            raise ValueError(f"the content of a {message.get('role')} message is neither text nor a list of parts")
-        found += parts
-        if message.get("role") == "assistant":
-            answers += "".join(str(part.get("text") or "") for part in parts)
-    if not answers.strip():
+    """All parts of a conversation."""
+    contents = (message["content"] for message in messages)
+    return [
+        part for each in contents for part in ([{"type": "text", "text": each}] if isinstance(each, str) else each)
+    ]
+
+
+def _learnable(messages: list[dict]) -> list[dict]:
+    """The same messages, if an answer is among them."""
+    answers = _parts([message for message in messages if message.get("role") == "assistant"])
+    if not any(part.get("text", "").strip() for part in answers if part.get("type") == "text"):
         raise ValueError("there is no assistant text to learn")
-    return found
+    return messages
 
 
 def _check_part(kind: Any, part: Mapping[str, Any], allowed: set[str], decode: bool) -> None:
@@ -475,9 +563,10 @@ def _check_part(kind: Any, part: Mapping[str, Any], allowed: set[str], decode: b
         raise ValueError(f"a part has the type {kind!r}; known are text, {', '.join(MODALITIES)}")
     if kind not in allowed:
         raise ValueError(f"it has {kind}, for which the model has no tower")
-    source = next((part[key] for key in (kind, "path", "url", "base64") if part.get(key) is not None), None)
-    if source is None:
-        raise ValueError(f"a part of type '{kind}' has no source")
+    sources = [part[key] for key in (kind, *SOURCE_KEYS) if part.get(key) is not None]
+    if len(sources) != 1:
+        raise ValueError(f"a part of type '{kind}' has {len(sources) or 'no'} source{'s' * (len(sources) > 1)}")
+    source = sources[0]
     for each in source if isinstance(source, list) and kind == "video" else [source]:
         is_url = str(each).startswith(("http://", "https://", "data:"))
         is_file = isinstance(each, str) and not is_url and "base64" not in part
@@ -487,7 +576,7 @@ def _check_part(kind: Any, part: Mapping[str, Any], allowed: set[str], decode: b
         if kind == "image":
             load_image(source)
         elif kind == "video":
-            load_frames(source, 2)
+            load_frames(source, len(source) if isinstance(source, list) else 2)
         else:
             check_waveform(load_waveform(source))
 
