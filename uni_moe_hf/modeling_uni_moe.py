@@ -146,7 +146,7 @@ class UniMoEPreTrainedModel(ExpertsRouteMixin, QuantizationMixin, PreTrainedMode
     input_modalities = ("image", "video", "audio", "text")
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = {"mlp.gate"}  # a router rounded to half precision sends words elsewhere
+    _keep_in_fp32_modules_strict = {"mlp.gate.weight"}  # a router rounded to half precision sends words elsewhere
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
