@@ -4,6 +4,7 @@ Building Uni-MoE models: from pretrained parts to a dense model, from PEFT adapt
 Growing moves the decoder's own feed-forward modules into the mixture: nothing is copied that can be shared.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     CLIPImageProcessorPil,
+    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     WhisperModel,
@@ -23,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from .beats_uni_moe import BeatsModel
 from .configuration_uni_moe import MODALITIES, UniMoEConfig, UniMoETextConfig
-from .expert_adapters import ExpertAdapter, choose_projectors, read_expert
+from .expert_adapters import ExpertAdapter, check_is_ours, choose_projectors, read_expert
 from .experts_uni_moe import UniMoESparseMoeBlock
 from .feature_extraction_uni_moe import UniMoEFeatureExtractor
 from .modeling_uni_moe import UniMoEForConditionalGeneration
@@ -42,7 +44,8 @@ def from_pretrained_parts(
 
     Args:
         language_model (`str` or [`PreTrainedModel`]): A Llama, as a Hub id, a folder or a loaded `LlamaForCausalLM`.
-        vision_tower (`str` or [`PreTrainedModel`], *optional*): A vision backbone with patch tokens, CLIP or other.
+        vision_tower (`str` or [`PreTrainedModel`], *optional*): A vision backbone with patch tokens, CLIP or other;
+            how many it makes of a picture, and whether a CLS token is among them, is found by asking it.
         speech_tower (`str` or [`PreTrainedModel`], *optional*): A Whisper model. Its encoder becomes the tower; its
             decoder, where there is one, the start of the speech connector, as in the original.
         audio_tower (`str` or [`BeatsModel`], *optional*): A BEATs saved by this package.
@@ -57,15 +60,20 @@ def from_pretrained_parts(
     Source: Uni-MoE (https://huggingface.co/papers/2405.11273), figure 3.
     """
     llm = language_model
-    if isinstance(llm, str):
+    if isinstance(llm, str | Path):
         llm = AutoModelForCausalLM.from_pretrained(llm)
-    if llm.config.model_type != "llama":
-        raise ValueError(f"`language_model` is a '{llm.config.model_type}', but the decoder of Uni-MoE is a 'llama'.")
+    if not isinstance(llm, LlamaForCausalLM):
+        kind = getattr(getattr(llm, "config", None), "model_type", "nothing known")
+        raise ValueError(
+            f"`language_model` is a {type(llm).__name__} ('{kind}'), but Uni-MoE takes a LlamaForCausalLM."
+        )
     if getattr(llm, "is_quantized", False):
         raise ValueError("`language_model` is quantised; build from unquantised parts and quantise what was saved.")
     vision = _vision_part(vision_tower)
     speech_encoder, speech_decoder = _speech_parts(speech_tower)
-    audio = BeatsModel.from_pretrained(audio_tower) if isinstance(audio_tower, str) else audio_tower
+    audio = BeatsModel.from_pretrained(audio_tower) if isinstance(audio_tower, str | Path) else audio_tower
+    if vision is not None:
+        config = _patch_settings(vision, config) | config
 
     text = {k: v for k, v in llm.config.to_dict().items() if k not in ("model_type", "architectures", "dtype")}
     text["mlp_layer_types"] = ["dense"] * llm.config.num_hidden_layers
@@ -92,15 +100,30 @@ def from_pretrained_parts(
 
 def _vision_part(tower: str | PreTrainedModel | None) -> PreTrainedModel | None:
     """A vision backbone; of a model with a text half (CLIP) the vision half."""
-    tower = AutoModel.from_pretrained(tower) if isinstance(tower, str) else tower
-    return getattr(tower, "vision_model", tower)
+    tower = AutoModel.from_pretrained(tower) if isinstance(tower, str | Path) else tower
+    tower = getattr(tower, "vision_model", tower)
+    if tower is not None and not isinstance(getattr(tower.config, "image_size", None), int):
+        raise ValueError(f"`vision_tower` is a {type(tower).__name__}, but a backbone for square pictures is needed.")
+    return tower
+
+
+@torch.no_grad()
+def _patch_settings(tower: PreTrainedModel, config: Mapping[str, Any]) -> dict[str, Any]:
+    """How many tokens the tower makes of a picture, and whether the first of them is one of its patches."""
+    side, weight = tower.config.image_size, next(tower.parameters())
+    picture = torch.zeros(1, getattr(tower.config, "num_channels", 3), side, side, dtype=weight.dtype)
+    outputs = tower(pixel_values=picture.to(weight.device), output_hidden_states=True)
+    count = outputs.hidden_states[config.get("vision_feature_layer", -2)].shape[1]
+    only_patches = count == (side // tower.config.patch_size) ** 2
+    strategy = config.get("vision_feature_select_strategy", "full" if only_patches else "default")
+    return {"vision_feature_select_strategy": strategy, "image_seq_length": count - (strategy == "default")}
 
 
 def _speech_parts(tower: str | PreTrainedModel | None) -> tuple[PreTrainedModel | None, nn.Module | None]:
     """Encoder and, where there is one, decoder of a Whisper model."""
     if tower is None:
         return None, None
-    tower = WhisperModel.from_pretrained(tower) if isinstance(tower, str) else tower
+    tower = WhisperModel.from_pretrained(tower) if isinstance(tower, str | Path) else tower
     if tower.config.model_type != "whisper":
         raise ValueError(f"`speech_tower` is a '{tower.config.model_type}' model, but a 'whisper' is needed.")
     if type(tower).__name__ == "WhisperEncoder":
@@ -174,6 +197,8 @@ def _image_processor(config: UniMoEConfig, processor: Any, side: int | None) -> 
         processor = CLIPImageProcessorPil(size={"shortest_edge": tower_side}, crop_size=square)
     crops = getattr(processor, "do_center_crop", False)
     if side is not None:
+        if not isinstance(side, int) or side < 1:
+            raise ValueError(f"`image_size={side!r}` must be a number of pixels.")
         square = {"height": side, "width": side}
         sizes = {"size": {"shortest_edge": side}, "crop_size": square} if crops else {"size": square}
         processor = type(processor).from_dict({**processor.to_dict(), **sizes})
@@ -182,8 +207,9 @@ def _image_processor(config: UniMoEConfig, processor: Any, side: int | None) -> 
     size, patch = processor.crop_size if crops else processor.size, config.vision_config.patch_size
     if not (size.height and size.width):
         raise ValueError(f"{type(processor).__name__} crops pictures to no fixed size ({size}); set `image_size`.")
-    special = config.image_seq_length - (config.vision_config.image_size // patch) ** 2
-    if special in (0, 1):  # any other number was given by hand, and stays
+    # Patches form a square, and a few tokens of other kinds may be among them.
+    special = config.image_seq_length - math.isqrt(config.image_seq_length) ** 2
+    if special <= 8:  # any other number was given by hand, and stays
         config.image_seq_length = (size.height // patch) * (size.width // patch) + special
     return processor
 
@@ -247,6 +273,7 @@ def grow_experts(
 
     Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.3.
     """
+    check_is_ours(model)
     config = model.config.text_config
     if getattr(model, "is_quantized", False):
         raise ValueError("Experts are grown from an unquantised model; quantise what has been grown when loading it.")
@@ -255,6 +282,13 @@ def grow_experts(
             f"The model already has {config.num_experts} experts in {config.mlp_layer_types.count('sparse')} layers; "
             "experts are grown from a dense model."
         )
+    if model.config.stage == "experts" and not hasattr(model, "_stage_before"):
+        raise ValueError(
+            "This model has had stage 'experts', so its feed-forward layers already hold an expert; grow from what "
+            "stage 1 left, with that expert's adapter."
+        )
+    if any(parameter.is_meta for parameter in model.model.language_model.parameters()):
+        raise ValueError("Layers are offloaded or empty; load the whole model into memory to grow experts.")
     kinds = _layer_types(layers, config.num_hidden_layers)
     sparse = [index for index, kind in enumerate(kinds) if kind == "sparse"]
     adapters = {
@@ -291,7 +325,7 @@ def _layer_types(layers: str | list[int], num_layers: int) -> list[str]:
     indices = (
         {"all": range(num_layers), "even": range(0, num_layers, 2)}.get(layers) if isinstance(layers, str) else layers
     )
-    if indices is None or not all(0 <= index < num_layers for index in indices):
+    if not indices or not all(isinstance(index, int) and 0 <= index < num_layers for index in indices):
         raise ValueError(f"`layers={layers!r}` must be 'all', 'even' or indices below the {num_layers} layers.")
     return ["sparse" if index in indices else "dense" for index in range(num_layers)]
 

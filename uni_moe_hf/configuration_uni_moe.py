@@ -218,6 +218,8 @@ class UniMoETextConfig(LlamaConfig):
             raise ValueError(f"`router_dtype={self.router_dtype!r}` is no floating point type; use 'float32'.")
         if self.expert_lora_rank < 0:
             raise ValueError(f"`expert_lora_rank={self.expert_lora_rank}` is negative; 0 means experts without LoRA.")
+        if not 0 <= self.expert_lora_dropout <= 1:
+            raise ValueError(f"`expert_lora_dropout={self.expert_lora_dropout}` must lie between 0 and 1.")
         if self.is_sparse and self.shared_expert_base and self.num_experts > 1 and self.expert_lora_rank == 0:
             raise ValueError(
                 f"`shared_expert_base=True` with `expert_lora_rank=0` makes {self.num_experts} equal experts; "

@@ -5,6 +5,7 @@ Everything works in place, on every sparse layer at once, and changes nothing be
 Letters: E experts, R rank, H hidden, I intermediate, N tokens.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from .configuration_uni_moe import UniMoETextConfig
-from .expert_adapters import choose_projectors, expert_names, lora_factors, read_expert
+from .expert_adapters import CONNECTORS, check_is_ours, choose_projectors, expert_names, lora_factors, read_expert
 from .experts_uni_moe import UniMoESparseMoeBlock
 from .modeling_uni_moe import UniMoEForConditionalGeneration
 
@@ -51,6 +52,8 @@ def add_expert(
     """
     config = _config_of(model)
     names = expert_names(model.config.text_config)
+    if not isinstance(name, str):
+        raise ValueError(f"An expert's name is text, not {name!r}.")
     if name in names:
         raise ValueError(f"There is an expert '{name}' already; the model has {names}.")
     if config.shared_expert_base == (like is not None):
@@ -59,13 +62,16 @@ def add_expert(
             if like is not None
             else f"With own bases a new expert starts from the frozen base of another: pass `like=` one of {names}."
         )
+    if config.shared_expert_base and not config.expert_lora_rank:
+        raise ValueError("Experts without LoRA on a shared base would all be the same; grow them with LoRA.")
     source = None if like is None else _index(model, like)
     given = None if adapter is None else read_expert(name, adapter, config, [layer for layer, _ in _layers(model)])
     chosen: Tensors = {}
     if given is not None and given.projectors:
         chosen = choose_projectors(model, [given], projectors or {})
-        state = model.model.state_dict()
-        if not projectors and (differing := [key for key in chosen if not torch.equal(state[key].cpu(), chosen[key])]):
+        state, named = model.model.state_dict(), {CONNECTORS[modality] for modality in projectors or {}}
+        unnamed = [key for key in chosen if key.split("_")[0] not in named]
+        if differing := [key for key in unnamed if not torch.equal(state[key].cpu(), chosen[key])]:
             connector = differing[0].split("_")[0]
             raise ValueError(
                 f"Expert '{name}' brings another projector for {connector} than the model's; to take it pass "
@@ -79,13 +85,15 @@ def add_expert(
         for layer, block in _layers(model):
             tensors, scaling = fresh[id(block)], block.experts.lora_scaling
             parts = {
-                (p, s): given.factors[layer, p, s].to(block.gate.weight) for p in ("gate", "up", "down") for s in "AB"
+                (p, s): given.factors[layer, p, s].to(block.gate.weight.device, torch.float32)
+                for p in ("gate", "up", "down")
+                for s in "AB"
             }
             if config.shared_expert_base:
                 _fill(tensors, parts, given.rank, given.scaling / scaling)
             else:
-                gate_up = torch.cat([parts[p, "B"].float() @ parts[p, "A"].float() for p in ("gate", "up")])
-                down = parts["down", "B"].float() @ parts["down", "A"].float()
+                gate_up = torch.cat([parts[p, "B"] @ parts[p, "A"] for p in ("gate", "up")])
+                down = parts["down", "B"] @ parts["down", "A"]
                 for key, delta in zip(_STACKS, (gate_up, down), strict=True):
                     tensors[key] = (tensors[key].float() + given.scaling * delta).to(tensors[key].dtype)
     _restack(model, [*range(len(names)), fresh], [*names, name])
@@ -174,7 +182,7 @@ def merge_experts(
         raise ValueError(
             f"{len(kept) + 1} experts would be left for `num_experts_per_tok={config.num_experts_per_tok}`."
         )
-    if total == 0 or (not config.shared_expert_base and abs(total - 1) > 1e-6):
+    if not abs(total) > 1e-6 or not math.isfinite(total) or (not config.shared_expert_base and abs(total - 1) > 1e-6):
         raise ValueError(f"Weights {dict(weights)} add up to {total:g}; with own bases they must to 1, else not to 0.")
     rank = config.expert_lora_rank if rank is None else rank
     if config.expert_lora_rank and not 1 <= rank <= config.expert_lora_rank:
@@ -224,32 +232,45 @@ def balance_routers(
     Returns:
         `dict[int, float]`: layer -> largest over smallest share after it.
     """
-    batches = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+    _config_of(model)
+    batches = [{k: v for k, v in batch.items() if k not in ("labels", "logits_to_keep")} for batch in batches]
+    if not batches:
+        raise ValueError("Routers are balanced on batches, and there are none.")
     was_training = model.training
     model.eval()
-    ratios = {}
-    for layer, block in _layers(model):
-        hidden = _router_inputs(model, block, batches)  # (N, H)
-        weight = block.gate.weight.float()
-        gram = hidden.T @ hidden
-        ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
-        direction = torch.linalg.solve(gram + ridge, hidden.sum(dim=0))  # (H,)
-        logits, along = hidden @ weight.T, hidden @ direction  # (N, E), (N,)
-        # Rows of equal length first: a longer one would be both the best and the worst choice more often.
-        shift, step = torch.zeros(len(weight), device=hidden.device), logits.std()
-        fair = block.gate.top_k / len(weight)
-        best, best_ratio = shift, float("inf")
-        for number in range(rounds):
-            top = (logits + along[:, None] * shift).topk(block.gate.top_k, dim=-1).indices
-            share = torch.bincount(top.flatten(), minlength=len(weight)) / len(hidden)
-            ratio = (share.max() / share.min().clamp(min=1e-9)).item()
-            if ratio < best_ratio:
-                best, best_ratio = shift, ratio
-            shift = shift + step * (1 - number / rounds) * (fair - share)
-        block.gate.weight.add_((best[:, None] * direction).to(block.gate.weight.dtype))
-        ratios[layer] = best_ratio
-    model.train(was_training)
-    return ratios
+    try:
+        return {layer: _balance(model, block, batches, rounds) for layer, block in _layers(model)}
+    finally:
+        model.train(was_training)
+
+
+def _balance(
+    model: UniMoEForConditionalGeneration, block: UniMoESparseMoeBlock, batches: list[dict[str, Any]], rounds: int
+) -> float:
+    """Shifts one router; returns largest over smallest share."""
+    hidden = _router_inputs(model, block, batches)  # (N, H)
+    weight, top_k = block.gate.weight.float(), model.config.text_config.num_experts_per_tok
+    gram = hidden.T @ hidden
+    ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+    direction = torch.linalg.solve(gram + ridge, hidden.sum(dim=0))  # (H,)
+    logits, along = hidden @ weight.T, hidden @ direction  # (N, E), (N,)
+
+    def shares(logits: torch.Tensor) -> torch.Tensor:
+        chosen = logits.topk(top_k, dim=-1).indices
+        return torch.bincount(chosen.flatten(), minlength=len(weight)) / len(hidden)
+
+    def ratio(share: torch.Tensor) -> float:
+        return (share.max() / share.min().clamp(min=1e-9)).item()
+
+    shift, step = torch.zeros(len(weight), device=hidden.device), logits.std()
+    best, best_ratio = shift, float("inf")
+    for number in range(rounds):
+        share = shares(logits + along[:, None] * shift)
+        if ratio(share) < best_ratio:
+            best, best_ratio = shift, ratio(share)
+        shift = shift + step * (1 - number / rounds) * (top_k / len(weight) - share)
+    block.gate.weight.add_((best[:, None] * direction).to(block.gate.weight.dtype))
+    return ratio(shares(hidden @ block.gate.weight.float().T))  # of what is stored, rounding included
 
 
 def _router_inputs(model: nn.Module, block: UniMoESparseMoeBlock, batches: list[Mapping[str, Any]]) -> torch.Tensor:
@@ -270,8 +291,7 @@ def _router_inputs(model: nn.Module, block: UniMoESparseMoeBlock, batches: list[
 
 def _config_of(model: Any) -> UniMoETextConfig:
     """Of a model whose experts can be changed."""
-    if not isinstance(model, UniMoEForConditionalGeneration):
-        raise ValueError(f"A {type(model).__name__} cannot be changed; merge or unload its adapter first.")
+    check_is_ours(model)
     config = model.config.text_config
     if not config.is_sparse:
         raise ValueError("The model is dense; make experts with `grow_experts`.")
@@ -311,6 +331,10 @@ def _restack(model: UniMoEForConditionalGeneration, experts: list[int | dict[int
             owner, _, leaf = name.rpartition(".")
             setattr(block.get_submodule(owner), leaf, nn.Parameter(torch.stack(rows), old.requires_grad))
         block.experts.num_experts = len(experts)
+        # What a merge laid aside had other experts.
+        block.experts.__dict__.pop("_unmerged", None)
+        block.experts._is_merged = False
+    model._unmerged_config = None
     config.num_experts, config.expert_names = len(names), names
 
 

@@ -5,8 +5,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .configuration_uni_moe import UniMoETextConfig
@@ -58,25 +60,14 @@ def read_expert(
         ValueError: no adapter there, of another method, with other keys, or for a model of another shape.
     """
     folder = Path(folder)
-    config_file, weights_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise ValueError(f"Expert '{name}': '{folder}' holds no {file.name}; give a PEFT adapter's folder.")
-    peft_config = json.loads(config_file.read_text())
-    unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern") if peft_config.get(key)]
-    if peft_config.get("peft_type") != "LORA" or unsupported:
-        raise ValueError(
-            f"Expert '{name}': '{folder}' is an adapter of type {peft_config.get('peft_type')}"
-            f"{' with ' + ', '.join(unsupported) if unsupported else ''}; only plain LoRA can become an expert."
-        )
+    peft_config, tensors = _plain_lora(folder, f"Expert '{name}': ")
     if (stage := (peft_config.get("auto_mapping") or {}).get("stage", "experts")) != "experts":
         raise ValueError(f"Expert '{name}': '{folder}' is an adapter of stage '{stage}', not of stage 'experts'.")
     rank, alpha = peft_config["r"], peft_config["lora_alpha"]
     adapter = ExpertAdapter(name, rank, alpha / (rank**0.5 if peft_config.get("use_rslora") else rank), {})
 
-    tensors = load_file(weights_file)
     if (folder / PROJECTOR_FILE).is_file():
-        tensors |= load_file(folder / PROJECTOR_FILE)
+        tensors |= _tensors(folder / PROJECTOR_FILE)
     for key, tensor in tensors.items():
         if match := _LORA_KEY.search(key):
             layer, projection, side = match.groups()
@@ -142,33 +133,73 @@ def export_expert(
         "auto_mapping": None,
         "base_model_name_or_path": None,
     }
-    _write_adapter(output_folder, lora, peft_config)
-    if projectors:
-        save_file(projectors, output_folder / PROJECTOR_FILE, metadata={"format": "pt"})
+    _write_adapter(output_folder, lora, peft_config, projectors)
     return output_folder
 
 
-def _write_adapter(folder: Path, tensors: dict[str, torch.Tensor], peft_config: dict) -> None:
+def _write_adapter(
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    peft_config: dict,
+    projectors: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """The config comes last: without it nobody takes what is half written for an adapter."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"'{folder}' is a file; give a folder to write the adapter to.")
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("adapter_config.json", PROJECTOR_FILE):
+        (folder / name).unlink(missing_ok=True)
+    if projectors:
+        save_file(projectors, folder / PROJECTOR_FILE, metadata={"format": "pt"})
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(peft_config, indent=2))
 
 
-def _stage_2_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict]:
-    """LoRA by the plain LLM's names, projectors by ours, and the adapter's config."""
+def _plain_lora(folder: Path, who: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Config and tensors of an adapter that is nothing but `W + s B A`, the same for all layers."""
     config_file, weights_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     for file in (config_file, weights_file):
         if not file.is_file():
-            raise ValueError(f"'{folder}' holds no {file.name}; give the folder of a stage-2 checkpoint.")
+            raise ValueError(f"{who}'{folder}' holds no {file.name}; give the folder of a PEFT adapter.")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{who}'{config_file}' cannot be read: {error}") from error
+    unsupported = [
+        key for key in ("use_dora", "rank_pattern", "alpha_pattern", "alora_invocation_tokens") if config.get(key)
+    ]
+    # These start from another base than the one they were given.
+    if isinstance(how := config.get("init_lora_weights"), str) and how not in ("gaussian", "orthogonal", "eva"):
+        unsupported.append(f"init_lora_weights={how!r}")
+    if config.get("peft_type") != "LORA" or unsupported:
+        raise ValueError(
+            f"{who}'{folder}' is an adapter of type {config.get('peft_type')}"
+            f"{' with ' + ', '.join(unsupported) if unsupported else ''}; only plain LoRA can become an expert."
+        )
+    if not (config.get("r") and config.get("lora_alpha")):
+        raise ValueError(f"{who}'{config_file}' needs `r` and `lora_alpha` above 0.")
+    return config, _tensors(weights_file, who)
+
+
+def _tensors(file: Path, who: str = "") -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{who}'{file}' cannot be read: {error}") from error
+
+
+def _stage_2_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict]:
+    """LoRA by the plain LLM's names, projectors by ours, and the adapter's config."""
+    peft_config, tensors = _plain_lora(folder, "")
     lora, projectors = {}, {}
-    for key, tensor in load_file(weights_file).items():
+    for key, tensor in tensors.items():
         if match := _LORA_KEY.search(key):
             lora[f"base_model.model.model.{key[match.start() :].lstrip('.')}"] = tensor
         elif match := _PROJECTOR_KEY.search(key):
             projectors[match.group(1)] = tensor
         else:
-            raise ValueError(f"'{weights_file}' holds '{key}', which is neither MLP LoRA nor a projector.")
-    return lora, projectors, json.loads(config_file.read_text())
+            raise ValueError(f"'{folder}' holds '{key}', which is neither MLP LoRA nor a projector.")
+    return lora, projectors, peft_config
 
 
 def _expert_of(model: UniMoEForConditionalGeneration, name: str | None) -> tuple[dict[str, torch.Tensor], dict]:
@@ -258,6 +289,24 @@ def lora_factors(lora: UniMoEExpertLora) -> Iterator[tuple[str, torch.Tensor, to
     yield "down", lora.down_a, lora.down_b
 
 
+def check_is_ours(model: Any) -> None:
+    """
+    Args:
+        model (`Any`): To be changed in place.
+
+    Raises:
+        ValueError: it is no Uni-MoE of this package, but wrapped by PEFT, or made by the code of a checkpoint.
+    """
+    if isinstance(model, UniMoEForConditionalGeneration):
+        return
+    if type(model).__name__ == UniMoEForConditionalGeneration.__name__:
+        raise ValueError(
+            "This model runs the code that came with its checkpoint; load it with "
+            "`uni_moe_hf.UniMoEForConditionalGeneration.from_pretrained` to change its experts."
+        )
+    raise ValueError(f"A {type(model).__name__} cannot be changed; merge or unload its adapter first.")
+
+
 def choose_projectors(
     model: UniMoEForConditionalGeneration, adapters: list[ExpertAdapter], choices: Mapping[str, str]
 ) -> dict[str, torch.Tensor]:
@@ -279,6 +328,13 @@ def choose_projectors(
                 f"`projectors` maps {modality!r} to {name!r}; keys are of {list(CONNECTORS)}, values of the experts "
                 f"with an adapter, {[adapter.name for adapter in adapters]}."
             )
+        connector = CONNECTORS[modality]
+        if connector not in next(adapter for adapter in adapters if adapter.name == name).projectors:
+            raise ValueError(
+                f"`projectors` maps {modality!r} to '{name}', whose adapter trained none for {connector}."
+            )
+        if others := {choices[m] for m in choices if CONNECTORS[m] == connector} - {name}:
+            raise ValueError(f"`projectors` maps {connector} to both '{name}' and '{others.pop()}'; give one of them.")
     choices = {CONNECTORS[modality]: name for modality, name in choices.items()}
     own = model.model.state_dict()
     chosen = {}
@@ -294,6 +350,7 @@ def choose_projectors(
                         f"Expert '{adapter.name}' brings '{key}' of shape {tuple(tensor.shape)}, the model "
                         f"{'has none' if key not in own else 'has ' + str(tuple(own[key].shape))}."
                     )
+                tensor = tensor.to(own[key].dtype)
                 if key in chosen and not torch.equal(chosen[key], tensor):
                     names = [adapter.name for adapter in bringing]
                     raise ValueError(
@@ -307,6 +364,7 @@ def choose_projectors(
 __all__ = [
     "CONNECTORS",
     "ExpertAdapter",
+    "check_is_ours",
     "choose_projectors",
     "expert_names",
     "export_expert",

@@ -28,7 +28,7 @@ class UniMoETopKRouter(nn.Module):
 
     def __init__(self, config: UniMoETextConfig):
         super().__init__()
-        self.top_k = config.num_experts_per_tok
+        self.config = config  # read at every call: the number of experts per token may be changed
         self.dtype = getattr(torch, config.router_dtype)
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
@@ -46,7 +46,7 @@ class UniMoETopKRouter(nn.Module):
         # Autocast would lower the product to its own precision whatever the operands' dtype is.
         with torch.autocast(hidden_states.device.type, enabled=False):
             logits = F.linear(hidden_states.to(self.dtype), self.weight.to(self.dtype))  # (N, E)
-        top_logits, top_k_index = torch.topk(logits, self.top_k, dim=-1)  # (N, K)
+        top_logits, top_k_index = torch.topk(logits, self.config.num_experts_per_tok, dim=-1)  # (N, K)
         top_k_weights = torch.softmax(top_logits, dim=-1, dtype=torch.float32)  # (N, K)
         return logits, top_k_weights, top_k_index
 
@@ -207,7 +207,8 @@ class UniMoELoraExperts(nn.Module):
         self.gate_up_proj = nn.Parameter((gate_up.float() + gate_up_difference).to(gate_up.dtype), trains)
         self.down_proj = nn.Parameter((down.float() + down_difference).to(down.dtype), trains)
         # Kept for `unmerge_lora`, outside the module tree so that saving does not see them.
-        self.__dict__["_unmerged"] = {"lora": self.lora, "base": self.base if self.shared_base else None}
+        base = self.base if self.shared_base else None
+        self.__dict__["_unmerged"] = {"lora": self.lora, "base": base, "dtype": gate_up.dtype}
         if self.shared_base:
             del self.base
         self.lora, self.shared_base, self._is_merged = None, False, True
@@ -224,8 +225,8 @@ class UniMoELoraExperts(nn.Module):
             raise ValueError("These experts were not merged in this process, so they cannot be unmerged.")
         gate_up, down = self.gate_up_proj, self.down_proj
         unmerged = self.__dict__.pop("_unmerged")
-        # What lay aside did not follow `.to(...)` calls in between.
-        self.lora = unmerged["lora"].to(gate_up.device)
+        # What lay aside did not follow `.to(...)` calls in between. Trained LoRA has a dtype of its own.
+        self.lora = unmerged["lora"].to(gate_up.device, None if gate_up.dtype == unmerged["dtype"] else gate_up.dtype)
         self._is_merged = False
         if unmerged["base"] is not None:
             self.base, self.shared_base = unmerged["base"].to(gate_up.device, gate_up.dtype), True

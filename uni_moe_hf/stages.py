@@ -120,7 +120,9 @@ def prepare_stage(
         )
     if stage == "experts" and parent is None and config.modalities:
         logger.warning("The connectors of this model have had no stage 1: experts would learn from random features.")
-    modalities = list(config.modalities if modalities is None else modalities)
+    if modalities is None or isinstance(modalities, str):
+        modalities = config.modalities if modalities is None else [modalities]
+    modalities = list(modalities)
     if unknown := [modality for modality in modalities if modality not in config.modalities]:
         raise ValueError(f"This model has no tower for {unknown}; it takes text and {list(config.modalities)}.")
 
@@ -136,27 +138,34 @@ def prepare_stage(
             f"Stage '{stage}' trains {quantised[:3]} in full but they are quantised; load the model with these among "
             "the modules that are not to be converted."
         )
+    peft_config = _lora_config(plan, trained, lora) if plan.lora_targets else None
+
+    # From here on the model is changed.
     for module in map(model.get_submodule, trained):
         if {torch.bfloat16, torch.float16} & {parameter.dtype for parameter in module.parameters()}:
             module.float()
     model.requires_grad_(False)
     model._stage_before = parent
     config.stage = stage  # what is saved says which training it has had
-    if not plan.lora_targets:
+    if peft_config is None:
         for name in trained:
             model.get_submodule(name).requires_grad_(True)
-        return None
+    return peft_config
 
+
+def _lora_config(plan: Stage, trained: list[str], lora: dict[str, Any]) -> Any:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ImportError(f"Stage '{stage}' trains LoRA with PEFT: `pip install uni-moe-hf[train]`.") from error
+        raise ImportError(f"Stage '{plan.name}' trains LoRA with PEFT: `pip install uni-moe-hf[train]`.") from error
     settings = {"r": plan.lora_rank, "lora_alpha": plan.lora_alpha, "lora_dropout": plan.lora_dropout} | lora
+    if unknown := sorted(set(settings) - set(LoraConfig.__dataclass_fields__)):
+        raise ValueError(f"PEFT's LoraConfig has no {unknown}; the rank is called `r`.")
     return LoraConfig(
         task_type="CAUSAL_LM",
         target_modules=plan.lora_targets,
         modules_to_save=trained,
-        auto_mapping={"stage": stage},  # a field that PEFT saves as it is where the task is known
+        auto_mapping={"stage": plan.name},  # a field that PEFT saves as it is where the task is known
         **settings,
     )
 
