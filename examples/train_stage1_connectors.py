@@ -19,7 +19,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, set_seed
 from trl import ScriptArguments, SFTConfig, TrlParser
 
 from uni_moe_hf import (
@@ -67,6 +67,8 @@ class PartsArguments:
 
 
 def main(script_args: ScriptArguments, training_args: SFTConfig, parts: PartsArguments) -> None:
+    set_seed(training_args.seed)  # before anything starts at random: the trainer's own call comes after that
+
     ################
     # Model & processor
     ################

@@ -19,7 +19,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoProcessor
+from transformers import AutoProcessor, set_seed
 from trl import ScriptArguments, SFTConfig, TrlParser
 
 from uni_moe_hf import (
@@ -56,6 +56,8 @@ class ExpertArguments:
 
 
 def main(script_args: ScriptArguments, training_args: SFTConfig, expert: ExpertArguments) -> None:
+    set_seed(training_args.seed)  # before anything starts at random: the trainer's own call comes after that
+
     ################
     # Model & processor
     ################

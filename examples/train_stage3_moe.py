@@ -17,10 +17,11 @@ that was trained, in `output_dir/grown` its parent, and in `output_dir/merged` t
 """
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoProcessor
+from transformers import AutoProcessor, set_seed
 from trl import ScriptArguments, SFTConfig, TrlParser
 
 from uni_moe_hf import (
@@ -70,6 +71,8 @@ def pairs(items: list[str]) -> dict[str, str | None]:
 
 
 def main(script_args: ScriptArguments, training_args: SFTConfig, mixture: MixtureArguments) -> None:
+    set_seed(training_args.seed)  # before anything starts at random: the trainer's own call comes after that
+
     ################
     # Data
     ################
@@ -86,10 +89,13 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, mixture: Mixtur
     # Model
     ################
     output_dir = Path(training_args.output_dir)
+    resume = training_args.resume_from_checkpoint
+    if resume == "last":  # that was saved whole; none at the first start
+        resume = last_complete_checkpoint(output_dir)
     grown = output_dir / "grown"
     # Routers start at random: every process, and a resumed run, must begin with the very same mixture.
     with training_args.main_process_first(desc="growing experts"):
-        if not (training_args.resume_from_checkpoint and grown.is_dir()) and training_args.process_index == 0:
+        if not resume and training_args.process_index == 0:
             model = grow_experts(
                 UniMoEForConditionalGeneration.from_pretrained(mixture.model_name_or_path),
                 pairs(mixture.experts),
@@ -102,8 +108,12 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, mixture: Mixtur
             rows = dataset.select(range(0, len(dataset), -(-len(dataset) // mixture.balance_rows)))
             batches = [collator([rows[n] for n in range(i, min(i + 8, len(rows)))]) for i in range(0, len(rows), 8)]
             balance_routers(model, batches)
-            model.save_pretrained(grown)
-            processor.save_pretrained(grown)
+            half_written = output_dir / "grown.partial"
+            for folder in (grown, half_written):
+                shutil.rmtree(folder, ignore_errors=True)
+            model.save_pretrained(half_written)
+            processor.save_pretrained(half_written)
+            half_written.rename(grown)
     model = UniMoEForConditionalGeneration.from_pretrained(grown)
     model.config.text_config.expert_activations = mixture.expert_activations
     peft_config = prepare_stage(model, "moe")
@@ -111,9 +121,6 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, mixture: Mixtur
     ################
     # Training
     ################
-    resume = training_args.resume_from_checkpoint
-    if resume == "last":  # that was saved whole; none at the first start
-        resume = last_complete_checkpoint(training_args.output_dir)
     trainer = UniMoESFTTrainer(
         model=model,
         args=training_args,

@@ -4,19 +4,25 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import film, picture, tiny_config, tiny_model, tiny_processor, tiny_tokenizer, tone
 from transformers import (
     AutoProcessor,
     BitImageProcessorPil,
+    CLIPImageProcessorPil,
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     ViTImageProcessorPil,
     WhisperModel,
 )
@@ -234,6 +240,76 @@ def test_experts_that_disagree_about_a_projector_need_a_choice(experts, tmp_path
     assert torch.equal(grown.model.speech_connector.projector.weight, chosen)
 
 
+@pytest.mark.parametrize(
+    ("projectors", "message"),
+    [
+        ({"speech": "image"}, "to 'image', whose adapter trained none for speech"),
+        ({"image": "image", "video": "other"}, "maps vision to both"),
+        ({"smell": "image"}, "maps 'smell'"),
+    ],
+)
+def test_projectors_that_cannot_be_chosen_are_refused(experts, projectors, message, tmp_path):
+    folders = {name: folder for name, (folder, _) in experts.items()}
+    folders["other"] = train_expert(tmp_path / "other", "image", 5)[0]
+    with pytest.raises(ValueError, match=message):
+        grow_experts(tiny_model(DENSE), folders, projectors=projectors)
+
+
+def test_an_export_that_is_cut_short_is_no_adapter_and_old_projectors_do_not_stay(experts, tmp_path, monkeypatch):
+    out = export_expert(experts["image"][0], tmp_path / "out")
+    model = grow_experts(tiny_model(DENSE), {"text": None, "speech": experts["speech"][0]})
+    export_expert(model, out, "speech")
+    assert sorted(file.name for file in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+    def full(tensors, file, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("uni_moe_hf.expert_adapters.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_expert(experts["image"][0], out)
+    assert not (out / "adapter_config.json").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file' is a file; give a folder"):
+        export_expert(experts["image"][0], tmp_path / "file")
+
+
+def test_what_experts_cannot_grow_from_is_refused_and_stays_as_it_was(experts, tmp_path):
+    folders = {name: folder for name, (folder, _) in experts.items()}
+    finished = tiny_model(DENSE, stage="experts")
+    with pytest.raises(ValueError, match="already hold an expert; grow from what stage 1 left"):
+        grow_experts(finished, folders)
+    with torch.device("meta"):
+        empty = UniMoEForConditionalGeneration(tiny_config(DENSE))
+    with pytest.raises(ValueError, match="offloaded or empty"):
+        grow_experts(empty, folders)
+    model = tiny_model(DENSE)
+    with pytest.raises(ValueError, match="merge or unload its adapter first"):
+        grow_experts(get_peft_model(tiny_model(DENSE), LoraConfig(target_modules=["q_proj"])), folders)
+    for wrong in ({"lora_dropout": 1.5}, {"layers": []}, {"layers": ["0"]}, {"num_experts_per_tok": 3}):
+        with pytest.raises((ValueError, StrictDataclassError)):
+            grow_experts(model, folders, **wrong)
+    assert not model.config.text_config.is_sparse and not any("gate.weight" in name for name in model.state_dict())
+
+
+def test_a_model_of_the_checkpoints_own_code_is_refused(tmp_path):
+    class UniMoEForConditionalGeneration(torch.nn.Module):
+        """As `trust_remote_code` makes it, where the package was not imported before."""
+
+    with pytest.raises(ValueError, match="code that came with its checkpoint; load it with"):
+        grow_experts(UniMoEForConditionalGeneration(), {"text": None, "other": None})
+
+
+def test_experts_of_a_half_precision_model_keep_their_adapters_precision(experts):
+    folders = {name: folder for name, (folder, _) in experts.items()}
+    model = grow_experts(tiny_model(DENSE).to(torch.bfloat16), folders)
+    for block in (layer.mlp for layer in model.model.language_model.layers):
+        assert block.gate.weight.dtype == block.experts.lora.gate_up_a.dtype == torch.float32
+        assert block.experts.base.gate_proj.weight.dtype == torch.bfloat16
+    tensors = load_file(f"{folders['speech']}/adapter_model.safetensors")
+    key = "base_model.model.model.language_model.layers.0.mlp.down_proj.lora_A.weight"
+    assert torch.equal(model.model.language_model.layers[0].mlp.experts.lora.down_a[1], tensors[key])
+
+
 def test_an_exported_expert_is_a_plain_adapter_of_the_plain_llm(experts, tmp_path, recwarn):
     folder = export_expert(experts["image"][0], tmp_path / "expert")
     dense = tiny_model(DENSE)
@@ -287,10 +363,25 @@ def test_adapters_that_do_not_fit_are_refused(experts, tmp_path):
         "wide": (config, wide, r"\(8, 33\).*expected \(8, 32\)|expected \(8, 32\)"),
         "alien": (config, alien, "neither MLP LoRA nor a projector"),
         "dora": (config | {"use_dora": True}, tensors, "use_dora"),
+        "pissa": (config | {"init_lora_weights": "pissa"}, tensors, "init_lora_weights='pissa'"),
+        "patterns": (config | {"alpha_pattern": {"layers.0.mlp.gate_proj": 64}}, tensors, "alpha_pattern"),
+        "silent": (config | {"lora_alpha": 0}, tensors, "`r` and `lora_alpha` above 0"),
+        "no rank": ({k: v for k, v in config.items() if k != "r"}, tensors, "`r` and `lora_alpha` above 0"),
     }
     for name, (settings, weights, message) in cases.items():
+        folder, model = written(name, settings, weights), tiny_model(DENSE)
         with pytest.raises(ValueError, match=message):
-            grow_experts(tiny_model(DENSE), {"image": written(name, settings, weights)}, num_experts_per_tok=1)
+            grow_experts(model, {"image": folder}, num_experts_per_tok=1)
+        assert not model.config.text_config.is_sparse
+        if name in ("alien", "dora", "pissa", "patterns", "silent"):
+            with pytest.raises(ValueError, match=message):
+                export_expert(folder, tmp_path / f"{name} out")
+            assert not (tmp_path / f"{name} out").exists()
+    for file, content in (("adapter_config.json", b"{"), ("adapter_model.safetensors", b"cut")):
+        folder = written(f"torn {file}", config, tensors)
+        (tmp_path / f"torn {file}" / file).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{file}' cannot be read"):
+            grow_experts(tiny_model(DENSE), {"image": folder}, num_experts_per_tok=1)
     with pytest.raises(ValueError, match="adapter_config.json"):
         grow_experts(tiny_model(DENSE), {"image": tmp_path / "nowhere"})
 
@@ -356,6 +447,37 @@ def test_a_tower_brings_its_own_image_processor_and_pictures_may_have_another_si
     )
     expected = plain(picture(), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(inputs["pixel_values"], expected, atol=1e-6, rtol=0)
+
+
+def registers(**sizes) -> Dinov2WithRegistersModel:
+    return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(num_register_tokens=3, **sizes))
+
+
+def siglip(**sizes) -> SiglipVisionModel:
+    return SiglipVisionModel(SiglipVisionConfig(intermediate_size=64, **sizes))
+
+
+@pytest.mark.parametrize(("kind", "tokens", "strategy"), [(registers, 52, "default"), (siglip, 49, "full")])
+def test_a_tower_is_asked_how_many_tokens_a_picture_has(kind, tokens, strategy):
+    """Registers are tokens as well, and a tower without CLS token loses none of its patches."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56, "patch_size": 8}
+    model = from_pretrained_parts(parts()["language_model"], vision_tower=kind(**sizes)).eval()
+    assert (model.config.image_seq_length, model.config.vision_feature_select_strategy) == (tokens, strategy)
+    given = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    processor = build_processor(model.config, tiny_tokenizer(), image_processor=given)
+    inputs = processor(text="<image> what", images=picture(), return_tensors="pt")
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == tokens
+    assert model(**inputs).logits.isfinite().all()
+
+
+def test_a_processor_may_be_made_again_for_another_size(dino):
+    model = from_pretrained_parts(parts()["language_model"], vision_tower=dino)
+    sizes = [
+        build_processor(model.config, tiny_tokenizer(), dino, image_size=side).image_seq_length for side in (32, 16)
+    ]
+    assert sizes == [16, 4] and model.config.image_seq_length == 4
+    with pytest.raises(ValueError, match="`image_size='28'` must be a number of pixels"):
+        build_processor(model.config, tiny_tokenizer(), dino, image_size="28")
 
 
 def test_pictures_without_a_crop_take_another_size_as_well():

@@ -1,5 +1,7 @@
 """Experts that come and go: exact where they should be, on shared and own bases; refused before anything changes."""
 
+import copy
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -237,6 +239,14 @@ def test_balanced_routers_send_as_many_tokens_to_each_expert(shared):
             r"brings another projector for audio .* `projectors=\{'audio'",
         ),
         (lambda m, a: add_expert(m, "x", "nowhere"), "holds no adapter_config.json"),
+        (
+            lambda m, a: add_expert(m, "x", a["audio"][0], projectors={"speech": "x"}),
+            "to 'x', whose adapter trained none for speech",
+        ),
+        (lambda m, a: add_expert(m, 5), "name is text, not 5"),
+        (lambda m, a: merge_experts(m, {"text": float("nan"), "image": 1.0}, "y"), "add up to nan"),
+        (lambda m, a: merge_experts(m, {"text": 1.0, "image": -1.0 + 1e-9}, "y"), "else not to 0"),
+        (lambda m, a: balance_routers(m, []), "there are none"),
         (lambda m, a: drop_expert(m, "x"), r"no expert 'x'; the model has \['text', 'image', 'speech'\]"),
         (None, "1 experts are left, but every token goes to"),
         (lambda m, a: clone_expert(m, "x", "y"), "no expert 'x'"),
@@ -279,6 +289,57 @@ def test_a_model_under_peft_or_without_experts_is_refused(adapters):
         drop_expert(get_peft_model(model, prepare_stage(model, "moe")), "text")
     with pytest.raises(ValueError, match="The model is dense"):
         drop_expert(tiny_model(DENSE), "text")
+
+
+def test_experts_per_token_may_be_lowered_and_then_experts_dropped(adapters):
+    model = grown(adapters, shared=True)
+    model.config.text_config.num_experts_per_tok = 1
+    one = logits_of(model)
+    copied = type(model)(copy.deepcopy(model.config)).eval()
+    copied.load_state_dict(model.state_dict())
+    torch.testing.assert_close(logits_of(copied), one, atol=1e-6, rtol=0)  # what is saved is what is here
+    drop_expert(drop_expert(model, "text"), "image")
+    assert logits_of(model).isfinite().all() and model.config.text_config.num_experts == 1
+
+
+def test_a_merge_before_a_change_cannot_be_undone_after_it(adapters):
+    model = grown(adapters, shared=True)
+    model.merge_expert_lora()
+    drop_expert(model, "image")
+    with pytest.raises(ValueError, match="not merged"):
+        model.unmerge_expert_lora()
+    assert logits_of(model).isfinite().all()
+
+
+def test_a_projector_that_was_not_named_must_be_the_models(adapters, tmp_path):
+    """An adapter with two projectors, of which one is asked for."""
+    dense = tiny_model(DENSE)
+    both = randomised(get_peft_model(dense, prepare_stage(dense, "experts", ["image", "speech"], r=4)), 9)
+    both.save_pretrained(tmp_path)
+    model = grown(adapters, shared=True)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"another projector for vision .*'image': 'x'"):
+        add_expert(model, "x", tmp_path, projectors={"speech": "x"})
+    assert_same_state(model, before)
+    add_expert(model, "x", tmp_path, projectors={"speech": "x", "image": "x"})
+
+
+def test_routers_of_a_half_precision_model_are_balanced_as_they_are_saved(tmp_path):
+    model = tiny_model({"shared_expert_base": True, "num_experts": 8, "hidden_size": 128}, seed=2)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(4 * torch.randn(128))
+    model.save_pretrained(tmp_path)
+    model = UniMoEForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    batches = [make_inputs(model.config, (90,), (70, "audio"), seed=seed) for seed in range(12)]
+    ratios = balance_routers(model, batches)
+    assert max(ratios.values()) < 1.2
+    model.save_pretrained(tmp_path / "again")
+    again = UniMoEForConditionalGeneration.from_pretrained(tmp_path / "again")
+    for block, other in zip(model._experts(), again._experts(), strict=True):
+        assert block.num_experts == other.num_experts
+    for name, tensor in model.state_dict().items():
+        if ".mlp.gate." in name:
+            assert tensor.dtype == torch.float32 and torch.equal(tensor, again.state_dict()[name])
 
 
 def test_a_changed_mixture_trains(adapters):

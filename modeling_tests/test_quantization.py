@@ -5,6 +5,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from peft import PeftModel
+from test_training import make
 from tiny import picture, tiny_model, tiny_processor
 from tiny_training import make_trainer, write_media
 from transformers import BitsAndBytesConfig, FineGrainedFP8Config, TorchAoConfig
@@ -162,6 +163,21 @@ def test_stage_3_trains_on_a_quantised_base_and_its_adapter_loads_again(method, 
             parameter.data = parameter.data.to(before[name].dtype)
     with torch.no_grad():
         assert torch.equal(loaded(**inputs(loaded)).logits, run.model.eval()(**inputs(model)).logits)
+
+
+@pytest.mark.parametrize("method", ["4bit", "8bit"])
+def test_our_trainer_trains_float32_over_a_quantised_base(method, saved, tmp_path):
+    model = UniMoEForConditionalGeneration.from_pretrained(
+        saved["shared"], dtype=torch.bfloat16, quantization_config=quantisation(method)
+    )
+    media = tmp_path / "media"
+    media.mkdir()
+    run = make(write_media(media), tmp_path, model, "moe", learning_rate=4e-5, max_steps=3)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
+    assert {tensor.dtype for tensor in before.values()} == {torch.float32}
+    run.train()
+    moved = {name: (p != before[name]).float().mean() for name, p in run.model.named_parameters() if name in before}
+    assert all(share > 0.9 for name, share in moved.items() if "projector" in name and "weight" in name), moved
 
 
 # optimum-quanto compiles its kernels on first use.

@@ -10,10 +10,10 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from test_stages import DENSE, trainable
-from tiny import MODALITIES, tiny_model, tiny_processor
+from tiny import MODALITIES, tiny_model, tiny_processor, user
 from tiny_training import rows, write_media
 from transformers import TrainerCallback
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from uni_moe_hf import (
     UniMoEDataCollator,
@@ -38,7 +38,7 @@ def trainer(media, tmp_path):
     return partial(make, media, tmp_path)
 
 
-def make(media, folder, model, stage, kind=UniMoESFTTrainer, data=None, own=None, **settings):
+def make(media, folder, model, stage, kind=UniMoESFTTrainer, data=None, own=None, peft_config=None, **settings):
     """A trainer of four steps of two rows, float32 on a CPU."""
     defaults = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "per_device_train_batch_size": 2}
     defaults |= {"learning_rate": 1e-2, "max_steps": 4, "logging_steps": 1, "report_to": "none", "seed": 3}
@@ -47,10 +47,12 @@ def make(media, folder, model, stage, kind=UniMoESFTTrainer, data=None, own=None
     return kind(
         model=model,
         args=sft_config(stage, settings.pop("output_dir", folder), **{**defaults, **settings}),
-        train_dataset=Dataset.from_list(data or rows(), on_mixed_types="use_json"),
+        train_dataset=data
+        if hasattr(data, "features")
+        else Dataset.from_list(data or rows(), on_mixed_types="use_json"),
         processing_class=processor,
         data_collator=UniMoEDataCollator(processor, media_root=media),
-        peft_config=prepare_stage(model, stage),
+        peft_config=prepare_stage(model, stage) if peft_config is None else peft_config,
         **(own or {}),
     )
 
@@ -210,6 +212,80 @@ def kinds_of(data: Dataset, order: list[int]) -> list[tuple]:
     from uni_moe_hf.data import row_modalities
 
     return [row_modalities(data[index])[0] for index in order]
+
+
+@pytest.mark.parametrize("stage", ["connectors", "moe"])
+def test_training_goes_on_over_batches_of_which_every_row_is_skipped(trainer, stage):
+    broken = {"messages": [*user({"type": "image", "path": "nowhere.png"}), {"role": "assistant", "content": "x"}]}
+    model = tiny_model(DENSE if stage == "connectors" else None)
+    sft = trainer(model, stage, data=[broken, *rows(1), broken, broken], per_device_train_batch_size=1)
+    sft.data_collator.skip_bad_rows = True
+    sft.train()
+    assert sft.state.global_step == 4
+    losses = [entry["loss"] for entry in sft.state.log_history if "loss" in entry]
+    assert sorted(losses)[:3] == [0.0] * 3 and all(torch.isfinite(p).all() for p in sft.model.parameters())
+
+
+def test_evaluation_does_not_change_what_is_logged_of_training(trainer):
+    loads = []
+    data = Dataset.from_list(rows(), on_mixed_types="use_json")
+    for settings in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+        model = tiny_model()
+        settings |= {"peft_config": prepare_stage(model, "moe", lora_dropout=0.0)}
+        for module in model.modules():  # evaluation draws random numbers that dropout would have had
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        sft = trainer(model, "moe", data=data, own={"eval_dataset": data.select([2, 3])}, **settings)
+        sft.train()
+        loads.append([{k: v for k, v in each.items() if "load/" in k} for each in sft.state.log_history])
+    assert [each for each in loads[0] if each] == [each for each in loads[1] if each]
+
+
+@pytest.mark.parametrize("own", [{}, {"learning_rates": {"vision connector": "3e-4"}}], ids=["plain", "text"])
+def test_rates_may_be_text_and_a_text_experts_checkpoints_are_interchangeable(trainer, own, tmp_path):
+    """YAML reads 3e-4 as text; an expert without projectors has a group without parameters."""
+    model = tiny_model(DENSE)
+    if own:
+        sft = trainer(model, "experts", own=own)
+        sft.create_optimizer()
+        assert {group["lr"] for group in sft.optimizer.param_groups} == {1e-2, 3e-4}
+        return
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    for first, second in ((SFTTrainer, UniMoESFTTrainer), (UniMoESFTTrainer, SFTTrainer)):
+        folder = tmp_path / first.__name__
+        runs = []
+        for kind in (first, second):
+            model = tiny_model(DENSE)
+            peft_config = prepare_stage(model, "experts", [])
+            runs.append(trainer(model, "experts", kind, output_dir=folder, peft_config=peft_config, **saving))
+        runs[0].train()
+        shutil.rmtree(folder / "checkpoint-4")
+        runs[1].train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+        for (name, one), (_, other) in zip(
+            runs[0].model.named_parameters(), runs[1].model.named_parameters(), strict=True
+        ):
+            assert torch.equal(one, other), name
+
+
+def test_data_and_settings_that_cannot_be_trained_on_are_refused(trainer, tmp_path):
+    stream = Dataset.from_list(rows(), on_mixed_types="use_json").to_iterable_dataset()
+    with pytest.raises(ValueError, match="needs a whole data set; a stream"):
+        trainer(tiny_model(), "moe", data=stream, own={"group_by_modality": True})
+    with pytest.raises(ValueError, match="hold no rows"):
+        trainer(tiny_model(), "moe", data=Dataset.from_list([]))
+    args = SFTConfig(str(tmp_path), use_cpu=True, remove_unused_columns=False, logging_nan_inf_filter=False)
+    with pytest.raises(ValueError, match="'skip_prepare_dataset': True"):
+        UniMoESFTTrainer(model=tiny_model(), args=args, train_dataset=stream)
+    settings = {"split_batches": True, "dispatch_batches": False}
+    more = sft_config("moe", tmp_path, use_cpu=True, accelerator_config=settings)
+    assert more.accelerator_config.split_batches and more.accelerator_config.dispatch_batches is False
+
+
+def test_rows_that_cannot_be_read_are_grouped_together_and_named_by_the_collator():
+    bad = {"conversations": [{"from": "human", "value": "<image><image>"}], "image": ["0.png"]}
+    data = [*rows(3), bad, {"messages": [{"role": "user", "content": None}]}]
+    order = list(ModalityGroupedSampler(data, 2))
+    assert sorted(order) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("size", [2, 4, 7])

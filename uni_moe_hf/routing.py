@@ -134,6 +134,7 @@ class RoutingRecorder:
         self._counts = dict.fromkeys(self.layers)  # layer -> (M, E) on its router's device
         self._types: torch.Tensor | None = None  # (B * T,) of the tokens that are under way; M for those not counted
         self._waiting: set[int] = set()
+        self.paused = False  # while it is True, nothing is counted
 
     def report(self) -> RoutingReport:
         """
@@ -154,7 +155,8 @@ class RoutingRecorder:
             kwargs = {**dict(zip(("input_ids", "attention_mask"), args, strict=False)), **kwargs}
         ids, embeds, cache = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
         tokens = ids if ids is not None else embeds
-        if tokens is None:  # the model itself will complain
+        self._waiting = set()
+        if tokens is None or self.paused:  # without tokens the model itself will complain
             return
         types = torch.zeros(tokens.shape[:2], dtype=torch.long, device=tokens.device)  # (B, T)
         if ids is not None:

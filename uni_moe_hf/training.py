@@ -60,11 +60,20 @@ def sft_config(stage: str, output_dir: str | Path, **settings: Any) -> SFTConfig
     """
     if stage not in STAGES:
         raise ValueError(f"There is no stage {stage!r}; the stages are {list(STAGES)}.")
-    if wrong := [name for name, value in REQUIRED.items() if name in settings and settings[name] != value]:
+    if wrong := [name for name, value in REQUIRED.items() if name in settings and not _holds(settings[name], value)]:
         raise ValueError(f"Training on media needs {', '.join(f'`{name}={REQUIRED[name]}`' for name in wrong)}.")
     paper = {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0}
     paper |= {"learning_rate": STAGES[stage].learning_rate}
-    return SFTConfig(output_dir=str(output_dir), **{**paper, **settings, **REQUIRED})
+    for name, value in REQUIRED.items():
+        settings[name] = {**settings[name], **value} if isinstance(settings.get(name), dict) else value
+    return SFTConfig(output_dir=str(output_dir), **{**paper, **settings})
+
+
+def _holds(given: Any, required: Any) -> bool:
+    """Whether a setting is what media demand; of a dictionary these fields alone count."""
+    if not isinstance(given, dict):
+        return given == required
+    return all(given.get(name, value) == value for name, value in required.items())
 
 
 class UniMoESFTTrainer(SFTTrainer):
@@ -95,14 +104,29 @@ class UniMoESFTTrainer(SFTTrainer):
         group_by_modality: bool = False,
         **kwargs: Any,
     ):
+        config = kwargs.get("args", args[1] if len(args) > 1 else None)
+        if config is not None and not (getattr(config, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
+            raise ValueError(
+                "Training on media needs `dataset_kwargs={'skip_prepare_dataset': True}`; make the config with "
+                "`sft_config`."
+            )
+        data = kwargs.get("train_dataset", args[3] if len(args) > 3 else None)
+        if hasattr(data, "__len__") and not len(data):
+            raise ValueError("The training data hold no rows.")
         super().__init__(*args, **kwargs)
         if wrong := [name for name in ("remove_unused_columns", "logging_nan_inf_filter") if getattr(self.args, name)]:
             raise ValueError(f"Training on media needs `{wrong[0]}=False`; make the config with `sft_config`.")
         if self.args.should_save and not os.access(self.args.output_dir, os.W_OK):
             raise PermissionError(f"'{self.args.output_dir}' cannot be written to; choose another `output_dir`.")
-        self.learning_rates = dict(learning_rates or {})
+        for parameter in self.model.parameters():
+            # Over a base of 4 or 8 bits TRL makes what is trained bfloat16, where small updates are lost.
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+        self.learning_rates = {part: float(rate) for part, rate in (learning_rates or {}).items()}
         if unknown := [part for part in self.learning_rates if part not in PARTS]:
             raise ValueError(f"There are no parts {unknown}; learning rates can be given for {list(PARTS)}.")
+        if group_by_modality and not hasattr(data, "__len__"):
+            raise ValueError("`group_by_modality` needs a whole data set; a stream is read in its own order.")
         self.group_by_modality = group_by_modality
         if isinstance(self.data_collator, UniMoEDataCollator):
             self.data_collator.describe_rows = True  # so that a bad batch can be named
@@ -115,7 +139,8 @@ class UniMoESFTTrainer(SFTTrainer):
         parts = {id(parameter): part_of(name) for name, parameter in self.model.named_parameters()}
         groups, used = [], set()
         for group in optimizer.param_groups:
-            by_part: dict[str | None, list] = {}
+            # The library keeps a group without parameters as well, and a checkpoint has as many as it was saved with.
+            by_part: dict[str | None, list] = {} if group["params"] else {None: []}
             for parameter in group["params"]:
                 part = parts[id(parameter)] if parts[id(parameter)] in self.learning_rates else None
                 by_part.setdefault(part, []).append(parameter)
@@ -133,7 +158,8 @@ class UniMoESFTTrainer(SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         dataset = self.train_dataset if train_dataset is None else train_dataset
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return ModalityGroupedSampler(dataset, size, self.args.data_seed or self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return ModalityGroupedSampler(dataset, size, seed)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in the library, counting losses and routes meanwhile."""
@@ -142,6 +168,16 @@ class UniMoESFTTrainer(SFTTrainer):
             if self.model.config.get_text_config().is_sparse:
                 self._routing = stack.enter_context(record_routing(self.model))
             return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the library, uncounted."""
+        if self._routing is None:
+            return super().evaluation_loop(*args, **kwargs)
+        self._routing.paused = True
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self._routing.paused = False
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in TRL; stops at a loss that is no number, before it reaches a weight."""
@@ -267,7 +303,10 @@ class ModalityGroupedSampler(Sampler[int]):
         self.kinds: dict[tuple[str, ...], list[int]] = {}
         self.lengths = []
         for index in range(len(dataset)):
-            modalities, words = row_modalities(dataset[index])
+            try:
+                modalities, words = row_modalities(dataset[index])
+            except ValueError:  # the collator will name the row, or skip it
+                modalities, words = ("unreadable",), 0
             self.kinds.setdefault(modalities, []).append(index)
             self.lengths.append(words)
 
@@ -337,8 +376,8 @@ def _what_is_torn(folder: Path, step: int) -> str:
             file = folder / name
             if name.endswith(".json"):
                 content = json.loads(file.read_text(encoding="utf-8"))
-                if name == "trainer_state.json" and content.get("global_step") != step:
-                    return f"trainer_state.json is of step {content.get('global_step')}"
+                if name == "trainer_state.json" and dict(content).get("global_step") != step:
+                    return f"trainer_state.json is of step {dict(content).get('global_step')}"
                 if name.endswith(".safetensors.index.json"):
                     if missing := set(content["weight_map"].values()) - names:
                         return f"{sorted(missing)[0]} is missing"
@@ -349,7 +388,7 @@ def _what_is_torn(folder: Path, step: int) -> str:
                 with zipfile.ZipFile(file) as archive:
                     if broken := archive.testzip():
                         return f"{name} is damaged at {broken}"
-    except (ValueError, OSError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, OSError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
         return f"{name} cannot be read ({error})"
     return ""
 
