@@ -378,7 +378,8 @@ def test_a_batch_without_a_usable_row_teaches_nothing_and_a_hundred_are_an_error
     collate = UniMoEDataCollator(processor, skip_bad_rows=True, describe_rows=True)
     broken = [BROKEN["missing file"], BROKEN["NaN"]]
     batch = collate(broken)
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "rows"}
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "rows", "num_skipped"}
+    assert batch["num_skipped"] == 2
     assert batch["labels"].eq(-100).all() and len(batch["labels"]) == 1
     assert batch["rows"] == ["an empty row in place of 2 that were skipped"]
     assert collate.skipped.total() == 2

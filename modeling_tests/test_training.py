@@ -223,6 +223,7 @@ def test_training_goes_on_over_batches_of_which_every_row_is_skipped(trainer, st
     sft.train()
     assert sft.state.global_step == 4
     losses = [entry["loss"] for entry in sft.state.log_history if "loss" in entry]
+    assert max(entry.get("rows_skipped", 0) for entry in sft.state.log_history) == 3
     assert sorted(losses)[:3] == [0.0] * 3 and all(torch.isfinite(p).all() for p in sft.model.parameters())
 
 

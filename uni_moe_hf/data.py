@@ -42,7 +42,8 @@ class UniMoEDataCollator:
         voice (`str`, *optional*, defaults to `"speech"`): What the original format's `voice` files are.
         media_root (`str` or `Path`, *optional*): Folder that relative paths start from; else that of the file from
             which [`load_rows`] read the row, else the working directory.
-        describe_rows (`bool`, *optional*, defaults to `False`): Whether batches carry `rows`, a description of each.
+        describe_rows (`bool`, *optional*, defaults to `False`): Whether batches carry `rows`, a description of each,
+            and `num_skipped`.
 
     A batch of which every row is skipped becomes one empty row without labels, so that training goes on.
 
@@ -98,7 +99,10 @@ class UniMoEDataCollator:
         if not batch:
             named = [(f"an empty row in place of {len(rows)} that were skipped", EMPTY_ROW)]
             batch = self._encode([EMPTY_ROW], learned=False)
-        return batch | {"rows": [name for name, _ in named]} if self.describe_rows else batch
+        if self.describe_rows:
+            skipped = len(rows) - sum(messages is not EMPTY_ROW for _, messages in named)
+            batch |= {"rows": [name for name, _ in named], "num_skipped": skipped}
+        return batch
 
     def _messages(self, row: Mapping[str, Any]) -> list[dict] | None:
         """A row as messages with rooted paths; `None` when it is skipped."""

@@ -99,7 +99,8 @@ def export_expert(
     source: str | Path | UniMoEForConditionalGeneration, output_folder: str | Path, name: str | None = None
 ) -> Path:
     r"""
-    Writes an expert as an ordinary PEFT adapter of the plain LLM, with the projector beside it.
+    Writes an expert as an ordinary PEFT adapter of the plain LLM, with the projector beside it. Of a mixture after
+    stage 3 it is the expert alone: attention, which that stage trains too, is not in it.
 
     Args:
         source (`str`, `Path` or [`UniMoEForConditionalGeneration`]): A stage-2 checkpoint, with the composite model's

@@ -81,8 +81,8 @@ class UniMoESFTTrainer(SFTTrainer):
     `SFTTrainer` with learning rates by part, batches of one mixture of modalities, and logs of what a mixture does.
 
     Logged besides TRL's own: `loss/<modalities>` for rows with these media, and with experts `load/<expert>`, its
-    share of all tokens, and `load/max_over_min` of the most uneven layer; whatever the auxiliary loss. They are
-    counted on the device and read when the trainer logs.
+    share of all tokens, and `load/max_over_min` of the most uneven layer; whatever the auxiliary loss; and
+    `rows_skipped` so far, where bad rows may be. They are counted on the device and read when the trainer logs.
 
     Args:
         args: As `SFTTrainer`.
@@ -132,6 +132,7 @@ class UniMoESFTTrainer(SFTTrainer):
             self.data_collator.describe_rows = True  # so that a bad batch can be named
         self._losses = ModalityLosses(self.model)
         self._routing: Any = None
+        self._skipped = 0
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The library's, its groups split by [`learning_rates`]."""
@@ -182,6 +183,7 @@ class UniMoESFTTrainer(SFTTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in TRL; stops at a loss that is no number, before it reaches a weight."""
         rows = inputs.pop("rows", None)
+        self._skipped += inputs.pop("num_skipped", 0)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         metrics = self._metrics["train" if self.model.training else "eval"]
         # TRL has just brought these to the host; the loss itself would have to be waited for.
@@ -199,6 +201,9 @@ class UniMoESFTTrainer(SFTTrainer):
             logs |= self._losses.read(self.accelerator)
             if self._routing is not None:
                 logs |= _loads(self._routing, self.accelerator)
+            if getattr(self.data_collator, "skip_bad_rows", False):
+                skipped = torch.tensor(float(self._skipped), device=self.accelerator.device)
+                logs["rows_skipped"] = self.accelerator.reduce(skipped).item()
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
