@@ -1,4 +1,4 @@
-"""From rows to training batches: labels, both row formats, what is cut and what is skipped."""
+"""From files of rows to training batches: labels, both row formats, what is cut and what is skipped."""
 
 import base64
 import copy

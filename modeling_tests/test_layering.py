@@ -33,7 +33,7 @@ DRAWING = {
     "processing_uni_moe": {"configuration_uni_moe", "feature_extraction_uni_moe", "media_uni_moe"},
 }
 TOOLS = {"composition", "stages", "data", "training", "routing", "plotting", "cli"}
-TOOLS |= {"expert_adapters", "elastic_experts"}
+TOOLS |= {"expert_adapters", "elastic_experts", "row_files"}
 TOOLS |= {"checkpoints", "original_format", "original_files", "conversion", "merging", "model_card"}
 
 # What every installation has, and what a Hub file may use where it is there.

@@ -41,7 +41,7 @@ _MODULES = {
     "from_pretrained_parts": "composition",
     "grow_experts": "composition",
     "last_complete_checkpoint": "training",
-    "load_rows": "data",
+    "load_rows": "row_files",
     "merge_experts": "elastic_experts",
     "merge_modalities": "merging",
     "moe_lora_config": "stages",

@@ -262,7 +262,8 @@ def _batches(args: argparse.Namespace, batch_size: int, model: Any, processor: A
         return
     from transformers import BatchFeature
 
-    from .data import UniMoEDataCollator, load_rows
+    from .data import UniMoEDataCollator
+    from .row_files import load_rows
 
     rows = load_rows(args.data)
     rows = rows.select(range(0, len(rows), -(-len(rows) // args.limit)))  # spread over the file, which may be sorted
