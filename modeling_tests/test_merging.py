@@ -114,7 +114,7 @@ def without_expert(expert: int):
     def hook(router, args, outputs):
         logits = outputs[0].clone()
         logits[:, expert] = -torch.inf
-        top, index = torch.topk(logits, router.top_k, dim=-1)
+        top, index = torch.topk(logits, router.config.num_experts_per_tok, dim=-1)
         return logits, torch.softmax(top, dim=-1), index
 
     return hook
