@@ -238,18 +238,50 @@ def balance_routers(
         raise ValueError("Routers are balanced on batches, and there are none.")
     was_training = model.training
     model.eval()
+    ratios, blocks = {}, dict(_layers(model))
     try:
-        return {layer: _balance(model, block, batches, rounds) for layer, block in _layers(model)}
+        # From layer to layer with all batches, so that towers and layers run once for all routers.
+        layers = model.model.language_model.layers
+        calls = [_stopped_at(layers[0], model, **batch, use_cache=False) for batch in batches]
+        for number, layer in enumerate(layers):
+            if number in blocks:
+                rows = []
+                for batch, (args, kwargs) in zip(batches, calls, strict=True):
+                    (hidden,), _ = _stopped_at(blocks[number], layer, *args, **kwargs)  # (B, T, H)
+                    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+                    rows.append(hidden[mask.to(hidden.device)].float())
+                ratios[number] = _balance(blocks[number], torch.cat(rows), rounds)
+            calls = [((layer(*args, **kwargs), *args[1:]), kwargs) for args, kwargs in calls]
     finally:
         model.train(was_training)
+    return ratios
 
 
-def _balance(
-    model: UniMoEForConditionalGeneration, block: UniMoESparseMoeBlock, batches: list[dict[str, Any]], rounds: int
-) -> float:
-    """Shifts one router; returns largest over smallest share."""
-    hidden = _router_inputs(model, block, batches)  # (N, H)
-    weight, top_k = block.gate.weight.float(), model.config.text_config.num_experts_per_tok
+class _Reached(Exception):
+    """Ends a forward pass where its rest does not matter."""
+
+
+def _stopped_at(module: nn.Module, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
+    """What `module` is called with when `model` is."""
+    seen: list[tuple[tuple, dict[str, Any]]] = []
+
+    def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+        raise _Reached
+
+    hook = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(*args, **kwargs)
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+def _balance(block: UniMoESparseMoeBlock, hidden: torch.Tensor, rounds: int) -> float:
+    """Shifts a router for the tokens `(N, H)` that it sees; returns largest over smallest share."""
+    weight, top_k = block.gate.weight.float(), block.gate.config.num_experts_per_tok
     gram = hidden.T @ hidden
     ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
     direction = torch.linalg.solve(gram + ridge, hidden.sum(dim=0))  # (H,)
@@ -271,22 +303,6 @@ def _balance(
         shift = shift + step * (1 - number / rounds) * (top_k / len(weight) - share)
     block.gate.weight.add_((best[:, None] * direction).to(block.gate.weight.dtype))
     return ratio(shares(hidden @ block.gate.weight.float().T))  # of what is stored, rounding included
-
-
-def _router_inputs(model: nn.Module, block: UniMoESparseMoeBlock, batches: list[Mapping[str, Any]]) -> torch.Tensor:
-    """`(N, H)` what the router of a block sees of the real tokens of all batches."""
-    seen: list[torch.Tensor] = []
-    hook = block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    rows = []
-    try:
-        for batch in batches:
-            seen.clear()
-            model(**batch, logits_to_keep=1)
-            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-            rows.append(seen[0][mask.to(seen[0].device)].float())
-    finally:
-        hook.remove()
-    return torch.cat(rows)
 
 
 def _config_of(model: Any) -> UniMoETextConfig:

@@ -98,13 +98,16 @@ def train(root: Path, parts: dict[str, str], max_steps: int | None) -> dict[str,
         "stage2/speech": lambda n: stage2(root, n, "speech", "speech"),
         "stage3": lambda n: stage3(root, n),
     }
-    minutes = {}
+    noted = root / "minutes.json"
+    minutes = json.loads(noted.read_text()) if noted.exists() else {}
     for name, job in jobs.items():
-        start = time.time()
-        job(steps[name])
-        minutes[name] = (time.time() - start) / 60
-    (root / "model").symlink_to((root / "stage3/merged").resolve())
-    (root / "minutes.json").write_text(json.dumps(minutes))
+        if name not in minutes:  # a run that was interrupted goes on with the first stage that was not finished
+            start = time.time()
+            job(steps[name])
+            minutes[name] = (time.time() - start) / 60
+            noted.write_text(json.dumps(minutes))
+    if not (root / "model").exists():
+        (root / "model").symlink_to((root / "stage3/merged").resolve())
     return minutes
 
 
