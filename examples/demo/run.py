@@ -69,7 +69,7 @@ def stage2(root: Path, expert: str) -> None:
 
 def stage3(root: Path) -> None:
     args = f"--config {CONFIGS / 'stage3_moe.yaml'} --dataset_name {root / 'data/stage3.jsonl'}"
-    args += f" --output_dir {root / 'stage3'} --learning_rate 1.5e-3 --num_train_epochs 1"
+    args += f" --output_dir {root / 'stage3'} --learning_rate 1.5e-3 --num_train_epochs 1.25"
     args += f" --model_name_or_path {root / 'stage1'} --layers even --experts text= "
     args += " ".join(f"{name}={root / 'stage2' / name / 'expert'}" for name in EXPERTS)
     train_stage3_moe.main(*train_stage3_moe.parse(args.split() + TINY))
