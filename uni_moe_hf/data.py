@@ -94,11 +94,11 @@ class UniMoEDataCollator:
         self._barren = 0 if batch else self._barren + 1
         if self._barren > MAX_BARREN:
             raise ValueError(f"No row of the last {MAX_BARREN} batches could be used: {dict(self.skipped)}.")
+        skipped = len(rows) - len(named)
         if not batch:
             named = [(f"an empty row in place of {len(rows)} that were skipped", EMPTY_ROW)]
             batch = self._encode([EMPTY_ROW], learned=False)
         if self.describe_rows:
-            skipped = len(rows) - sum(messages is not EMPTY_ROW for _, messages in named)
             batch |= {"rows": [name for name, _ in named], "num_skipped": skipped}
         return batch
 
