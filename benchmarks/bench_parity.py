@@ -4,7 +4,7 @@ How far converted models are from the numbers that the original code computed fo
     python benchmarks/bench_parity.py [--output benchmarks/results/parity.md]
 
 Largest absolute difference over all cases of a variant (of the loss the relative one), beside the tolerance that the
-tests hold: `modeling_tests/test_conversion.py`.
+tests hold: `modeling_tests/original/test_conversion.py`.
 """
 
 import argparse

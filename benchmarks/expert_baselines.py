@@ -10,8 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from uni_moe_hf import UniMoETextConfig
-from uni_moe_hf.expert_segments_uni_moe import _add_linear, _linear, _swiglu, _swiglu_backward
-from uni_moe_hf.experts_uni_moe import UniMoELoraExperts
+from uni_moe_hf.hub.expert_segments_uni_moe import _add_linear, _linear, _swiglu, _swiglu_backward
+from uni_moe_hf.hub.experts_uni_moe import UniMoELoraExperts
 
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

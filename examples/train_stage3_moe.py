@@ -34,7 +34,7 @@ from uni_moe_hf import (
     load_rows,
     prepare_stage,
 )
-from uni_moe_hf.stages import stage_table
+from uni_moe_hf.training.stages import stage_table
 
 
 @dataclass

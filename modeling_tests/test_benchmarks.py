@@ -3,12 +3,11 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from tiny import ROOT
 
 
-ROOT = Path(__file__).parents[1]
 SMALLEST = {
     "bench_conversion.py": ["--layers", "2", "--hidden", "512", "--inner", "1376", "--shards", "1", "--repeats", "1"],
     "bench_experts.py": ["--only", "tiny E4", "--repeats", "2"],

@@ -15,15 +15,15 @@ import soundfile
 import torch
 import yaml
 from PIL import Image
-from test_composition import parts, save_dino
-from tiny import picture, tiny_processor, tiny_tokenizer, tone, user
+from tiny import ROOT, picture, tiny_processor, tiny_tokenizer, tone, user
+from tiny_parts import parts, save_dino
 from transformers import AutoModel, AutoProcessor
 
 from uni_moe_hf import check_rows
-from uni_moe_hf.training import REQUIRED
+from uni_moe_hf.training.trainer import REQUIRED
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 TINY = (
     "--use_cpu --bf16 false --gradient_checkpointing false --max_steps 2 --per_device_train_batch_size 2 "
     "--gradient_accumulation_steps 1 --save_strategy no --report_to none --disable_tqdm true"

@@ -1,4 +1,4 @@
-"""The house as drawn: who may import whom, what Hub files may need, and how long a file may be."""
+"""The house as drawn: which folder may import which, what Hub files may need, and how long a file may be."""
 
 import ast
 import re
@@ -6,48 +6,65 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import PACKAGE, TESTS
 from transformers.dynamic_module_utils import get_relative_imports
 
 
-PACKAGE = Path(__file__).parents[1] / "uni_moe_hf"
-MODULES = sorted(file.stem for file in PACKAGE.glob("*.py") if file.stem != "__init__")
-HUB_MODULES = [module for module in MODULES if module.endswith("_uni_moe")]
+# From the ground up: a folder may import those before it. `hub` is the Hub line, what travels in checkpoints.
+FLOORS = ["hub", "mixtures", "original", "training", "evaluation", "insight", "serving", "cli"]
+FILES = sorted(file.relative_to(PACKAGE) for file in PACKAGE.rglob("*.py"))
+HUB_MODULES = [file.stem for file in FILES if file.parts[0] == "hub" and file.stem != "__init__"]
 
 # Hub file -> the Hub files that it may import. Nothing points back, so nothing goes round.
-MIDDLE = {"experts_uni_moe", "connectors_uni_moe", "beats_uni_moe"}
 DRAWING = {
-    "configuration_uni_moe": set(),
+    "compat_uni_moe": set(),
+    "configuration_uni_moe": {"compat_uni_moe"},
     "quantization_uni_moe": set(),
     "expert_segments_uni_moe": set(),
-    "expert_kernels_uni_moe": {"configuration_uni_moe", "expert_segments_uni_moe", "quantization_uni_moe"},
+    "expert_kernels_uni_moe": {"compat_uni_moe", "expert_segments_uni_moe", "quantization_uni_moe"},
     "experts_uni_moe": {"configuration_uni_moe", "expert_kernels_uni_moe", "quantization_uni_moe"},
     "connectors_uni_moe": {"configuration_uni_moe"},
-    "beats_uni_moe": {"configuration_uni_moe"},
+    "beats_uni_moe": {"compat_uni_moe", "configuration_uni_moe"},
     "media_uni_moe": set(),
-    "feature_extraction_uni_moe": {"configuration_uni_moe", "media_uni_moe"},
+    "feature_extraction_uni_moe": {"media_uni_moe"},
+    "conversations_uni_moe": {"compat_uni_moe", "configuration_uni_moe", "media_uni_moe"},
+    "processing_uni_moe": {"configuration_uni_moe", "conversations_uni_moe", "media_uni_moe"},
     "pipeline_uni_moe": set(),
-    "generation_uni_moe": {"configuration_uni_moe"},
-    "modeling_uni_moe": {"configuration_uni_moe", "expert_kernels_uni_moe", "generation_uni_moe", "pipeline_uni_moe"}
-    | {"quantization_uni_moe"}
-    | MIDDLE,
-    "processing_uni_moe": {"configuration_uni_moe", "feature_extraction_uni_moe", "media_uni_moe"},
+    "generation_uni_moe": {"compat_uni_moe", "configuration_uni_moe"},
+    "modeling_uni_moe": {"compat_uni_moe", "configuration_uni_moe", "expert_kernels_uni_moe", "generation_uni_moe"}
+    | {"quantization_uni_moe", "experts_uni_moe", "connectors_uni_moe", "beats_uni_moe", "pipeline_uni_moe"},
 }
-TOOLS = {"composition", "stages", "data", "training", "routing", "plotting", "cli"}
-TOOLS |= {"expert_adapters", "elastic_experts", "row_files"}
-TOOLS |= {"checkpoints", "original_format", "original_files", "conversion", "merging", "model_card"}
 
 # What every installation has, and what a Hub file may use where it is there.
 ALLOWED = {"torch", "numpy", "transformers", "huggingface_hub", "tokenizers", "PIL"} | set(sys.stdlib_module_names)
 OPTIONAL = {"soundfile", "soxr", "av", "decord"}
 
 
-def source(module: str) -> str:
-    return (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+def source(file: Path) -> str:
+    return (PACKAGE / file).read_text(encoding="utf-8")
 
 
-def relative_imports(module: str) -> list[ast.ImportFrom]:
+def hub_source(module: str) -> str:
+    return source(Path("hub", f"{module}.py"))
+
+
+def relative_imports(text: str) -> list[ast.ImportFrom]:
     """All of them, also inside functions."""
-    return [node for node in ast.walk(ast.parse(source(module))) if isinstance(node, ast.ImportFrom) and node.level]
+    return [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and node.level]
+
+
+def imported_modules(file: Path) -> set[Path]:
+    """The files of the package that a file imports, also inside functions."""
+    found = set()
+    for node in relative_imports(source(file)):
+        base = file.parents[node.level - 1]
+        target = base / Path(*(node.module or "").split("."))
+        names = [target.with_suffix(".py")] if node.module else []
+        # `from . import a, b` may name modules; what it names besides is defined in `__init__`.
+        names += [target / f"{alias.name}.py" for alias in node.names] if not node.module else []
+        known = {name for name in names if name in FILES}
+        found |= known or {target / "__init__.py"}
+    return found
 
 
 def absolute_imports(node: ast.AST, guarded: bool = False) -> list[tuple[str, bool]]:
@@ -66,13 +83,39 @@ def absolute_imports(node: ast.AST, guarded: bool = False) -> list[tuple[str, bo
     return found
 
 
-def test_every_module_stands_in_the_drawing():
+def test_every_folder_is_a_floor_of_the_house_and_says_in_two_lines_what_it_is_for():
+    folders = {file.parts[0] for file in FILES if len(file.parts) > 1}
+    assert folders <= set(FLOORS)
+    assert {file.name for file in FILES if len(file.parts) == 1} == {"__init__.py"}
+    for folder in folders:
+        text = ast.get_docstring(ast.parse(source(Path(folder, "__init__.py"))))
+        assert len(text.splitlines()) == 2, folder
+        assert len([file for file in FILES if file.parts[0] == folder]) <= 16 + 1, folder  # and `__init__`
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if len(file.parts) > 1], ids=str)
+def test_a_folder_imports_only_those_below_it(file):
+    allowed = FLOORS[: FLOORS.index(file.parts[0]) + 1]
+    imported = imported_modules(file)
+    # The command registers the model with the Auto classes, which is what the package's own `__init__` is for.
+    above = {other for other in imported if other.parts[0] not in allowed}
+    assert above <= ({Path("__init__.py")} if file.parts[0] == "cli" else set())
+
+
+def test_the_search_for_imports_finds_every_form(tmp_path, monkeypatch):
+    lines = {
+        "from .info import describe": Path("cli/info.py"),
+        "from ..hub.media_uni_moe import load_image": Path("hub/media_uni_moe.py"),
+        "def f():\n    from . import generate": Path("cli/generate.py"),
+        "from .. import register": Path("__init__.py"),
+    }
+    for text, expected in lines.items():
+        monkeypatch.setattr(f"{__name__}.source", lambda _, text=text: text)
+        assert imported_modules(Path("cli/main.py")) == {expected}
+
+
+def test_the_drawing_of_the_hub_names_every_file_and_has_no_way_back():
     assert set(HUB_MODULES) == set(DRAWING)
-    assert set(MODULES) - set(HUB_MODULES) <= TOOLS
-    assert not [path for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"]
-
-
-def test_the_drawing_has_no_way_back():
     order = list(DRAWING)
     for module, allowed in DRAWING.items():
         assert all(order.index(name) < order.index(module) for name in allowed)
@@ -80,43 +123,44 @@ def test_the_drawing_has_no_way_back():
 
 @pytest.mark.parametrize("module", HUB_MODULES)
 def test_hub_files_import_only_downwards(module):
-    imported = {node.module for node in relative_imports(module)}
+    imported = {node.module for node in relative_imports(hub_source(module))}
     assert imported <= DRAWING[module]
 
 
 def test_the_pipeline_travels_with_the_model():
-    assert "pipeline_uni_moe" in {node.module for node in relative_imports("modeling_uni_moe")}
-    assert not relative_imports("pipeline_uni_moe")
+    assert "pipeline_uni_moe" in {node.module for node in relative_imports(hub_source("modeling_uni_moe"))}
+    assert not relative_imports(hub_source("pipeline_uni_moe"))
 
 
 def test_no_module_imports_in_a_circle():
-    graph = {module: {node.module for node in relative_imports(module)} for module in MODULES}
-    while leaves := [module for module, imported in graph.items() if not imported & set(graph)]:
-        for module in leaves:
-            del graph[module]
+    graph = {file: imported_modules(file) - {file} for file in FILES if file != Path("__init__.py")}
+    while leaves := [file for file, imported in graph.items() if not imported & set(graph)]:
+        for file in leaves:
+            del graph[file]
     assert not graph
 
 
 @pytest.mark.parametrize("module", HUB_MODULES)
 def test_relative_imports_of_hub_files_are_in_the_form_that_the_hub_follows(module):
-    for node in relative_imports(module):
+    text = hub_source(module)
+    for node in relative_imports(text):
         assert node.level == 1 and node.module in HUB_MODULES
-    for line in re.findall(r"^[ \t]*(?:from[ \t]+\.|import[ \t]+\.).*$", source(module), re.MULTILINE):
+    for line in re.findall(r"^[ \t]*(?:from[ \t]+\.|import[ \t]+\.).*$", text, re.MULTILINE):
         assert re.fullmatch(r"[ \t]*from \.[a-z_]+ import \S.*", line)
     # What the library's own search finds, docstrings included, is what Python imports.
-    found = get_relative_imports(PACKAGE / f"{module}.py")
-    assert set(found) == {node.module for node in relative_imports(module)}
+    found = get_relative_imports(PACKAGE / "hub" / f"{module}.py")
+    assert set(found) == {node.module for node in relative_imports(text)}
 
 
 @pytest.mark.parametrize("module", HUB_MODULES)
 def test_hub_files_need_only_what_every_installation_has(module):
-    for name, guarded in absolute_imports(ast.parse(source(module))):
+    for name, guarded in absolute_imports(ast.parse(hub_source(module))):
         assert name in (ALLOWED | OPTIONAL if guarded else ALLOWED), f"{name} outside a try"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_the_package_is_not_imported_by_its_own_name(module):
-    assert "uni_moe_hf" not in {name for name, _ in absolute_imports(ast.parse(source(module)))}
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_the_package_is_not_imported_by_its_own_name(file):
+    assert "uni_moe_hf" not in {name for name, _ in absolute_imports(ast.parse(source(file)))}
 
 
 @pytest.mark.parametrize(
@@ -136,6 +180,13 @@ def test_the_search_for_imports_knows_guarded_ones(text, expected):
     assert absolute_imports(ast.parse(text)) == expected
 
 
-@pytest.mark.parametrize("module", ["__init__", *MODULES])
-def test_a_module_can_be_read_in_one_sitting(module):
-    assert len(source(module).splitlines()) <= 600
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_a_module_can_be_read_in_one_sitting(file):
+    assert len(source(file).splitlines()) <= 600
+
+
+def test_tests_stand_in_the_folders_of_what_they_test():
+    """A name only once: without packages among tests, a second one would hide the first."""
+    files = [file.relative_to(TESTS) for file in TESTS.rglob("test_*.py")]
+    assert {file.parts[0] for file in files if len(file.parts) > 1} <= set(FLOORS)
+    assert len({file.name for file in files}) == len(files)

@@ -1,5 +1,6 @@
 """The wheel holds the package, and imports with nothing but its own requirements."""
 
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -7,9 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from tiny import PACKAGE, ROOT
 
 
-ROOT = Path(__file__).parents[1]
 SITE = Path(sysconfig.get_paths()["purelib"])
 # What only the extras bring. `tests` proves that they are really absent.
 EXTRAS = ("trl", "peft", "accelerate", "datasets", "av", "espeakng_loader", "pytest", "ruff", "build")
@@ -21,10 +22,7 @@ def wheel(tmp_path_factory) -> Path:
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
-    (source / "uni_moe_hf").mkdir()
-    for file in (ROOT / "uni_moe_hf").iterdir():
-        if file.is_file():
-            (source / "uni_moe_hf" / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(PACKAGE, source / "uni_moe_hf", ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
     build = subprocess.run(command, capture_output=True, text=True)
     assert build.returncode == 0, build.stdout + build.stderr
@@ -33,7 +31,7 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_the_wheel_holds_every_module_the_type_marker_and_the_licence(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    modules = {f"uni_moe_hf/{file.name}" for file in (ROOT / "uni_moe_hf").glob("*.py")}
+    modules = {f"uni_moe_hf/{file.relative_to(PACKAGE).as_posix()}" for file in PACKAGE.rglob("*.py")}
     assert modules | {"uni_moe_hf/py.typed"} == {name for name in names if name.startswith("uni_moe_hf/")}
     assert any(name.endswith("LICENSE") for name in names)
 

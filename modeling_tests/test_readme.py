@@ -11,15 +11,14 @@ import pytest
 from golden import FIXTURES
 from originals import write_original
 from peft import get_peft_model
-from tiny import tiny_model, tiny_processor
+from tiny import PACKAGE, ROOT, tiny_model, tiny_processor
 
 from uni_moe_hf import convert_checkpoint
 from uni_moe_hf.cli import main
-from uni_moe_hf.expert_adapters import export_expert
-from uni_moe_hf.stages import prepare_stage
+from uni_moe_hf.mixtures.expert_adapters import export_expert
+from uni_moe_hf.training.stages import prepare_stage
 
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
@@ -98,9 +97,9 @@ def test_commands_of_the_readme_exist():
 
 
 def test_the_tree_of_the_readme_names_every_module():
-    for module in (ROOT / "uni_moe_hf").glob("*.py"):
-        if module.name != "__init__.py":
-            assert re.search(rf"^    {module.name} ", README, flags=re.MULTILINE), module.name
+    for module in PACKAGE.rglob("*.py"):
+        if not module.name.startswith("__"):
+            assert re.search(rf"^ +{module.name} ", README, flags=re.MULTILINE), module.name
 
 
 def test_ci_runs_the_readmes_test_command():

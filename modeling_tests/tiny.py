@@ -1,14 +1,19 @@
 """Tiny random parts for tests and benchmarks: milliseconds, offline."""
 
 import string
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import LlamaTokenizer
 
 from uni_moe_hf import UniMoEConfig, UniMoEForConditionalGeneration, UniMoEProcessor
-from uni_moe_hf.composition import build_processor
+from uni_moe_hf.mixtures.composition import build_processor
 
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+PACKAGE = ROOT / "uni_moe_hf"
 
 WORDS = "A USER: ASSISTANT: what is this it a bird bell red blue yes no hello".split()
 # Pieces as SentencePiece has them: "▁word", single characters, and bytes for everything else.
@@ -31,6 +36,8 @@ FEATURES = {
     "audio": "input_values",
     "speech": "input_features",
 }
+# A decoder without a mixture.
+DENSE = {"mlp_layer_types": ["dense", "dense"]}
 # One of each, a repeated one, and text between, before and behind them.
 MIXED = ("image", 3, "audio", "speech", 2, "video", "image", 4)
 

@@ -8,7 +8,7 @@ from PIL import Image
 from tiny import film, picture, tiny_processor, tone
 from trl import SFTConfig, SFTTrainer
 
-from uni_moe_hf import UniMoEDataCollator
+from uni_moe_hf import UniMoEDataCollator, UniMoESFTTrainer, prepare_stage, sft_config
 
 
 def write_media(folder: Path) -> Path:
@@ -66,4 +66,25 @@ def make_trainer(media: Path, model, folder: Path, peft_config=None, **overrides
         processing_class=processor,
         data_collator=UniMoEDataCollator(processor, media_root=media),
         peft_config=peft_config,
+    )
+
+
+def make_own_trainer(
+    media, folder, model, stage, kind=UniMoESFTTrainer, data=None, own=None, peft_config=None, **settings
+):
+    """A trainer of four steps of two rows, float32 on a CPU."""
+    defaults = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "per_device_train_batch_size": 2}
+    defaults |= {"learning_rate": 1e-2, "max_steps": 4, "logging_steps": 1, "report_to": "none", "seed": 3}
+    defaults |= {"save_strategy": "no", "disable_tqdm": True, "warmup_steps": 0, "lr_scheduler_type": "constant"}
+    processor = tiny_processor(model.config)
+    return kind(
+        model=model,
+        args=sft_config(stage, settings.pop("output_dir", folder), **{**defaults, **settings}),
+        train_dataset=data
+        if hasattr(data, "features")
+        else Dataset.from_list(data or rows(), on_mixed_types="use_json"),
+        processing_class=processor,
+        data_collator=UniMoEDataCollator(processor, media_root=media),
+        peft_config=prepare_stage(model, stage) if peft_config is None else peft_config,
+        **(own or {}),
     )

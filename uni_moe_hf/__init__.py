@@ -13,83 +13,34 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public name -> its module. The first group travels with checkpoints, the second are tools.
-_MODULES = {
-    "AnyToTextPipeline": "pipeline_uni_moe",
-    "BeatsConfig": "configuration_uni_moe",
-    "BeatsModel": "beats_uni_moe",
-    "UniMoEConfig": "configuration_uni_moe",
-    "UniMoEFeatureExtractor": "feature_extraction_uni_moe",
-    "UniMoEForConditionalGeneration": "modeling_uni_moe",
-    "UniMoEModel": "modeling_uni_moe",
-    "UniMoEPreTrainedModel": "modeling_uni_moe",
-    "UniMoEProcessor": "processing_uni_moe",
-    "UniMoETextConfig": "configuration_uni_moe",
-    "UniMoETextModel": "modeling_uni_moe",
-    "UniMoEDataCollator": "data",
-    "UniMoESFTTrainer": "training",
-    "add_expert": "elastic_experts",
-    "balance_routers": "elastic_experts",
-    "build_processor": "composition",
-    "check_rows": "data",
-    "clone_expert": "elastic_experts",
-    "connector_statistics": "routing",
-    "convert_checkpoint": "conversion",
-    "drop_expert": "elastic_experts",
-    "export_expert": "expert_adapters",
-    "export_expert_stack": "expert_adapters",
-    "from_pretrained_parts": "composition",
-    "grow_experts": "composition",
-    "last_complete_checkpoint": "training",
-    "load_rows": "row_files",
-    "merge_experts": "elastic_experts",
-    "merge_modalities": "merging",
-    "moe_lora_config": "stages",
-    "prepare_stage": "stages",
-    "record_routing": "routing",
-    "revert_checkpoint": "conversion",
-    "row_to_messages": "data",
-    "sft_config": "training",
+# Public names, by the module that defines them. Hub files are imported at once, tools on first use.
+_PUBLIC = {
+    "hub.beats_uni_moe": ["BeatsModel"],
+    "hub.configuration_uni_moe": ["BeatsConfig", "UniMoEConfig", "UniMoETextConfig"],
+    "hub.feature_extraction_uni_moe": ["UniMoEFeatureExtractor"],
+    "hub.modeling_uni_moe": [
+        "UniMoEForConditionalGeneration",
+        "UniMoEModel",
+        "UniMoEPreTrainedModel",
+        "UniMoETextModel",
+    ],
+    "hub.pipeline_uni_moe": ["AnyToTextPipeline"],
+    "hub.processing_uni_moe": ["UniMoEProcessor"],
+    "insight.connectors": ["connector_statistics"],
+    "mixtures.composition": ["build_processor", "from_pretrained_parts", "grow_experts"],
+    "mixtures.elastic_experts": ["add_expert", "balance_routers", "clone_expert", "drop_expert", "merge_experts"],
+    "mixtures.expert_adapters": ["export_expert", "export_expert_stack"],
+    "mixtures.routing": ["record_routing"],
+    "original.conversion": ["convert_checkpoint", "revert_checkpoint"],
+    "original.merging": ["merge_modalities"],
+    "training.data": ["UniMoEDataCollator", "check_rows", "row_to_messages"],
+    "training.row_files": ["load_rows"],
+    "training.stages": ["moe_lora_config", "prepare_stage"],
+    "training.trainer": ["UniMoESFTTrainer", "last_complete_checkpoint", "sft_config"],
 }
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
-__all__ = [
-    "AnyToTextPipeline",
-    "BeatsConfig",
-    "BeatsModel",
-    "UniMoEConfig",
-    "UniMoEDataCollator",
-    "UniMoEFeatureExtractor",
-    "UniMoEForConditionalGeneration",
-    "UniMoEModel",
-    "UniMoEPreTrainedModel",
-    "UniMoEProcessor",
-    "UniMoESFTTrainer",
-    "UniMoETextConfig",
-    "UniMoETextModel",
-    "__version__",
-    "add_expert",
-    "balance_routers",
-    "build_processor",
-    "check_rows",
-    "clone_expert",
-    "connector_statistics",
-    "convert_checkpoint",
-    "drop_expert",
-    "export_expert",
-    "export_expert_stack",
-    "from_pretrained_parts",
-    "grow_experts",
-    "last_complete_checkpoint",
-    "load_rows",
-    "merge_experts",
-    "merge_modalities",
-    "moe_lora_config",
-    "prepare_stage",
-    "record_routing",
-    "revert_checkpoint",
-    "row_to_messages",
-    "sft_config",
-]
+__all__ = sorted(["__version__", *_MODULE_OF])
 
 
 def register() -> None:
@@ -104,12 +55,12 @@ def register() -> None:
     )
     from transformers.pipelines import PIPELINE_REGISTRY
 
-    from .beats_uni_moe import BeatsModel
-    from .configuration_uni_moe import BeatsConfig, UniMoEConfig, UniMoETextConfig
-    from .feature_extraction_uni_moe import UniMoEFeatureExtractor
-    from .modeling_uni_moe import UniMoEForConditionalGeneration, UniMoETextModel
-    from .pipeline_uni_moe import AnyToTextPipeline
-    from .processing_uni_moe import UniMoEProcessor
+    from .hub.beats_uni_moe import BeatsModel
+    from .hub.configuration_uni_moe import BeatsConfig, UniMoEConfig, UniMoETextConfig
+    from .hub.feature_extraction_uni_moe import UniMoEFeatureExtractor
+    from .hub.modeling_uni_moe import UniMoEForConditionalGeneration, UniMoETextModel
+    from .hub.pipeline_uni_moe import AnyToTextPipeline
+    from .hub.processing_uni_moe import UniMoEProcessor
 
     AutoConfig.register("uni_moe", UniMoEConfig, exist_ok=True)
     AutoConfig.register("uni_moe_text", UniMoETextConfig, exist_ok=True)
@@ -134,8 +85,8 @@ def register() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,0 +1,681 @@
+"""The whole model: every mix of modalities, batches, generation, losses, saving and bad input."""
+
+import itertools
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tiny import (
+    FEATURES,
+    MIXED,
+    MODALITIES,
+    TOWERS,
+    assert_logits_equal,
+    labels_of,
+    make_inputs,
+    rows_alone,
+    tiny_config,
+    tiny_model,
+    tokens_per_clip,
+)
+from torch import nn
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+
+from uni_moe_hf import UniMoEForConditionalGeneration, UniMoEModel
+from uni_moe_hf.hub import expert_kernels_uni_moe
+
+
+SUBSETS = [chosen for count in range(4) for chosen in itertools.combinations(TOWERS, count)]
+
+both_bases = pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+every_modality = pytest.mark.parametrize("modality", MODALITIES)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# Forward
+
+
+@pytest.mark.parametrize("row", [(5,), *((2, m, 3) for m in MODALITIES), MIXED], ids=["none", *MODALITIES, "together"])
+def test_forward_takes_every_modality_alone_together_and_none(model, row):
+    inputs = make_inputs(model.config, row)
+    outputs = model(**inputs)
+    assert outputs.logits.shape == (*inputs["input_ids"].shape, model.config.text_config.vocab_size)
+    assert outputs.logits.isfinite().all() and outputs.loss is None and outputs.aux_loss is None
+    for modality in MODALITIES:
+        features = getattr(outputs, f"{modality}_hidden_states")
+        if modality in row:
+            tokens = tokens_per_clip(model.config, 2)[modality]
+            assert features.shape == (row.count(modality), tokens, model.config.text_config.hidden_size)
+        else:
+            assert features is None
+
+
+@every_modality
+def test_clip_changes_what_follows_it_and_nothing_before(model, modality):
+    inputs = make_inputs(model.config, (4, modality, 3))
+    before = model(**inputs).logits
+    inputs[FEATURES[modality]] = inputs[FEATURES[modality]].flip(-1) * 2
+    change = (model(**inputs).logits - before).abs().amax(dim=-1)[0]
+    assert (change[:5] < 1e-6).all() and (change[5:] > 1e-3).all()
+
+
+@pytest.mark.parametrize("without", SUBSETS, ids=lambda names: "-".join(names) or "none")
+def test_model_lives_without_any_of_its_towers(without):
+    model = tiny_model(without=without)
+    parts = {name for name, _ in model.model.named_children()}
+    towers = [f"{tower}_{part}" for tower in TOWERS if tower not in without for part in ("tower", "connector")]
+    assert parts == {"language_model", *towers}
+    inputs = make_inputs(model.config, (*model.config.modalities, 3), (2,))
+    assert model(**inputs).logits.isfinite().all()
+    assert model.generate(**inputs, max_new_tokens=2, min_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+@both_bases
+def test_features_stand_on_the_placeholders_in_reading_order_across_rows(shared):
+    model = tiny_model({"shared_expert_base": shared})
+    rows = (("image", 1, "speech"), (2, "image", "speech", "image"), (1, "audio", "video", "audio"))
+    inputs = make_inputs(model.config, *rows)
+    with torch.no_grad():
+        embeddings = model(**inputs, output_hidden_states=True).hidden_states[0]
+        features = {
+            "image": model.get_image_features(inputs["pixel_values"]),
+            "video": model.get_video_features(inputs["pixel_values_videos"]),
+            "audio": model.get_audio_features(inputs["input_values"], inputs["input_values_mask"]),
+            "speech": model.get_speech_features(inputs["input_features"]),
+        }
+    for modality, outputs in features.items():
+        placed = embeddings[inputs["input_ids"] == getattr(model.config, f"{modality}_token_id")]
+        assert torch.equal(placed, outputs.pooler_output.flatten(0, 1))
+    words = inputs["input_ids"] < model.config.text_config.vocab_size
+    assert torch.equal(embeddings[words], model.get_input_embeddings()(inputs["input_ids"][words]))
+
+
+def test_absent_modalities_run_no_tower(own_model, monkeypatch):
+    for tower in TOWERS:
+        for part in ("tower", "connector"):
+            monkeypatch.setattr(getattr(own_model.model, f"{tower}_{part}"), "forward", None)
+    assert own_model(**make_inputs(own_model.config, (5,))).logits.isfinite().all()
+
+
+def test_dense_model_equals_llama():
+    model = tiny_model({"mlp_layer_types": ["dense", "dense"]}, without=TOWERS)
+    fields = {name: value for name, value in model.config.text_config.to_dict().items() if name != "model_type"}
+    llama = LlamaForCausalLM(LlamaConfig(**fields)).eval()
+    llama.load_state_dict({name.replace("language_model.", ""): w for name, w in model.state_dict().items()})
+    inputs = make_inputs(model.config, (9,), (4,))
+    assert_logits_equal(model(**inputs).logits, llama(**inputs).logits)
+
+
+def test_sparse_model_with_a_shared_base_and_zero_lora_equals_the_dense_one():
+    sparse = tiny_model({"shared_expert_base": True})
+    for experts in sparse._experts():
+        nn.init.zeros_(experts.lora.gate_up_b)
+        nn.init.zeros_(experts.lora.down_b)
+    dense = tiny_model({"mlp_layer_types": ["dense", "dense"]})
+    names = {
+        name.replace("mlp.", "mlp.experts.base.") if ".mlp." in name else name: name for name in dense.state_dict()
+    }
+    weights = {names[name]: w for name, w in sparse.state_dict().items() if name in names}
+    weights |= {name: w for name, w in sparse.state_dict().items() if "language_model" not in name}
+    dense.load_state_dict(weights)
+    inputs = make_inputs(sparse.config, MIXED)
+    assert_logits_equal(sparse(**inputs).logits, dense(**inputs).logits)
+
+
+def test_alternating_layers_are_built_as_listed():
+    model = tiny_model({"mlp_layer_types": ["sparse", "dense"]})
+    first, second = (layer.mlp for layer in model.model.language_model.layers)
+    assert hasattr(first, "experts") and not hasattr(second, "experts")
+    outputs = model(**make_inputs(model.config, MIXED), output_router_logits=True)
+    assert len(outputs.router_logits) == 1
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_padded_mixed_batch_equals_its_rows_one_by_one(model, padding):
+    rows = (MIXED, (2,), ("speech", 5, "speech"), (1, "audio", 2), (3, "video"), ("image", "audio"))
+    inputs = make_inputs(model.config, *rows, padding=padding)
+    logits = model(**inputs).logits
+    for index, single in enumerate(rows_alone(inputs, rows)):
+        valid = inputs["attention_mask"][index].bool()
+        assert_logits_equal(logits[index, valid], model(**single).logits[0])
+
+
+def test_token_types_have_no_influence(own_model):
+    inputs = make_inputs(own_model.config, MIXED)
+    types = torch.zeros_like(inputs["input_ids"])
+    for number, modality in enumerate(MODALITIES, start=1):
+        types[inputs["input_ids"] == getattr(own_model.config, f"{modality}_token_id")] = number
+    assert torch.equal(own_model(**inputs, mm_token_type_ids=types).logits, own_model(**inputs).logits)
+
+
+def test_words_may_come_as_embeddings(own_model):
+    inputs = make_inputs(own_model.config, (6,))
+    embeddings = own_model.get_input_embeddings()(inputs["input_ids"])
+    logits = own_model(inputs_embeds=embeddings, attention_mask=inputs["attention_mask"]).logits
+    assert_logits_equal(logits, own_model(**inputs).logits, 1e-6)
+
+
+def test_logits_to_keep_keeps_the_last_positions(own_model):
+    inputs = make_inputs(own_model.config, MIXED)
+    full = own_model(**inputs).logits
+    torch.testing.assert_close(own_model(**inputs, logits_to_keep=2).logits, full[:, -2:], atol=1e-6, rtol=0)
+    chosen = torch.tensor([0, 5])
+    torch.testing.assert_close(own_model(**inputs, logits_to_keep=chosen).logits, full[:, chosen], atol=1e-6, rtol=0)
+
+
+def test_outputs_may_be_a_tuple(own_model):
+    inputs = make_inputs(own_model.config, MIXED)
+    outputs = own_model(**inputs, return_dict=False)
+    assert isinstance(outputs, tuple) and torch.equal(outputs[0], own_model(**inputs).logits)
+
+
+def test_hidden_states_and_attentions_come_from_every_layer():
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    inputs = make_inputs(model.config, MIXED)
+    length = inputs["input_ids"].shape[1]
+    outputs = model(**inputs, output_hidden_states=True, output_attentions=True)
+    assert [state.shape for state in outputs.hidden_states] == 3 * [(1, length, 32)]
+    assert [weights.shape for weights in outputs.attentions] == 2 * [(1, 4, length, length)]
+
+
+def test_eager_attention_equals_sdpa(own_model):
+    eager = tiny_model()
+    eager.set_attn_implementation("eager")
+    rows = (MIXED, ("speech", "audio"))
+    inputs = make_inputs(own_model.config, *rows)
+    valid = inputs["attention_mask"].bool()
+    assert_logits_equal(eager(**inputs).logits[valid], own_model(**inputs).logits[valid], 1e-4)
+
+
+@pytest.mark.parametrize("route", ["eager", "batched_mm"])
+@both_bases
+def test_every_route_gives_the_same_logits(shared, route):
+    model, other = (tiny_model({"shared_expert_base": shared}) for _ in range(2))
+    other.set_experts_implementation(route)
+    inputs = make_inputs(model.config, MIXED)
+    assert_logits_equal(other(**inputs).logits, model(**inputs).logits)
+
+
+def test_grouped_products_are_the_default(own_model, monkeypatch):
+    calls, original = [], expert_kernels_uni_moe._grouped_linear
+    monkeypatch.setattr(expert_kernels_uni_moe, "_grouped_linear", lambda *args: calls.append(args) or original(*args))
+    own_model(**make_inputs(own_model.config, (4,)))
+    assert len(calls) == 2 * 7  # two layers; one product for gate and up, one for down, five for their LoRA
+
+
+# Features
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize("layer", [-2, -1])
+def test_pictures_are_read_from_the_configured_layer(strategy, layer):
+    model = tiny_model(vision_feature_select_strategy=strategy, vision_feature_layer=layer).model
+    pixels = torch.randn(2, 3, 16, 16)
+    states = model.vision_tower(pixels, output_hidden_states=True).hidden_states[layer]
+    expected = model.vision_connector(states[:, 1:] if strategy == "default" else states)
+    torch.testing.assert_close(model.get_image_features(pixels).pooler_output, expected, atol=1e-6, rtol=0)
+    assert expected.shape[1] == model.config.image_seq_length
+
+
+def test_frames_are_averaged_after_the_projector():
+    model = tiny_model().model
+    videos = torch.randn(2, 3, 3, 16, 16)
+    frames = torch.stack([model.get_image_features(video).pooler_output for video in videos])  # (V, F, P, H)
+    pooled = model.get_video_features(videos).pooler_output
+    torch.testing.assert_close(pooled, frames.mean(dim=1), atol=1e-5, rtol=0)
+    first = model.get_image_features(videos.mean(dim=1)).pooler_output
+    assert (pooled - first).abs().max() > 1e-2
+
+
+def test_without_pooling_frames_follow_each_other():
+    model = tiny_model(video_pooling="none")
+    videos = torch.randn(2, 3, 3, 16, 16)
+    frames = [model.get_image_features(video).pooler_output.flatten(0, 1) for video in videos]
+    torch.testing.assert_close(model.get_video_features(videos).pooler_output, torch.stack(frames), atol=1e-5, rtol=0)
+    inputs = make_inputs(model.config, ("video", 2), frames=3)
+    assert (inputs["input_ids"] == model.config.video_token_id).sum() == 12
+    assert model(**inputs).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["audio", "speech"])
+def test_sound_features_are_the_connectors_of_the_towers(own_model, kind):
+    model, inputs = own_model.model, make_inputs(own_model.config, ("audio", "speech", "audio"))
+    if kind == "audio":
+        arguments = inputs["input_values"], inputs["input_values_mask"]
+        outputs, tower = model.get_audio_features(*arguments), model.audio_tower(*arguments)
+        expected = model.audio_connector(tower.last_hidden_state)
+    else:
+        outputs = model.get_speech_features(inputs["input_features"])
+        tower = model.speech_tower(inputs["input_features"])
+        expected = model.speech_connector(tower.last_hidden_state)
+    torch.testing.assert_close(outputs.last_hidden_state, tower.last_hidden_state, atol=1e-6, rtol=0)
+    torch.testing.assert_close(outputs.pooler_output, expected, atol=1e-6, rtol=0)
+
+
+def test_mask_of_sound_reaches_the_tower(own_model):
+    inputs = make_inputs(own_model.config, ("audio", 3))
+    masked = own_model(**inputs).logits
+    del inputs["input_values_mask"]
+    assert (own_model(**inputs).logits - masked).abs().max() > 1e-4
+
+
+def test_vision_tower_may_be_another_backbone():
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+    config = tiny_config(without=("vision",), vision_config=vision, vision_feature_select_strategy="full")
+    model = UniMoEForConditionalGeneration(config).eval()
+    assert model(**make_inputs(config, ("image", 2))).logits.isfinite().all()
+
+
+# Refusals
+
+
+@every_modality
+@pytest.mark.parametrize("change", ["more", "fewer", "missing", "unannounced"])
+def test_placeholders_and_features_that_differ_are_refused_with_both_counts(own_model, modality, change):
+    config, tokens = own_model.config, tokens_per_clip(own_model.config, 2)[modality]
+    placeholders, clips = {"more": (1, 2), "fewer": (2, 1), "missing": (1, 0), "unannounced": (0, 1)}[change]
+    inputs = make_inputs(config, (1, *[modality] * placeholders, 2))
+    donor = make_inputs(config, [modality] * max(clips, 1))
+    for name in (FEATURES[modality], "input_values_mask"):
+        inputs.pop(name, None)
+        if clips and name in donor:
+            inputs[name] = donor[name]
+    with pytest.raises(ValueError) as caught:
+        own_model(**inputs)
+    sentence = str(caught.value)
+    assert modality in sentence.lower()
+    assert f"tokens: {tokens * placeholders}" in sentence and f"features: {tokens * clips}" in sentence
+
+
+@every_modality
+def test_one_placeholder_too_few_is_refused(own_model, modality):
+    inputs = make_inputs(own_model.config, (modality, 2))
+    tokens = tokens_per_clip(own_model.config, 2)[modality]
+    inputs = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    inputs["input_ids"][0, 1] = 5
+    with pytest.raises(ValueError, match=f"tokens: {tokens - 1}, features: {tokens}"):
+        own_model(**inputs)
+
+
+@every_modality
+def test_features_without_a_tower_are_refused_by_name(own_model, modality):
+    inputs = make_inputs(own_model.config, (modality, 2))
+    deaf = tiny_model(without=TOWERS)
+    with pytest.raises(ValueError, match=rf"`{FEATURES[modality]}`.*no tower for {modality}"):
+        deaf(**inputs)
+
+
+@every_modality
+def test_placeholders_without_a_tower_are_refused_by_name(own_model, modality):
+    inputs = make_inputs(own_model.config, (modality, 2))
+    deaf = tiny_model(without=TOWERS)
+    with pytest.raises(ValueError, match=modality):
+        deaf(input_ids=inputs["input_ids"])
+
+
+def test_ids_behind_the_placeholders_are_refused(own_model):
+    unknown = own_model.config.speech_token_id + 1
+    with pytest.raises(IndexError):
+        own_model(input_ids=torch.tensor([[1, unknown]]))
+
+
+def test_ids_and_embeddings_together_or_neither_are_refused(own_model):
+    with pytest.raises(ValueError, match="either `input_ids` or `inputs_embeds`"):
+        own_model(input_ids=torch.ones(1, 2, dtype=torch.int64), inputs_embeds=torch.zeros(1, 2, 32))
+    with pytest.raises(ValueError, match="either `input_ids` or `inputs_embeds`"):
+        own_model()
+
+
+@every_modality
+def test_media_with_embeddings_are_refused(own_model, modality):
+    media = {FEATURES[modality]: make_inputs(own_model.config, (modality,))[FEATURES[modality]]}
+    with pytest.raises(ValueError, match=f"{modality} inputs together with `inputs_embeds`"):
+        own_model(inputs_embeds=torch.zeros(1, 2, 32), **media)
+
+
+def test_video_without_a_frame_axis_is_refused_with_its_shape(own_model):
+    inputs = make_inputs(own_model.config, ("video", 2))
+    with pytest.raises(ValueError, match=r"\(2, 3, 16, 16\)"):
+        own_model(**{**inputs, "pixel_values_videos": inputs["pixel_values_videos"].flatten(0, 1)})
+
+
+# Losses
+
+
+def test_loss_is_the_mean_cross_entropy_of_the_next_words(model):
+    inputs = make_inputs(model.config, MIXED, (2, "speech", 4))
+    labels = labels_of(model.config, inputs)
+    outputs = model(**inputs, labels=labels)
+    predicted, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    kept = targets != -100
+    expected = -predicted[kept].log_softmax(dim=-1).gather(1, targets[kept, None]).mean()
+    torch.testing.assert_close(outputs.loss, expected, atol=1e-5, rtol=0)
+
+    summed = model(**inputs, labels=labels, num_items_in_batch=torch.tensor(100)).loss
+    torch.testing.assert_close(summed, expected * kept.sum() / 100, atol=1e-5, rtol=0)
+
+
+def test_auxiliary_loss_comes_with_router_logits_only():
+    model = tiny_model({"router_aux_loss_coef": 0.5})
+    inputs = make_inputs(model.config, MIXED, (2, "speech", 4))
+    labels = labels_of(model.config, inputs)
+    plain, routed = model(**inputs, labels=labels), model(**inputs, labels=labels, output_router_logits=True)
+    assert plain.aux_loss is None and plain.router_logits is None
+    assert [logits.shape for logits in routed.router_logits] == 2 * [(inputs["input_ids"].numel(), 4)]
+    torch.testing.assert_close(routed.loss, plain.loss + 0.5 * routed.aux_loss, atol=1e-6, rtol=0)
+
+    model.config.text_config.output_router_logits = True
+    assert torch.equal(model(**inputs, labels=labels).loss, routed.loss)
+    assert model(**inputs, labels=labels, output_router_logits=False).aux_loss is None
+
+
+def test_auxiliary_loss_is_load_times_probability_over_valid_tokens():
+    model = tiny_model()
+    inputs = make_inputs(model.config, MIXED, (2, "speech", 4))
+    outputs = model(**inputs, output_router_logits=True)
+    valid = inputs["attention_mask"].bool().flatten()
+    probabilities = torch.cat([logits[valid] for logits in outputs.router_logits]).softmax(dim=-1)  # (tokens, E)
+    load = F.one_hot(probabilities.topk(2).indices, 4).float().mean(dim=0)  # (K, E)
+    expected = 4 * (load * probabilities.mean(dim=0)).sum()
+    torch.testing.assert_close(outputs.aux_loss, expected, atol=1e-5, rtol=0)
+
+
+def test_dense_model_has_no_auxiliary_loss():
+    model = tiny_model({"mlp_layer_types": ["dense", "dense"]}, without=TOWERS)
+    outputs = model(**make_inputs(model.config, (4,)), output_router_logits=True)
+    assert outputs.aux_loss is None and not outputs.router_logits
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@both_bases
+def test_auxiliary_loss_teaches_every_router(shared, checkpointing):
+    model = tiny_model({"shared_expert_base": shared}).train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    outputs = model(**make_inputs(model.config, (5, "image")), output_router_logits=True)
+    outputs.aux_loss.backward()
+    for layer in model.model.language_model.layers:
+        assert layer.mlp.gate.weight.grad.abs().max() > 1e-6
+
+
+@both_bases
+def test_gradient_checkpointing_gives_the_same_gradients(shared):
+    """Within 1e-5 of each gradient's largest value, or of 1; dropout is drawn alike."""
+    model = tiny_model({"shared_expert_base": shared}).train()
+    inputs = make_inputs(model.config, MIXED, ("speech", 3))
+    results = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        torch.manual_seed(1)
+        outputs = model(**inputs, labels=labels_of(model.config, inputs), output_router_logits=True)
+        (outputs.loss + outputs.aux_loss).backward()
+        results.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    plain, checkpointed = results
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        error = (checkpointed[name] - gradient).abs().max()
+        assert error <= 1e-5 * max(1, gradient.abs().max()), f"{name}: {error}"
+
+
+def test_every_part_that_is_used_gets_a_gradient():
+    """All but what the model never reads: the vision tower behind layer -2."""
+    model = tiny_model().train()
+    inputs = make_inputs(model.config, MIXED)
+    model(**inputs, labels=labels_of(model.config, inputs)).loss.backward()
+    idle = [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    unread = ("model.vision_tower.encoder.layers.1.", "model.vision_tower.post_layernorm.")
+    assert [name for name in idle if not name.startswith(unread)] == []
+
+
+# Precision
+
+
+@both_bases
+def test_bf16_model_runs_and_generates(shared):
+    model = tiny_model({"shared_expert_base": shared}).to(torch.bfloat16)
+    inputs = make_inputs(model.config, MIXED, ("speech", 3))
+    logits = model(**inputs).logits
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+    words = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)[:, -4:]
+    assert words.shape == (2, 4) and words.max() < model.config.text_config.vocab_size
+
+
+def test_model_trains_under_autocast(model):
+    """The loss within 0.05 of float32's."""
+    inputs = make_inputs(model.config, MIXED)
+    labels = labels_of(model.config, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**inputs, labels=labels).loss
+    torch.testing.assert_close(loss, model(**inputs, labels=labels).loss, atol=0.05, rtol=0)
+
+
+# Saving and loading
+
+
+def assert_states_equal(first, second):
+    """Bit for bit. Results are not: where a file puts a tensor in memory decides which kernel multiplies it."""
+    one, other = first.state_dict(), second.state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@both_bases
+def test_saved_model_loads_equal_and_saves_again_to_identical_files(shared, tmp_path):
+    model = tiny_model({"shared_expert_base": shared, "expert_names": ["a", "b", "c", "d"]}, video_pooling="none")
+    model.save_pretrained(tmp_path / "first")
+    loaded, info = AutoModel.from_pretrained(tmp_path / "first", output_loading_info=True)
+    loaded.save_pretrained(tmp_path / "second")
+    AutoModel.from_pretrained(tmp_path / "second").save_pretrained(tmp_path / "third")
+
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert_states_equal(loaded, model)
+    inputs = make_inputs(model.config, MIXED)
+    assert_logits_equal(loaded(**inputs).logits, model(**inputs).logits, 1e-5)
+    first, second, third = (
+        {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir() if path.is_file()}
+        for folder in ("first", "second", "third")
+    )
+    assert second == third and {"config.json", "model.safetensors"} < second.keys()
+    # A loaded config knows the dtype of its weights, a new one does not.
+    assert {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)} == {"config.json"}
+    lines = [[line for line in files["config.json"].splitlines() if b"dtype" not in line] for files in (first, second)]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("without", SUBSETS[1:], ids="-".join)
+def test_model_without_towers_saves_and_loads(without, tmp_path):
+    model = tiny_model(without=without)
+    model.save_pretrained(tmp_path)
+    loaded, info = UniMoEForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert_states_equal(loaded, model)
+    inputs = make_inputs(model.config, (*model.config.modalities, 3))
+    assert_logits_equal(loaded(**inputs).logits, model(**inputs).logits, 1e-5)
+
+
+def test_headless_model_loads_from_the_whole_one(own_model, tmp_path):
+    own_model.save_pretrained(tmp_path)
+    headless, info = UniMoEModel.from_pretrained(tmp_path, output_loading_info=True)
+    inputs = make_inputs(own_model.config, MIXED)
+    assert not info["missing_keys"]
+    logits = own_model.lm_head(headless(**inputs).last_hidden_state)
+    assert_logits_equal(logits, own_model(**inputs).logits, 1e-6)
+
+
+def test_model_loads_in_bf16(own_model, tmp_path):
+    """Logits within 0.2 of float32's, whose spread is above 0.3."""
+    own_model.save_pretrained(tmp_path)
+    loaded = UniMoEForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    dtypes = {".mlp.gate." in name: parameter.dtype for name, parameter in loaded.named_parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}  # routers stay exact
+    inputs = make_inputs(own_model.config, MIXED)
+    assert_logits_equal(loaded(**inputs).logits.float(), own_model(**inputs).logits, 0.2)
+
+
+@pytest.mark.parametrize("where", ["text", "top"])
+def test_tied_embeddings_stay_tied(tmp_path, where):
+    text, fields = ({"tie_word_embeddings": True}, {}) if where == "text" else ({}, {"tie_word_embeddings": True})
+    model = tiny_model(text, **fields)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded = UniMoEForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    inputs = make_inputs(model.config, MIXED)
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_untied_embeddings_are_two_tables(own_model):
+    assert own_model.lm_head.weight is not own_model.get_input_embeddings().weight
+
+
+# Merging
+
+
+@both_bases
+def test_merged_model_saves_as_a_mixture_of_plain_experts(shared, tmp_path):
+    """The same logits within 1e-5 before merging, after it, and from the saved folder."""
+    model = tiny_model({"shared_expert_base": shared})
+    inputs = make_inputs(model.config, MIXED)
+    expected = model(**inputs).logits
+    model.merge_expert_lora()
+    assert_logits_equal(model(**inputs).logits, expected)
+
+    model.save_pretrained(tmp_path)
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert (text["expert_lora_rank"], text["shared_expert_base"]) == (0, False)
+    loaded, info = UniMoEForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@both_bases
+def test_unmerging_a_model_restores_weights_and_config(shared):
+    """Bit by bit with a shared base, to 1e-6 with own bases."""
+    model = tiny_model({"shared_expert_base": shared})
+    config, weights = model.config.to_dict(), {name: w.clone() for name, w in model.state_dict().items()}
+    model.merge_expert_lora()
+    model.unmerge_expert_lora()
+    assert model.config.to_dict() == config and model.state_dict().keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(model.state_dict()[name], weight, atol=0 if shared else 1e-6, rtol=0)
+
+
+@both_bases
+def test_model_is_merged_once_and_unmerged_once(shared):
+    model = tiny_model({"shared_expert_base": shared})
+    with pytest.raises(ValueError, match="not merged"):
+        model.unmerge_expert_lora()
+    model.merge_expert_lora()
+    with pytest.raises(ValueError, match="expert_lora_rank=0"):
+        model.merge_expert_lora()
+    model.unmerge_expert_lora()
+    with pytest.raises(ValueError, match="not merged"):
+        model.unmerge_expert_lora()
+
+
+def test_dense_model_has_nothing_to_merge():
+    model = tiny_model({"mlp_layer_types": ["dense", "dense"]}, without=TOWERS)
+    with pytest.raises(ValueError, match="0 sparse layers"):
+        model.merge_expert_lora()
+
+
+def test_loaded_merged_model_cannot_be_unmerged(own_model, tmp_path):
+    merged = tiny_model()
+    merged.merge_expert_lora()
+    merged.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not merged in this process"):
+        UniMoEForConditionalGeneration.from_pretrained(tmp_path).unmerge_expert_lora()
+
+
+# Initialisation
+
+
+@pytest.fixture
+def uninitialised_memory_is_nan():
+    """`torch.empty` gives NaN, so that nothing passes for initialised by luck."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def spread(tensor: torch.Tensor) -> float:
+    return tensor.detach().std().item()
+
+
+def assert_initialised_as_designed(model: UniMoEForConditionalGeneration) -> None:
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        assert tensor.isfinite().all(), name
+    text = model.config.text_config
+    for layer in model.model.language_model.layers:
+        lora = layer.mlp.experts.lora
+        assert (lora.gate_up_b == 0).all() and (lora.down_b == 0).all()
+        for factor, width in ((lora.gate_up_a, text.hidden_size), (lora.down_a, text.intermediate_size)):
+            assert 0.9 * width**-0.5 < factor.abs().max() <= width**-0.5
+        assert spread(layer.mlp.gate.weight) == pytest.approx(text.initializer_range, rel=0.3)
+    for layer in model.model.audio_tower.encoder.layers:
+        assert (layer.self_attn.grep_a == 1).all()
+    for connector in (model.model.speech_connector, model.model.audio_connector):
+        queries = connector.query_tokens[0]
+        assert spread(queries) == pytest.approx(model.config.initializer_range, rel=0.3)
+        assert len(queries.unique(dim=0)) == len(queries)
+
+
+@both_bases
+@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+def test_new_model_is_initialised_as_designed(shared):
+    assert torch.empty(3).isnan().all()
+    assert_initialised_as_designed(UniMoEForConditionalGeneration(tiny_config({"shared_expert_base": shared})))
+
+
+@both_bases
+@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+def test_missing_weights_are_initialised_as_designed(shared, tmp_path):
+    """All decoder layers, connectors and BEATs are missing; what is there is taken as it is."""
+    saved = tiny_model({"shared_expert_base": shared})
+    saved.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    parts = ("language_model.layers.", "connector.", "audio_tower.")
+    dropped = {name for name in weights if any(part in name for part in parts)}
+    save_file({name: w for name, w in weights.items() if name not in dropped}, path, metadata={"format": "pt"})
+
+    loaded, info = UniMoEForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == dropped
+    assert_initialised_as_designed(loaded)
+    kept = weights.keys() - dropped
+    assert kept and all(torch.equal(loaded.state_dict()[name], weights[name]) for name in kept)
+
+    fresh = UniMoEForConditionalGeneration(tiny_config({"shared_expert_base": shared}))
+    buffers = dict(loaded.named_buffers())
+    assert buffers.keys() == dict(fresh.named_buffers()).keys()
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in fresh.named_buffers())
+    spreads = {name: spread(tensor) for name, tensor in fresh.named_parameters() if tensor.numel() > 200}
+    for name in spreads.keys() & dropped:
+        assert spread(loaded.get_parameter(name)) == pytest.approx(spreads[name], rel=0.3, abs=1e-6), name
+
+
+@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+def test_model_loads_from_a_file_without_its_queries(tmp_path):
+    """As a checkpoint of the language model and its towers is: only `query_tokens` and LoRA are new."""
+    tiny_model().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = {n: w for n, w in load_file(path).items() if "query_tokens" not in n and ".lora." not in n}
+    save_file(weights, path, metadata={"format": "pt"})
+    loaded = UniMoEForConditionalGeneration.from_pretrained(tmp_path)
+    for name, parameter in loaded.named_parameters():
+        assert parameter.isfinite().all(), name
+        if name in weights:
+            assert torch.equal(parameter, weights[name]), name
+    for connector in (loaded.model.speech_connector, loaded.model.audio_connector):
+        assert len(connector.query_tokens[0].unique(dim=0)) == connector.query_tokens.shape[1]

@@ -1,0 +1,417 @@
+"""`UniMoESFTTrainer`: rates by part, grouped batches, logs that add up, checkpoints like the plain trainer's."""
+
+import json
+import resource
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from test_stages import trainable
+from tiny import DENSE, MODALITIES, tiny_model, tiny_processor, user
+from tiny_training import make_own_trainer, rows, write_media
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from uni_moe_hf import (
+    UniMoEDataCollator,
+    UniMoESFTTrainer,
+    last_complete_checkpoint,
+    moe_lora_config,
+    prepare_stage,
+    record_routing,
+    sft_config,
+)
+from uni_moe_hf.mixtures.expert_adapters import read_expert
+from uni_moe_hf.training.trainer import ModalityGroupedSampler
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    return write_media(tmp_path_factory.mktemp("media"))
+
+
+@pytest.fixture
+def trainer(media, tmp_path):
+    return partial(make_own_trainer, media, tmp_path)
+
+
+def test_stage_three_has_a_config_of_its_own_and_the_adapter_names_its_stage(tmp_path, trainer):
+    model = tiny_model()
+    config = moe_lora_config(model, lora_dropout=0.0)
+    assert config.auto_mapping == {"stage": "moe"} and config.r == 8
+    sft = trainer(tiny_model(), "moe", save_strategy="steps", save_steps=2)
+    sft.train()
+    saved = json.loads((tmp_path / "checkpoint-4" / "adapter_config.json").read_text())
+    assert saved["auto_mapping"] == {"stage": "moe"}
+    assert json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
+    with pytest.raises(ValueError, match="is an adapter of stage 'moe', not of stage 'experts'"):
+        read_expert("x", tmp_path / "checkpoint-4", tiny_model(DENSE).config.text_config)
+
+
+@pytest.mark.parametrize("stage", ["connectors", "experts"])
+def test_a_stage_after_the_wrong_one_is_refused(stage):
+    model = tiny_model(DENSE, stage="experts")
+    with pytest.raises(ValueError, match=rf"Stage '{stage}' follows 'connectors', but this model has had 'experts'"):
+        prepare_stage(model, stage)
+    fresh = tiny_model(DENSE, stage="connectors")
+    prepare_stage(fresh, "experts")
+    prepare_stage(fresh, "experts", ["speech"])  # prepared anew before any training
+
+
+def test_parts_get_their_own_learning_rates(trainer):
+    rates = {"audio connector": 3e-5, "expert LoRA": 4e-4}
+    sft = trainer(tiny_model(), "moe", own={"learning_rates": rates})
+    sft.create_optimizer()
+    found = {}
+    names = {id(parameter): name for name, parameter in sft.model.named_parameters()}
+    for group in sft.optimizer.param_groups:
+        for parameter in group["params"]:
+            found[names[id(parameter)]] = group["lr"]
+    assert found.keys() == {name for name, parameter in sft.model.named_parameters() if parameter.requires_grad}
+    for name, rate in found.items():
+        wanted = 3e-5 if "audio_connector" in name else 4e-4 if ".experts.lora" in name else 1e-2
+        assert rate == wanted, name
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({"ears": 1.0}, r"no parts \['ears'\]"),
+        ({"dense FFN": 1.0}, r"\['dense FFN'\] have learning rates but nothing"),
+    ],
+)
+def test_learning_rates_of_nothing_are_refused(trainer, rates, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tiny_model(), "moe", own={"learning_rates": rates}).create_optimizer()
+
+
+def test_settings_that_would_break_media_are_refused(trainer, tmp_path):
+    with pytest.raises(ValueError, match="needs `max_length=None`"):
+        sft_config("moe", tmp_path, max_length=100)
+    with pytest.raises(ValueError, match="no stage 'fourth'"):
+        sft_config("fourth", tmp_path)
+    sft = trainer(tiny_model(), "moe")
+    sft.args.logging_nan_inf_filter = True
+    with pytest.raises(ValueError, match="needs `logging_nan_inf_filter=False`"):
+        UniMoESFTTrainer(
+            model=tiny_model(),
+            args=sft.args,
+            train_dataset=sft.train_dataset,
+            processing_class=sft.processing_class,
+            data_collator=sft.data_collator,
+        )
+
+
+class Keep(TrainerCallback):
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.1])
+def test_losses_by_modality_and_loads_add_up_to_what_was_trained(trainer, media, coefficient):
+    keep, names = Keep(), {"expert_names": ["a", "b", "c", "d"]}
+    sft = trainer(
+        tiny_model({**names, "router_aux_loss_coef": coefficient}),
+        "moe",
+        data=rows(6),
+        router_aux_loss_coef=coefficient,
+        max_steps=1,
+        per_device_train_batch_size=6,
+    )
+    sft.add_callback(keep)
+    for module in sft.model.modules():  # the Q-Former's, which is frozen but in training mode as in the original
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    sft.train()
+    logs, reference = keep.logs[0], tiny_model(names)
+    # By hand: each row alone through the untrained model, which the first step saw.
+    collate = UniMoEDataCollator(tiny_processor(reference.config), media_root=media)
+    sums: dict[str, list[float]] = {}
+    with record_routing(reference) as routing, torch.no_grad():
+        for row in rows(6):
+            batch = collate([row])
+            kinds = [m for m in MODALITIES if (batch["input_ids"] == getattr(reference.config, f"{m}_token_id")).any()]
+            tokens = int((batch["labels"][:, 1:] != -100).sum())
+            entry = sums.setdefault("+".join(kinds) or "text", [0.0, 0])
+            entry[0] += reference(**batch).loss.item() * tokens
+            entry[1] += tokens
+    found = {name.removeprefix("loss/"): value for name, value in logs.items() if name.startswith("loss/")}
+    assert found.keys() == sums.keys() and len(sums) > 3
+    for name, (loss, tokens) in sums.items():
+        assert found[name] == pytest.approx(loss / tokens, rel=1e-4)
+    total = sum(loss for loss, _ in sums.values()) / sum(tokens for _, tokens in sums.values())
+    if not coefficient:
+        assert logs["loss"] == pytest.approx(total, rel=1e-4)
+    counts = routing.report().counts.sum(dim=1).double()
+    share = (counts / counts.sum(dim=1, keepdim=True)).mean(dim=0)
+    for index, name in enumerate("abcd"):
+        assert logs[f"load/{name}"] == pytest.approx(share[index].item(), rel=1e-6)
+    assert logs["load/max_over_min"] == pytest.approx((counts.amax(1) / counts.amin(1).clamp(min=1)).max().item())
+
+
+@pytest.mark.parametrize("stage", ["connectors", "experts", "moe"])
+def test_checkpoints_of_both_trainers_are_interchangeable(stage, trainer, tmp_path):
+    def run(folder, kind, resume=None, **settings):
+        model = tiny_model(None if stage == "moe" else DENSE)
+        sft = trainer(model, stage, kind, output_dir=str(folder), save_strategy="steps", save_steps=2, **settings)
+        sft.train(resume_from_checkpoint=resume)
+        return sft.model.state_dict()
+
+    def output(kind):
+        return tmp_path / kind.__name__
+
+    whole = run(output(SFTTrainer), SFTTrainer)
+    ours = run(output(UniMoESFTTrainer), UniMoESFTTrainer)
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, ours[name]), name
+    for first, second in ((SFTTrainer, UniMoESFTTrainer), (UniMoESFTTrainer, SFTTrainer)):
+        resumed = run(tmp_path / "again" / second.__name__, second, str(output(first) / "checkpoint-2"))
+        for name, tensor in whole.items():
+            assert torch.equal(tensor, resumed[name]), name
+
+
+def test_a_loss_that_is_no_number_stops_and_names_the_rows(trainer):
+    model = tiny_model(DENSE)
+    with torch.no_grad():
+        model.model.vision_connector.projector[0].weight[0, 0] = float("nan")
+    data = [{**row, "_row": number, "_source": "rows.jsonl"} for number, row in enumerate(rows(1) * 2, start=7)]
+    sft = trainer(model, "connectors", data=data)
+    before = {name: tensor.clone() for name, tensor in sft.model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"step 1 is no number; the batch was Row [78] of 'rows.jsonl'; Row [78] of"):
+        sft.train()
+    for name, tensor in sft.model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], equal_nan=True, atol=0, rtol=0)
+
+
+def kinds_of(data: Dataset, order: list[int]) -> list[tuple]:
+    from uni_moe_hf.training.data import row_modalities
+
+    return [row_modalities(data[index])[0] for index in order]
+
+
+@pytest.mark.parametrize("stage", ["connectors", "moe"])
+def test_training_goes_on_over_batches_of_which_every_row_is_skipped(trainer, stage):
+    broken = {"messages": [*user({"type": "image", "path": "nowhere.png"}), {"role": "assistant", "content": "x"}]}
+    model = tiny_model(DENSE if stage == "connectors" else None)
+    sft = trainer(model, stage, data=[broken, *rows(1), broken, broken], per_device_train_batch_size=1)
+    sft.data_collator.skip_bad_rows = True
+    sft.train()
+    assert sft.state.global_step == 4
+    losses = [entry["loss"] for entry in sft.state.log_history if "loss" in entry]
+    assert max(entry.get("rows_skipped", 0) for entry in sft.state.log_history) == 3
+    assert sorted(losses)[:3] == [0.0] * 3 and all(torch.isfinite(p).all() for p in sft.model.parameters())
+
+
+def test_evaluation_does_not_change_what_is_logged_of_training(trainer):
+    loads = []
+    data = Dataset.from_list(rows(), on_mixed_types="use_json")
+    for settings in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+        model = tiny_model()
+        settings |= {"peft_config": prepare_stage(model, "moe", lora_dropout=0.0)}
+        for module in model.modules():  # evaluation draws random numbers that dropout would have had
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        sft = trainer(model, "moe", data=data, own={"eval_dataset": data.select([2, 3])}, **settings)
+        sft.train()
+        loads.append([{k: v for k, v in each.items() if "load/" in k} for each in sft.state.log_history])
+    assert [each for each in loads[0] if each] == [each for each in loads[1] if each]
+
+
+@pytest.mark.parametrize("own", [{}, {"learning_rates": {"vision connector": "3e-4"}}], ids=["plain", "text"])
+def test_rates_may_be_text_and_a_text_experts_checkpoints_are_interchangeable(trainer, own, tmp_path):
+    """YAML reads 3e-4 as text; an expert without projectors has a group without parameters."""
+    model = tiny_model(DENSE)
+    if own:
+        sft = trainer(model, "experts", own=own)
+        sft.create_optimizer()
+        assert {group["lr"] for group in sft.optimizer.param_groups} == {1e-2, 3e-4}
+        return
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    for first, second in ((SFTTrainer, UniMoESFTTrainer), (UniMoESFTTrainer, SFTTrainer)):
+        folder = tmp_path / first.__name__
+        runs = []
+        for kind in (first, second):
+            model = tiny_model(DENSE)
+            peft_config = prepare_stage(model, "experts", [])
+            runs.append(trainer(model, "experts", kind, output_dir=folder, peft_config=peft_config, **saving))
+        runs[0].train()
+        shutil.rmtree(folder / "checkpoint-4")
+        runs[1].train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+        for (name, one), (_, other) in zip(
+            runs[0].model.named_parameters(), runs[1].model.named_parameters(), strict=True
+        ):
+            assert torch.equal(one, other), name
+
+
+def test_data_and_settings_that_cannot_be_trained_on_are_refused(trainer, tmp_path):
+    stream = Dataset.from_list(rows(), on_mixed_types="use_json").to_iterable_dataset()
+    with pytest.raises(ValueError, match="needs a whole data set; a stream"):
+        trainer(tiny_model(), "moe", data=stream, own={"group_by_modality": True})
+    with pytest.raises(ValueError, match="hold no rows"):
+        trainer(tiny_model(), "moe", data=Dataset.from_list([]))
+    args = SFTConfig(str(tmp_path), use_cpu=True, remove_unused_columns=False, logging_nan_inf_filter=False)
+    with pytest.raises(ValueError, match="'skip_prepare_dataset': True"):
+        UniMoESFTTrainer(model=tiny_model(), args=args, train_dataset=stream)
+    settings = {"split_batches": True, "dispatch_batches": False}
+    more = sft_config("moe", tmp_path, use_cpu=True, accelerator_config=settings)
+    assert more.accelerator_config.split_batches and more.accelerator_config.dispatch_batches is False
+
+
+def test_rows_that_cannot_be_read_are_grouped_together_and_named_by_the_collator():
+    bad = {"conversations": [{"from": "human", "value": "<image><image>"}], "image": ["0.png"]}
+    data = [*rows(3), bad, {"messages": [{"role": "user", "content": None}]}]
+    order = list(ModalityGroupedSampler(data, 2))
+    assert sorted(order) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("size", [2, 4, 7])
+def test_grouped_batches_hold_one_kind_and_drop_no_row(size):
+    data = Dataset.from_list(rows(50), on_mixed_types="use_json")
+    sampler = ModalityGroupedSampler(data, size, seed=1)
+    first = list(sampler)
+    assert sorted(first) == list(range(50)) and len(sampler) == 50
+    assert first == list(sampler)
+    sampler.set_epoch(1)
+    assert first != list(sampler)
+    kinds = kinds_of(data, first)
+    counts = {kind: kinds.count(kind) for kind in set(kinds)}
+    whole = sum(count // size for count in counts.values())
+    steps = [kinds[start : start + size] for start in range(0, 50, size)]
+    assert all(len(set(step)) == 1 for step in steps[:whole])
+
+
+def test_training_in_grouped_batches_sees_every_row(trainer):
+    seen = []
+    data = [{**row, "_row": number, "_source": "f"} for number, row in enumerate(rows(12))]
+    sft = trainer(tiny_model(), "moe", data=data, own={"group_by_modality": True}, max_steps=-1, num_train_epochs=1)
+    inner = sft.data_collator
+    sft.data_collator = lambda batch: seen.extend(row["_row"] for row in batch) or inner(batch)
+    sft.train()
+    assert sorted(seen) == list(range(12))
+
+
+TEARS = {
+    "whole": lambda f: None,
+    "no state": lambda f: (f / "trainer_state.json").unlink(),
+    "half a state": lambda f: (f / "trainer_state.json").write_text((f / "trainer_state.json").read_text()[:50]),
+    "state of another step": lambda f: (f / "trainer_state.json").write_text('{"global_step": 2}'),
+    "no weights": lambda f: (f / "adapter_model.safetensors").unlink(),
+    "half the weights": lambda f: cut(f / "adapter_model.safetensors"),
+    "empty weights": lambda f: (f / "adapter_model.safetensors").write_bytes(b""),
+    "half an optimiser": lambda f: cut(f / "optimizer.pt"),
+    "no optimiser": lambda f: (f / "optimizer.pt").unlink(),
+    "no scheduler": lambda f: (f / "scheduler.pt").unlink(),
+    "no random state": lambda f: (f / "rng_state.pth").unlink(),
+    "half a config": lambda f: (f / "adapter_config.json").write_text("{"),
+    "damaged optimiser": lambda f: flip(f / "optimizer.pt"),
+}
+
+
+def cut(file) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(bytes(content))
+
+
+@pytest.fixture(scope="module")
+def saved(media, tmp_path_factory):
+    """A run's folder with checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("saved")
+    make_own_trainer(media, folder, tiny_model(), "moe", save_strategy="steps", save_steps=2).train()
+    return folder
+
+
+@pytest.mark.parametrize("tear", TEARS)
+def test_a_torn_checkpoint_is_passed_over(tear, saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    TEARS[tear](tmp_path / "run" / "checkpoint-4")
+    step = 4 if tear == "whole" else 2
+    assert last_complete_checkpoint(tmp_path / "run") == str(tmp_path / "run" / f"checkpoint-{step}")
+
+
+def test_without_a_checkpoint_there_is_none(tmp_path):
+    assert last_complete_checkpoint(tmp_path) is None
+    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("before", [0, 1], ids=["first", "second"])
+def test_a_full_disk_is_one_sentence_that_names_the_last_whole_checkpoint(before, trainer, tmp_path):
+    """A limit on the size of files stands in for the disk: the same writes fail, with another reason."""
+    sft = trainer(tiny_model(), "moe", save_strategy="steps", save_steps=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class FullDisk(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step > 2 * before:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+
+    sft.add_callback(FullDisk())
+    left = f"resume from '{tmp_path}/checkpoint-2'" if before else "start again"
+    try:
+        with pytest.raises(
+            OSError, match=rf"step {2 * before + 2} could not be written: .*GB left\). Make room, then {left}"
+        ):
+            sft.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_an_unwritable_folder_is_refused_before_anything_is_trained(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(PermissionError, match=f"'{tmp_path}' cannot be written to"):
+        trainer(tiny_model(), "moe")
+
+
+def test_an_adapter_of_another_model_is_refused_by_peft(saved):
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(tiny_model({"hidden_size": 64}), saved / "checkpoint-4")
+
+
+def test_what_is_trained_is_what_the_stage_names(trainer):
+    plain, ours = (trainer(tiny_model(), "moe", kind) for kind in (SFTTrainer, UniMoESFTTrainer))
+    assert trainable(plain.model) == trainable(ours.model)
+
+
+@pytest.mark.parametrize("stage", ["connectors", "moe"])
+def test_accumulated_gradients_are_those_of_the_large_batch(stage, trainer, tmp_path):
+    """Rows have answers of unequal length, so micro-batches have unequal numbers of tokens. Plain SGD, one step."""
+    data = rows(8)
+    for index, row in enumerate(data):
+        row["messages"][1]["content"][0]["text"] = "a bird " * (1 + index)
+
+    def run(batch_size, accumulate):
+        sft = trainer(
+            tiny_model(None if stage == "moe" else DENSE),
+            stage,
+            data=data,
+            output_dir=str(tmp_path / str(batch_size)),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulate,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=1.0,
+            max_grad_norm=0.0,
+            router_aux_loss_coef=0.0,
+        )
+        for module in sft.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        connector = next(module for name, module in sft.model.named_modules() if name.endswith("audio_connector"))
+        connector.qformer.register_forward_pre_hook(lambda module, _: module.eval() and None)  # dropout by number
+        sft.train()
+        return sft.model.state_dict()
+
+    whole = run(8, 1)
+    for size in (4, 2, 1):
+        for name, tensor in run(size, 8 // size).items():
+            torch.testing.assert_close(tensor, whole[name], atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,0 +1,96 @@
+"""`uni-moe info`: what a checkpoint is, without its weights."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .common import BYTES, add_checkpoint, load_config
+
+
+def add_command(commands: Any) -> None:
+    """Options of `uni-moe info`."""
+    text = "Describe a checkpoint without loading its weights."
+    parser = commands.add_parser("info", help=text, description=text)
+    parser.set_defaults(run=run)
+    add_checkpoint(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints what [`describe`] tells."""
+    facts = describe(args.checkpoint)
+    if args.json:
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+        return
+    lines = [f"{args.checkpoint}: {facts['description']}", ""]
+    lines += [f"{part:<28}{count:>18,}" for part, count in facts["parameters"]["parts"].items()]
+    lines += [f"{'total':<28}{facts['parameters']['total']:>18,}"]
+    lines += [f"{'active per word of text':<28}{facts['parameters']['active']:>18,}", ""]
+    lines += [f"{f'memory in {dtype}':<28}{size:>15.3f} GB" for dtype, size in facts["memory_gb"].items()]
+    lines += ["", *(f"{name:<28}{facts[name]}" for name in ("takes", "experts", "stage", "dtype", "licence"))]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def describe(checkpoint: str) -> dict[str, Any]:
+    """
+    What `uni-moe info` tells.
+
+    Args:
+        checkpoint (`str`): A folder or a Hub id.
+
+    Returns:
+        `dict` of plain values: `description`, `takes`, `experts`, `stage`, `dtype`, `licence`; `parameters` (`parts`,
+        `total`, and `active`: what one word of text meets, with K of E experts and no tower); `memory_gb` of the
+        weights in each dtype, in 10^9 bytes.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it is of another kind.
+    """
+    config = load_config(checkpoint)
+    import torch
+
+    from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
+    from ..training.stages import part_of
+
+    with torch.device("meta"):
+        model = UniMoEForConditionalGeneration(config)
+    text, parts, active = config.text_config, {}, 0.0
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        parts[part] = parts.get(part, 0) + parameter.numel()
+        if "_tower." not in name and "_connector." not in name:
+            is_stack = ".mlp.experts." in name and ".base." not in name
+            active += parameter.numel() * (text.num_experts_per_tok / text.num_experts if is_stack else 1)
+    total, sparse = sum(parts.values()), text.mlp_layer_types.count("sparse")
+    experts = "none (every layer is dense)"
+    if sparse:
+        names = ", ".join(text.expert_names or map(str, range(text.num_experts)))
+        base = "one shared base" if text.shared_expert_base else "own bases"
+        lora = f"LoRA of rank {text.expert_lora_rank}" if text.expert_lora_rank else "no LoRA"
+        experts = f"{text.num_experts} ({names}), {text.num_experts_per_tok} per token; {base}, {lora}"
+    return {
+        "description": f"Uni-MoE, {total / 1e6:,.1f} M parameters, {sparse} of {text.num_hidden_layers} layers sparse",
+        "takes": ", ".join(("text", *config.modalities)),
+        "experts": experts,
+        "stage": config.stage or ("mixture of experts" if sparse else "before the mixture: dense"),
+        "dtype": str(config.dtype or "not stated").removeprefix("torch."),
+        "licence": _licence(checkpoint),
+        "parameters": {"parts": parts, "total": total, "active": round(active)},
+        "memory_gb": {dtype: total * size / 1e9 for dtype, size in BYTES.items()},
+    }
+
+
+def _licence(checkpoint: str) -> str:
+    """As the model card in the folder states it."""
+    card = Path(checkpoint) / "README.md"
+    if card.is_file():
+        from huggingface_hub import ModelCard
+
+        if licence := ModelCard.load(card).data.get("license"):
+            return str(licence)
+    return "not stated; weights inherit the licences of their parts"
+
+
+__all__ = ["describe"]

@@ -1,0 +1,53 @@
+"""
+`uni-moe`: ask a checkpoint, describe it, look inside it, make one from the original's files.
+
+Nothing heavy is imported before a command has work to do, so `--help` and wrong usage answer at once. Exit codes: 0
+done, 1 failed with one sentence on stderr (of `data check`: bad rows were listed), 2 wrong usage, 130 interrupted.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import connectors, convert, data_check, generate, info, merge_modalities, routing
+
+
+# In the order of `uni-moe --help`. Each has `add_command(commands)`, which says what to run.
+COMMANDS = (generate, info, routing, connectors, convert, data_check, merge_modalities)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Args:
+        argv (`Sequence[str]`, *optional*): Arguments; those of the process by default.
+
+    Returns:
+        `int`: the exit code.
+    """
+    parser = argparse.ArgumentParser(prog="uni-moe", description=__doc__.strip().splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_command(commands)
+    args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if not _is_expected(error):
+            raise
+        cause = error.__cause__ if type(error).__name__.startswith("StrictDataclass") and error.__cause__ else error
+        sys.stderr.write(f"uni-moe: {' '.join(str(cause).split())}\n")
+        return 1
+
+
+def _is_expected(error: Exception) -> bool:
+    """What users, files and missing libraries cause; anything else is ours, and shows where it comes from."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, ValueError | OSError | ImportError) or bool(
+        names & {"StrictDataclassError", "SafetensorError", "OutOfMemoryError"}
+    )
+
+
+__all__ = ["main"]

@@ -1,0 +1,301 @@
+"""
+BEATs: a Transformer over patches of a log-mel filterbank, with a gated relative position bias.
+
+Source: BEATs (https://huggingface.co/papers/2212.09058), section 2; the gate is WavLM's
+(https://huggingface.co/papers/2110.13900), section 3.1.
+Letters: W windows, F frames, M mel bins, T patch tokens, D hidden, A heads.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn import init
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .compat_uni_moe import GradientCheckpointingLayer, can_return_tuple
+from .configuration_uni_moe import BeatsConfig
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention with an additive `(W, A, T, T)` mask, in the library's calling convention."""
+    weights = query @ key.transpose(2, 3) * scaling + attention_mask  # (W, A, T, T)
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class BeatsAttention(nn.Module):
+    """Self-attention whose shared relative position bias is scaled by a gate, per query and head."""
+
+    def __init__(self, config: BeatsConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.grep_linear = nn.Linear(self.head_dim, 8)
+        self.grep_a = nn.Parameter(torch.empty(1, self.num_heads, 1, 1))
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_bias: torch.Tensor, padding_bias: torch.Tensor, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(W, T, D)`): Tokens.
+            position_bias (`torch.Tensor` of shape `(1, A, T, T)`): Ungated bias, shared by all layers.
+            padding_bias (`torch.Tensor` of shape `(W, 1, 1, T)`): 0 for tokens to attend to, very negative otherwise.
+
+        Returns:
+            `tuple(torch.Tensor)`: output `(W, T, D)` and, where the attention function gives them, the weights.
+        """
+        shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
+        query, key, value = (
+            projection(hidden_states).view(shape).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (W, A, T, D / A)
+        gates = self.grep_linear(query).unflatten(-1, (2, 4)).sum(dim=-1).sigmoid()  # (W, A, T, 2)
+        update, reset = gates.chunk(2, dim=-1)  # (W, A, T, 1)
+        bias = (update * (reset * self.grep_a - 1.0) + 2.0) * position_bias + padding_bias  # (W, A, T, T)
+
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        output, weights = attention(self, query, key, value, bias, scaling=self.scaling, dropout=dropout, **kwargs)
+        return self.out_proj(output.reshape(hidden_states.shape)), weights
+
+
+class BeatsLayer(GradientCheckpointingLayer):
+    """A post-norm Transformer layer with DeepNorm's scaled residuals."""
+
+    def __init__(self, config: BeatsConfig):
+        super().__init__()
+        self.residual_scale = (2 * config.num_hidden_layers) ** 0.25 if config.deep_norm else 1.0
+        self.self_attn = BeatsAttention(config)
+        self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.dropout)
+        self.activation_dropout = nn.Dropout(config.activation_dropout)
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_bias: torch.Tensor, padding_bias: torch.Tensor, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`(W, T, D)` to `(W, T, D)` and attention weights; see [`BeatsAttention.forward`]."""
+        attended, weights = self.self_attn(hidden_states, position_bias, padding_bias, **kwargs)
+        hidden_states = self.self_attn_layer_norm(hidden_states * self.residual_scale + self.dropout(attended))
+        inner = self.activation_dropout(self.activation_fn(self.fc1(hidden_states)))
+        hidden_states = self.final_layer_norm(hidden_states * self.residual_scale + self.dropout(self.fc2(inner)))
+        return hidden_states, weights
+
+
+class BeatsPositionalConv(nn.Conv1d):
+    """The convolution that tells tokens where they are."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(W, D, T)` to `(W, D, T)`."""
+        # A tap of zeros makes an even kernel odd: as many outputs as inputs, and right ones. On CPUs with AMX, torch
+        # 2.13 computes narrow groups with an even kernel wrongly in bfloat16.
+        weight = F.pad(self.weight, (0, 1 - self.kernel_size[0] % 2))
+        return F.conv1d(hidden_states, weight, self.bias, padding=self.padding, groups=self.groups)
+
+
+class BeatsEncoder(nn.Module):
+    """Convolutional position embedding, then the layers."""
+
+    def __init__(self, config: BeatsConfig):
+        super().__init__()
+        self.config = config
+        kernel = config.num_conv_pos_embeddings
+        # The published file keeps this kernel as weight norm's two factors; here it is one tensor, the product.
+        self.pos_conv = BeatsPositionalConv(
+            config.hidden_size,
+            config.hidden_size,
+            kernel_size=kernel,
+            padding=kernel // 2,
+            groups=config.num_conv_pos_embedding_groups,
+        )
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.relative_attention_bias = nn.Embedding(config.num_buckets, config.num_attention_heads)
+        self.layers = nn.ModuleList([BeatsLayer(config) for _ in range(config.num_hidden_layers)])
+
+    def relative_buckets(self, length: int, device: torch.device) -> torch.Tensor:
+        """`(length, length)` bucket of every query (row) and key (column), `int64` in `[0, num_buckets)`."""
+        positions = torch.arange(length, device=device)
+        distance = positions[None, :] - positions[:, None]  # key - query
+        half = self.config.num_buckets // 2
+        exact = half // 2
+        magnitude = distance.abs()
+        growth = torch.log(magnitude.clamp(min=1).float() / exact) / math.log(self.config.max_bucket_distance / exact)
+        far = (exact + (growth * (half - exact)).long()).clamp(max=half - 1)
+        return torch.where(magnitude < exact, magnitude, far) + half * (distance > 0)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        **kwargs,
+    ) -> BaseModelOutput:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(W, T, D)`): Projected patches.
+            padding_mask (`torch.Tensor` of shape `(W, T)`, *optional*): `True` for tokens to ignore.
+            output_hidden_states, output_attentions (`bool`, *optional*, defaults to `False`): Whether to return what
+                goes into the layers, and what comes out of the last; and their attention weights.
+
+        Returns:
+            [`BaseModelOutput`] with `last_hidden_state` `(W, T, D)`.
+        """
+        num_windows, length, _ = hidden_states.shape
+        padding_bias = hidden_states.new_zeros(num_windows, 1, 1, length)
+        if padding_mask is not None:
+            hidden_states = hidden_states.masked_fill(padding_mask.unsqueeze(-1), 0.0)
+            lowest = torch.finfo(hidden_states.dtype).min
+            padding_bias = padding_bias.masked_fill(padding_mask[:, None, None, :], lowest)
+
+        positions = self.pos_conv(hidden_states.transpose(1, 2))
+        hidden_states = self.layer_norm(hidden_states + F.gelu(positions.transpose(1, 2)))
+        hidden_states = self.dropout(hidden_states)
+
+        buckets = self.relative_buckets(length, hidden_states.device)
+        position_bias = self.relative_attention_bias(buckets).permute(2, 0, 1).unsqueeze(0)  # (1, A, T, T)
+        states, attentions = [hidden_states], []
+        for layer in self.layers:
+            hidden_states, weights = layer(hidden_states, position_bias, padding_bias, **kwargs)
+            if output_hidden_states:
+                states.append(hidden_states)
+            if output_attentions:
+                attentions.append(weights)
+        return BaseModelOutput(
+            last_hidden_state=hidden_states,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+
+class BeatsModel(PreTrainedModel):
+    """
+    The BEATs audio encoder.
+
+    Source: BEATs (https://huggingface.co/papers/2212.09058); `Uni_MoE_audio/model/audio_encoder@f5e82dd` for what of
+    it Uni-MoE uses: the self-supervised encoder without a classifier.
+    """
+
+    config: BeatsConfig
+    base_model_prefix = "beats"
+    main_input_name = "input_values"
+    input_modalities = ("audio",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BeatsLayer"]
+    _supports_sdpa = True
+    _input_embed_layer = "patch_embedding"
+
+    def __init__(self, config: BeatsConfig):
+        super().__init__(config)
+        patch = config.patch_size
+        self.patch_embedding = nn.Conv2d(1, config.patch_embedding_size, kernel_size=patch, stride=patch, bias=False)
+        self.layer_norm = nn.LayerNorm(config.patch_embedding_size, eps=config.layer_norm_eps)
+        self.post_extract_proj = nn.Linear(config.patch_embedding_size, config.hidden_size)
+        self.encoder = BeatsEncoder(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, BeatsAttention):
+            init.ones_(module.grep_a)
+        elif isinstance(module, BeatsPositionalConv):
+            std = math.sqrt(4 / (self.config.num_conv_pos_embeddings * self.config.hidden_size))
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.bias)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """As in the library; in place of its other kernels, sdpa: they cannot add a bias of its own to every head."""
+        if requested_attention in ALL_ATTENTION_FUNCTIONS.valid_keys():
+            requested_attention = "sdpa"
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+    def token_padding_mask(self, frame_mask: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """
+        Which patch tokens are padding, in BEATs' own approximation: token i stands for the i-th run of frames.
+
+        Args:
+            frame_mask (`torch.Tensor` of shape `(num_windows, frames)`): 1 = valid.
+            num_tokens (`int`): Patch tokens of a window.
+
+        Returns:
+            `torch.BoolTensor` of shape `(num_windows, num_tokens)`: `True` where every frame of the run is padding.
+        """
+        run = frame_mask.shape[1] // num_tokens
+        if run == 0:  # fewer frames than tokens: patches cover 16 frames each, so stretch the mask instead
+            index = torch.arange(num_tokens, device=frame_mask.device) * frame_mask.shape[1] // num_tokens
+            return frame_mask[:, index] == 0
+        return (frame_mask[:, : run * num_tokens].unflatten(1, (num_tokens, run)) == 0).all(dim=-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: torch.Tensor,
+        input_values_mask: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutput:
+        r"""
+        Args:
+            input_values (`torch.Tensor` of shape `(num_windows, frames, num_mel_bins)`):
+                Normalised log-mel filterbank, one frame per 10 ms, see [`UniMoEFeatureExtractor`].
+            input_values_mask (`torch.Tensor` of shape `(num_windows, frames)`, *optional*):
+                1 = valid, 0 = padding (BEATs' own polarity is the opposite).
+            output_hidden_states, output_attentions (`bool`, *optional*): As in the library; the config's by default.
+                Attention weights need `attn_implementation="eager"`.
+
+        Returns:
+            [`BaseModelOutput`] with `last_hidden_state` `(num_windows, frames // 16 * num_mel_bins // 16,
+            hidden_size)`, time-major.
+
+        Raises:
+            ValueError: `input_values` has another number of mel bins, or fewer frames than one patch.
+        """
+        patch = self.config.patch_size
+        if input_values.shape[-1] != self.config.num_mel_bins or input_values.shape[1] < patch:
+            raise ValueError(
+                f"`input_values` has shape {tuple(input_values.shape)}, but this BEATs expects "
+                f"(num_windows, frames >= {patch}, {self.config.num_mel_bins}); use the model's own processor."
+            )
+        input_values = input_values.to(self.patch_embedding.weight.dtype)
+        patches = self.patch_embedding(input_values.unsqueeze(1)).flatten(2).transpose(1, 2)  # (W, T, patch width)
+        hidden_states = self.post_extract_proj(self.layer_norm(patches))  # (W, T, D)
+        padding_mask = None
+        if input_values_mask is not None:
+            padding_mask = self.token_padding_mask(input_values_mask, hidden_states.shape[1])
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        return self.encoder(hidden_states, padding_mask, output_hidden_states, output_attentions, **kwargs)
+
+
+__all__ = ["BeatsModel"]

@@ -1,0 +1,161 @@
+"""
+What differs between releases of Transformers, in one place: 5.16.1 and everything newer.
+
+Checkpoints carry this code to libraries that do not exist yet. So the other Hub files use documented names; what they
+need besides is imported here, each with what happens where it is gone.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from typing import Any
+
+import torch
+import transformers
+
+
+OLDEST = (5, 16, 1)
+
+
+def check_release(version: str) -> None:
+    """
+    Args:
+        version (`str`): Of transformers.
+
+    Raises:
+        ImportError: it is older than the oldest that this code was tested with. A newer one is never refused.
+    """
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    if numbers < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise ImportError(
+            f"Uni-MoE needs transformers {oldest} or newer, this is {version}: `pip install -U transformers`."
+        )
+
+
+check_release(transformers.__version__)
+
+from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: E402  older releases end above
+
+
+# 5.24 renamed `past_key_values` to `cache`, in outputs and arguments alike; calls with either name are understood.
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(BaseModelOutputWithPast)})
+
+
+def cache_of(kwargs: dict[str, Any]) -> Any:
+    """The cache among keyword arguments, whatever it is called; `None` without one."""
+    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def take_cache(cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    Takes the cache out of `kwargs`, under the name that this release reads.
+
+    Args:
+        cache: What was passed as `cache`.
+        kwargs (`dict`): Changed: other names of the cache are removed.
+
+    Returns:
+        `dict` with one entry.
+
+    Raises:
+        ValueError: two caches.
+    """
+    given = [found for found in (cache, *(kwargs.pop(name, None) for name in CACHE_NAMES)) if found is not None]
+    if len(given) > 1:
+        raise ValueError("Got both `cache` and `past_key_values`, which are two names of one thing; pass one.")
+    return {CACHE: given[0] if given else None}
+
+
+def can_return_tuple(forward: Callable) -> Callable:
+    """Lets a forward pass that returns a `ModelOutput` take `return_dict=False`, which the config may say as well."""
+
+    @wraps(forward)
+    def wrapped(self, *args, return_dict: bool | None = None, **kwargs):
+        outputs = forward(self, *args, **kwargs)
+        wants_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return outputs if wants_dict else outputs.to_tuple()
+
+    return wrapped
+
+
+try:
+    # Since 5.23: keeps the one hidden state that is read instead of those of all layers.
+    from transformers.utils.output_capturing import select_hidden_states
+except ImportError:
+
+    def select_hidden_states(argument: str) -> Callable:
+        """All hidden states are kept: more memory, the same result."""
+
+        def decorate(function: Callable) -> Callable:
+            @wraps(function)
+            def wrapped(self, *args, **kwargs):
+                return function(self, *args, **{"output_hidden_states": True, **kwargs})
+
+            return wrapped
+
+        return decorate
+
+
+try:
+    # What keeps router logits during a forward pass, under compiling and checkpointing too.
+    from transformers.utils.output_capturing import OutputRecorder
+except ImportError:
+    OutputRecorder = None
+
+try:
+    # A check that neither breaks a compiled graph nor waits for the device there.
+    from transformers.utils import torch_compilable_check
+except ImportError:
+
+    def torch_compilable_check(condition: Any, message: Callable[[], str]) -> None:
+        """The same, with a graph break where it is compiled."""
+        if not condition:
+            raise ValueError(message())
+
+
+try:
+    # Grouped products that compile in every dtype; torch's own do in bfloat16 alone.
+    from transformers.integrations.moe import _grouped_linear as grouped_linear
+except ImportError:
+    grouped_linear = None
+
+try:
+    # Finds what `{% generation %}` marks; without it, answers are found by rendering turn by turn.
+    from transformers.utils.chat_template_utils import render_jinja_template
+except ImportError:
+    render_jinja_template = None
+
+try:
+    # Keeps only a layer's input for backward, where checkpointing is switched on.
+    from transformers.modeling_layers import GradientCheckpointingLayer
+except ImportError:
+    GradientCheckpointingLayer = torch.nn.Module
+
+
+def register_multimodal_type(model_type: str, architecture: str) -> None:
+    """
+    `transformers serve` and the stock `any-to-any` pipeline look a model's type up here before its own code. Where
+    the table is gone they do not know the model; everything else does.
+    """
+    try:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    except ImportError:
+        return
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(model_type, architecture)
+
+
+def leave_unsharded(module: torch.nn.Module) -> None:
+    """
+    Keeps FSDP2 from sharding a module of its own accord. Before 5.23 plans could not be set, and such a module is
+    sharded like any other.
+    """
+    try:
+        module.fsdp_plan = {}
+    except AttributeError:
+        return
+
+
+__all__ = []

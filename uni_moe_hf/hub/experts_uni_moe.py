@@ -1,0 +1,302 @@
+"""
+The sparse mixture of modality experts: router, experts with LoRA, and the block that joins them.
+
+Letters: N tokens, K experts per token, E experts, H hidden, I intermediate, R LoRA rank.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from .configuration_uni_moe import UniMoETextConfig
+from .expert_kernels_uni_moe import ROUTES, own_index
+from .quantization_uni_moe import is_quantised
+
+
+class UniMoETopKRouter(nn.Module):
+    """
+    Scores every token against every expert and keeps the best `num_experts_per_tok`.
+
+    Source: Uni-MoE (https://huggingface.co/papers/2405.11273), equations 16 and 17; the weights are renormalised over
+    the kept experts as in `Uni_MoE_speech/model/moe/moe.py@f5e82dd` (the paper's formula shows no renormalisation).
+    """
+
+    def __init__(self, config: UniMoETextConfig):
+        super().__init__()
+        self.config = config  # read at every call: the number of experts per token may be changed
+        self.dtype = getattr(torch, config.router_dtype)
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        r"""
+        Args:
+            hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`):
+                One row per token; the caller has already merged batch and sequence.
+
+        Returns:
+            `tuple(torch.Tensor)`: *router_logits* `(num_tokens, num_experts)`, before any softmax: index 0 is what the
+            output recorder keeps; *top_k_weights* `(num_tokens, num_experts_per_tok)`, rows sum to 1; *top_k_index*,
+            same shape, `int64` in `[0, num_experts)`.
+        """
+        # Autocast would lower the product to its own precision whatever the operands' dtype is.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            logits = F.linear(hidden_states.to(self.dtype), self.weight.to(self.dtype))  # (N, E)
+        top_logits, top_k_index = torch.topk(logits, self.config.num_experts_per_tok, dim=-1)  # (N, K)
+        top_k_weights = torch.softmax(top_logits, dim=-1, dtype=torch.float32)  # (N, K)
+        return logits, top_k_weights, top_k_index
+
+
+class ExpertLoraTensors(NamedTuple):
+    """LoRA factors of all experts, gate before up: `(E, 2R, H)`, `(E, 2I, R)`, `(E, R, I)`, `(E, H, R)`."""
+
+    gate_up_a: torch.Tensor
+    gate_up_b: torch.Tensor
+    down_a: torch.Tensor
+    down_b: torch.Tensor
+
+
+class UniMoEExpertLora(nn.Module):
+    """
+    Holds the LoRA factors of all experts of a layer, apart from the frozen weights.
+
+    A module of its own, so that PEFT's `modules_to_save` can train and save it alone. It has to be *called*: PEFT and
+    offloading act on calls, an attribute read goes past them.
+    """
+
+    def __init__(self, config: UniMoETextConfig):
+        super().__init__()
+        experts, rank = config.num_experts, config.expert_lora_rank
+        hidden, inner = config.hidden_size, config.intermediate_size
+        # Names without "lora_": PEFT takes every key with that substring for one of its own.
+        self.gate_up_a = nn.Parameter(torch.empty(experts, 2 * rank, hidden))
+        self.gate_up_b = nn.Parameter(torch.empty(experts, 2 * inner, rank))
+        self.down_a = nn.Parameter(torch.empty(experts, rank, inner))
+        self.down_b = nn.Parameter(torch.empty(experts, hidden, rank))
+
+    def forward(self, hidden_states: torch.Tensor) -> ExpertLoraTensors:
+        """
+        Args:
+            hidden_states (`torch.Tensor`): Gives the dtype; PEFT keeps trained copies in float32.
+
+        Returns:
+            [`ExpertLoraTensors`] in the dtype of `hidden_states`.
+        """
+        tensors = (self.gate_up_a, self.gate_up_b, self.down_a, self.down_b)
+        return ExpertLoraTensors(*(tensor.to(hidden_states.dtype) for tensor in tensors))
+
+
+class UniMoELoraExperts(nn.Module):
+    """
+    The SwiGLU experts of one layer. Their frozen weights are stored in one of two ways, and each expert adds its LoRA:
+
+    * own base (`shared_expert_base=False`): `gate_up_proj` `(E, 2I, H)`, gate rows first, and `down_proj` `(E, H, I)`;
+    * shared base (`shared_expert_base=True`): one [`LlamaMLP`] `base`; an expert is that plus its own LoRA.
+
+    `forward` takes the route that `experts_implementation` names: "eager" is below, the others are in
+    `expert_kernels_uni_moe.py`, and "auto", the default, chooses among them.
+
+    Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.2; `LlamaMLPLoRA` of
+    `Uni_MoE_8e/Uni_MoE_speech/model@f5e82dd` for LoRA inside the experts.
+    """
+
+    def __init__(self, config: UniMoETextConfig):
+        super().__init__()
+        self.config = config
+        # Where the library keeps what `from_pretrained(experts_implementation=...)` asks for.
+        self.experts_implementation = getattr(config, "_experts_implementation", None) or "auto"
+        self.num_experts = config.num_experts
+        self.hidden_size = config.hidden_size
+        self.intermediate_size = config.intermediate_size
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.shared_base = config.shared_expert_base
+        if self.shared_base:
+            self.base = LlamaMLP(config)
+        else:
+            self.gate_up_proj = nn.Parameter(
+                torch.empty(self.num_experts, 2 * config.intermediate_size, self.hidden_size)
+            )
+            self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_size, config.intermediate_size))
+
+        self.lora_rank = config.expert_lora_rank
+        self.lora_scaling = config.expert_lora_alpha / self.lora_rank if self.lora_rank else 0.0
+        self.lora = UniMoEExpertLora(config) if self.lora_rank else None
+        self.lora_dropout = nn.Dropout(config.expert_lora_dropout)
+        self._is_merged = False
+
+    def lora_tensors(self, hidden_states: torch.Tensor) -> ExpertLoraTensors | None:
+        """The LoRA factors in the dtype of `hidden_states`, `None` for plain experts."""
+        return None if self.lora is None else self.lora(hidden_states)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        r"""
+        Args:
+            hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`): One row per token.
+            top_k_index (`torch.Tensor` of shape `(num_tokens, num_experts_per_tok)`): Experts of each token, `int64`
+                in `[0, num_experts)`.
+            top_k_weights (`torch.Tensor` of shape `(num_tokens, num_experts_per_tok)`): Their weights.
+
+        Returns:
+            `torch.Tensor` of shape `(num_tokens, hidden_size)`.
+        """
+        route = ROUTES[self.experts_implementation]
+        return route(self, hidden_states, top_k_index, top_k_weights)
+
+    def eager_forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The readable reference: one expert after the other. Arguments and result as in [`forward`]."""
+        top_k_index = own_index(self, top_k_index)
+        lora = self.lora_tensors(hidden_states)
+        output = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            token, slot = torch.where(top_k_index == expert)
+            rows = self._expert(expert, hidden_states[token], lora)
+            output.index_add_(0, token, (rows * top_k_weights[token, slot, None]).to(output.dtype))
+        return output
+
+    def _expert(self, expert: int, rows: torch.Tensor, lora: ExpertLoraTensors | None) -> torch.Tensor:
+        """`(n, H)` rows through one expert."""
+        if self.shared_base:
+            gate, up = self.base.gate_proj(rows), self.base.up_proj(rows)  # (n, I)
+        else:
+            gate, up = F.linear(rows, self.gate_up_proj[expert]).chunk(2, dim=-1)  # (n, I)
+        if lora is not None:
+            low_gate, low_up = F.linear(self.lora_dropout(rows), lora.gate_up_a[expert]).chunk(2, dim=-1)  # (n, R)
+            b_gate, b_up = lora.gate_up_b[expert].chunk(2, dim=0)  # (I, R)
+            gate = gate + self.lora_scaling * F.linear(low_gate, b_gate)
+            up = up + self.lora_scaling * F.linear(low_up, b_up)
+        inner = self.act_fn(gate) * up  # (n, I)
+        output = self.base.down_proj(inner) if self.shared_base else F.linear(inner, self.down_proj[expert])
+        if lora is not None:
+            low = F.linear(self.lora_dropout(inner), lora.down_a[expert])  # (n, R)
+            output = output + self.lora_scaling * F.linear(low, lora.down_b[expert])
+        return output  # (n, H)
+
+    @torch.no_grad()
+    def _lora_difference(self, lora: UniMoEExpertLora) -> tuple[torch.Tensor, torch.Tensor]:
+        """What LoRA adds to each expert's weights, in float32: `(E, 2I, H)` and `(E, H, I)`."""
+        factors = lora(torch.empty(0, dtype=torch.float32))
+        pairs = zip(factors.gate_up_b.chunk(2, dim=1), factors.gate_up_a.chunk(2, dim=1), strict=True)
+        gate_up = torch.cat([b @ a for b, a in pairs], dim=1)
+        return self.lora_scaling * gate_up, self.lora_scaling * (factors.down_b @ factors.down_a)
+
+    @torch.no_grad()
+    def merge_lora(self) -> None:
+        """
+        Folds each expert's LoRA into its frozen weights; afterwards these are plain experts with their own bases.
+
+        The sums are made in float32 and rounded once. With a shared base this allocates `num_experts` copies of it.
+        Use [`UniMoEPreTrainedModel.merge_expert_lora`], which keeps the config in step.
+
+        Raises:
+            ValueError: there is no LoRA to merge, or the frozen weights are quantised.
+        """
+        if self.lora is None:
+            raise ValueError("These experts hold no LoRA (rank 0 or already merged), so there is nothing to merge.")
+        frozen = self.base.gate_proj.weight if self.shared_base else self.gate_up_proj
+        if is_quantised(frozen):
+            raise ValueError("Quantised experts cannot be merged; load the model without `quantization_config`.")
+        gate_up_difference, down_difference = self._lora_difference(self.lora)
+        if self.shared_base:
+            gate_up = torch.cat([self.base.gate_proj.weight, self.base.up_proj.weight]).expand_as(gate_up_difference)
+            down = self.base.down_proj.weight.expand_as(down_difference)
+        else:
+            gate_up, down = self.gate_up_proj, self.down_proj
+        trains = frozen.requires_grad
+        self.gate_up_proj = nn.Parameter((gate_up.float() + gate_up_difference).to(gate_up.dtype), trains)
+        self.down_proj = nn.Parameter((down.float() + down_difference).to(down.dtype), trains)
+        # Kept for `unmerge_lora`, outside the module tree so that saving does not see them.
+        base = self.base if self.shared_base else None
+        self.__dict__["_unmerged"] = {"lora": self.lora, "base": base, "dtype": gate_up.dtype}
+        if self.shared_base:
+            del self.base
+        self.lora, self.shared_base, self._is_merged = None, False, True
+
+    @torch.no_grad()
+    def unmerge_lora(self) -> None:
+        """
+        Undoes [`merge_lora`]: bit-exact with a shared base, within the dtype's rounding with own bases.
+
+        Raises:
+            ValueError: nothing was merged in this process.
+        """
+        if not self._is_merged:
+            raise ValueError("These experts were not merged in this process, so they cannot be unmerged.")
+        gate_up, down = self.gate_up_proj, self.down_proj
+        unmerged = self.__dict__.pop("_unmerged")
+        # What lay aside did not follow `.to(...)` calls in between. Trained LoRA has a dtype of its own.
+        self.lora = unmerged["lora"].to(gate_up.device, None if gate_up.dtype == unmerged["dtype"] else gate_up.dtype)
+        self._is_merged = False
+        if unmerged["base"] is not None:
+            self.base, self.shared_base = unmerged["base"].to(gate_up.device, gate_up.dtype), True
+            del self.gate_up_proj, self.down_proj
+            return
+        gate_up_difference, down_difference = self._lora_difference(self.lora)
+        trains = gate_up.requires_grad
+        self.gate_up_proj = nn.Parameter((gate_up.float() - gate_up_difference).to(gate_up.dtype), trains)
+        self.down_proj = nn.Parameter((down.float() - down_difference).to(down.dtype), trains)
+
+
+class UniMoESparseMoeBlock(nn.Module):
+    """
+    Router and experts in place of a decoder layer's feed-forward network.
+
+    Source: Uni-MoE (https://huggingface.co/papers/2405.11273), equation 17.
+    """
+
+    def __init__(self, config: UniMoETextConfig):
+        super().__init__()
+        self.gate = UniMoETopKRouter(config)
+        self.experts = UniMoELoraExperts(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): After the layer's
+                second norm.
+
+        Returns:
+            `torch.Tensor` of the same shape.
+        """
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (N, H)
+        _, top_k_weights, top_k_index = self.gate(tokens)
+        output = self.experts(tokens, top_k_index, top_k_weights.to(tokens.dtype))
+        return output.reshape(hidden_states.shape)
+
+
+def load_balancing_loss(
+    router_logits: tuple[torch.Tensor, ...], num_experts_per_tok: int, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    r"""
+    How far the load of experts, over all layers together, is from even.
+
+    Args:
+        router_logits (`tuple(torch.Tensor)` of shape `(B * T, E)`): Of each sparse layer.
+        num_experts_per_tok (`int`): K.
+        attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 = valid; padding does not count.
+
+    Returns:
+        `torch.Tensor` of shape `()`: K where the load is even, up to `K * E` where it is not.
+
+    Source: Switch Transformers (https://huggingface.co/papers/2101.03961), equations 4 to 6, summed over the K choices
+    as the library's mixtures do.
+    """
+    device = router_logits[0].device
+    logits = torch.cat([layer.to(device) for layer in router_logits])  # (L * N, E)
+    probabilities = torch.softmax(logits, dim=-1)
+    chosen = torch.zeros_like(logits).scatter_(1, logits.topk(num_experts_per_tok, dim=-1).indices, 1.0)
+    if attention_mask is None:
+        weights = torch.ones(len(logits), 1, dtype=logits.dtype, device=device)
+    else:
+        weights = attention_mask.to(device, logits.dtype).reshape(-1).repeat(len(router_logits)).unsqueeze(-1)
+    load, probability = ((rows * weights).sum(dim=0) / weights.sum() for rows in (chosen, probabilities))  # (E,) each
+    return logits.shape[-1] * (load * probability).sum()
+
+
+__all__ = ["UniMoELoraExperts", "UniMoESparseMoeBlock", "UniMoETopKRouter", "load_balancing_loss"]

@@ -1,0 +1,258 @@
+"""
+How `generate` treats media: every clip is encoded once, before the first step, and stays with its row.
+
+Letters: B batch, T sequence, H hidden.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .compat_uni_moe import cache_of
+from .configuration_uni_moe import MODALITIES
+
+
+# What `encode_media` takes.
+MEDIA_INPUTS = ("pixel_values", "pixel_values_videos", "input_values", "input_values_mask", "input_features")
+
+# Modality -> features of its clips, in `pooler_output` `(clips, tokens, H)`.
+EncoderOutputs = dict[str, BaseModelOutputWithPooling]
+
+
+class PromptClips:
+    """
+    The clips of a prompt, encoded, and where in it they stand: any part of the prompt can be given its own.
+
+    Args:
+        encoded (`dict[str, BaseModelOutputWithPooling]`): Modality -> features, `(clips, tokens, H)` in reading order.
+        input_ids (`torch.Tensor` of shape `(B, T)`): The prompt with its placeholders.
+        token_ids (`dict[str, int]`): Modality -> its placeholder.
+        first (`int`): Position of the first of `input_ids` in the conversation: not 0 where the rest is cached.
+        num_cached (`int`): Tokens in the cache. Clips may be those of the whole prompt, or only those behind it.
+
+    Raises:
+        ValueError: placeholders and features differ in number.
+    """
+
+    def __init__(
+        self,
+        encoded: EncoderOutputs,
+        input_ids: torch.Tensor,
+        token_ids: dict[str, int],
+        first: int = 0,
+        num_cached: int = 0,
+    ):
+        self.first = first
+        self.features: dict[str, torch.Tensor] = {}  # (tokens of all clips, H)
+        self.rows: dict[str, torch.Tensor] = {}  # (B, T), which of them stands at a position; -1 where none does
+        is_new = torch.arange(first, first + input_ids.shape[1], device=input_ids.device) >= num_cached  # (T,)
+        for modality, outputs in encoded.items():
+            features = outputs.pooler_output.flatten(0, 1)
+            is_clip = input_ids == token_ids[modality]  # (B, T)
+            if len(features) != is_clip.sum():
+                is_clip = is_clip & is_new
+            if len(features) != is_clip.sum():
+                raise ValueError(mismatch(modality, int(is_clip.sum()), len(features)))
+            rows = is_clip.flatten().cumsum(0).view_as(is_clip) - 1
+            self.features[modality], self.rows[modality] = features, rows.masked_fill(~is_clip, -1)
+
+    def at(self, start: int, length: int, batch_size: int) -> EncoderOutputs:
+        """
+        Args:
+            start (`int`): A position of the conversation.
+            length (`int`): How many from there on.
+            batch_size (`int`): B, or a multiple of it, where each row of the prompt has become several.
+
+        Returns:
+            `dict[str, BaseModelOutputWithPooling]`: modality -> what stands there, `(1, tokens, H)`, row by row.
+        """
+        found = {}
+        begin = start - self.first
+        for modality, rows in self.rows.items():
+            part = rows[:, max(begin, 0) : max(begin + length, 0)]
+            part = part.repeat_interleave(batch_size // len(rows), dim=0)
+            chosen = part[part >= 0].to(self.features[modality].device)
+            if len(chosen):
+                pooled = self.features[modality][chosen].unsqueeze(0)
+                found[modality] = BaseModelOutputWithPooling(pooler_output=pooled)
+        return found
+
+
+class UniMoEGenerationMixin(GenerationMixin):
+    """`generate` for a model with `encode_media`, a `<modality>_token_id` per modality and `mm_encoder_outputs`."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        *,
+        assistant_model: PreTrainedModel | None = None,
+        mm_encoder_outputs: EncoderOutputs | None = None,
+        prompt_clips: PromptClips | None = None,
+        **kwargs,
+    ) -> Any:
+        r"""
+        As in the library, for prompts with clips of any modality.
+
+        Args:
+            inputs (`torch.Tensor` of shape `(B, T)`, *optional*): `input_ids`, under its other name.
+            generation_config, logits_processor, assistant_model (*optional*): As in the library.
+            mm_encoder_outputs (`dict`, *optional*): What [`UniMoEModel.encode_media`] returned, in place of media.
+            prompt_clips ([`PromptClips`], *optional*): What this method passes on to an assistant.
+            kwargs: Model inputs as the processor makes them, settings of generation, `past_key_values` or `cache`.
+
+        Returns:
+            As in the library.
+
+        Raises:
+            ValueError: placeholders and clips differ in number; media and their encoder outputs together; an assistant
+                that cannot take the clips, or over a filled cache.
+        """
+        cache = cache_of(kwargs)
+        num_cached = 0 if cache is None else int(cache.get_seq_length())
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        settings = generation_config or self.generation_config
+
+        def setting(name: str) -> Any:
+            return kwargs.get(name, getattr(settings, name, None))
+
+        is_assisted = assistant_model is not None or setting("prompt_lookup_num_tokens") is not None
+        if is_assisted and num_cached:
+            raise ValueError(
+                f"The cache already holds {num_cached} tokens, and assisted decoding would run the prompt over them "
+                "again; leave out `past_key_values`, or the assistant."
+            )
+        if input_ids is None:  # from embeddings, which the forward pass takes without media alone
+            if mm_encoder_outputs is not None:
+                kwargs["mm_encoder_outputs"] = mm_encoder_outputs
+        elif prompt_clips is None:
+            media = {name: kwargs.pop(name) for name in MEDIA_INPUTS if name in kwargs}
+            encoded = joined(mm_encoder_outputs, self.model.encode_media(**media))
+            if encoded:
+                mask = kwargs.get("attention_mask")
+                is_new_alone = mask is not None and mask.shape[1] > input_ids.shape[1]
+                token_ids = {modality: getattr(self.config, f"{modality}_token_id") for modality in MODALITIES}
+                prompt_clips = PromptClips(
+                    encoded, input_ids, token_ids, num_cached if is_new_alone else 0, num_cached
+                )
+        if assistant_model is not None and prompt_clips is not None:
+            self._check_assistant(assistant_model, prompt_clips)
+        if prompt_clips is not None:
+            kwargs["prompt_clips"] = prompt_clips
+        if assistant_model is not None:
+            kwargs["assistant_model"] = assistant_model
+        if "tokenizer" in kwargs:  # stop strings need it; `transformers serve` passes the processor
+            kwargs["tokenizer"] = getattr(kwargs["tokenizer"], "tokenizer", kwargs["tokenizer"])
+
+        changed, processors = self._settings_without_placeholders(setting, input_ids)
+        if changed:
+            settings = copy.deepcopy(settings)
+            for name, value in changed.items():
+                kwargs.pop(name, None)
+                setattr(settings, name, value)
+            generation_config = settings
+        if processors:
+            logits_processor = LogitsProcessorList([*processors, *(logits_processor or ())])
+        return super().generate(inputs, generation_config, logits_processor, **kwargs)
+
+    def _check_assistant(self, assistant_model: PreTrainedModel, prompt_clips: PromptClips) -> None:
+        """An assistant is given this model's features, so it must have room for them."""
+        width, needed = (m.config.get_text_config().hidden_size for m in (assistant_model, self))
+        is_text_only = not hasattr(assistant_model.base_model, "encode_media")
+        if is_text_only or width != needed:
+            found = "takes text only" if is_text_only else f"has hidden size {width}"
+            raise ValueError(
+                f"The prompt holds {', '.join(prompt_clips.rows)} clips and the assistant {found}; use a smaller "
+                f"Uni-MoE of hidden size {needed} as this model's, or `prompt_lookup_num_tokens` in place of an "
+                "assistant."
+            )
+
+    def _settings_without_placeholders(
+        self, setting: Any, input_ids: torch.Tensor | None
+    ) -> tuple[dict[str, Any], list[Any]]:
+        """
+        Settings that would look up the scores of placeholders, which lie behind the scores, as they have to be; and
+        processors in their place. Where a table was resized for new words, placeholders have scores, and are not said.
+        """
+        text_config, changed, processors = self.config.get_text_config(), {}, []
+        ids = [getattr(self.config, f"{modality}_token_id") for modality in MODALITIES]
+        if scored := [token_id for token_id in ids if token_id < text_config.vocab_size]:
+            changed["suppress_tokens"] = sorted({*scored, *(setting("suppress_tokens") or ())})
+        if words := setting("bad_words_ids"):
+            # What has no score cannot be said: such a rule always holds.
+            sayable = [sequence for sequence in words if sequence[-1] < text_config.vocab_size]
+            if len(sayable) < len(words):
+                changed["bad_words_ids"] = sayable or None
+        if input_ids is not None and (input_ids >= text_config.vocab_size).any():
+            # For each beam or sequence a row, as scores have them.
+            copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+            is_word = input_ids < text_config.vocab_size
+            words = input_ids.where(is_word, text_config.pad_token_id or 0).repeat_interleave(copies, dim=0)
+            for name, neutral, kind in (
+                ("encoder_repetition_penalty", 1.0, EncoderRepetitionPenaltyLogitsProcessor),
+                ("encoder_no_repeat_ngram_size", 0, EncoderNoRepeatNGramLogitsProcessor),
+            ):
+                if (value := setting(name)) not in (None, neutral):
+                    changed[name] = neutral
+                    processors.append(kind(value, words))
+        return changed, processors
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+        prompt_clips: PromptClips | None = None,
+        **kwargs,
+    ) -> dict:
+        """
+        As in the library; clips are passed on when their placeholders are, in whatever parts the prompt is read.
+        """
+        model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        new_ids = model_inputs.get("input_ids")
+        if prompt_clips is None or new_ids is None:
+            return model_inputs
+        batch_size, num_new = new_ids.shape
+        if num_new == 1 < input_ids.shape[1]:  # an answer's words are no placeholders
+            return model_inputs
+        cache = cache_of(model_inputs)
+        start = 0 if cache is None else int(cache.get_seq_length())
+        if encoded := prompt_clips.at(start, num_new, batch_size):
+            model_inputs["mm_encoder_outputs"] = encoded
+        return model_inputs
+
+
+def joined(given: EncoderOutputs | None, encoded: EncoderOutputs) -> EncoderOutputs:
+    """
+    Encoder outputs that were given and those that were made.
+
+    Raises:
+        ValueError: a modality is in both.
+    """
+    if both := (given or {}).keys() & encoded.keys():
+        raise ValueError(
+            f"Got {', '.join(sorted(both))} inputs as well as their `mm_encoder_outputs`; pass one of the two."
+        )
+    return {**(given or {}), **encoded}
+
+
+def mismatch(modality: str, num_tokens: int, num_features: int) -> str:
+    """What is wrong where placeholders and features differ in number."""
+    return (
+        f"{modality.capitalize()} features and {modality} tokens do not match, tokens: {num_tokens}, features: "
+        f"{num_features}; use the model's processor, which expands one placeholder per clip."
+    )
+
+
+__all__ = ["PromptClips", "UniMoEGenerationMixin"]

@@ -1,0 +1,579 @@
+"""
+Uni-MoE: frozen towers, connectors, and a Llama decoder whose feed-forward layers are sparse mixtures of experts.
+
+`input_ids` with placeholders -> embeddings; each tower's features through its connector -> scattered onto the
+placeholders; Llama layers -> `lm_head`. The sequence length never changes inside `forward`.
+Letters: B batch, T sequence, H hidden, N images, V videos, F frames, P patch tokens, W windows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import transformers
+from torch import nn
+from torch.nn import init
+from transformers import AutoModel, Cache, PreTrainedModel
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+)
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from .beats_uni_moe import BeatsModel
+from .compat_uni_moe import (
+    CACHE_NAMES,
+    OutputRecorder,
+    can_return_tuple,
+    leave_unsharded,
+    select_hidden_states,
+    take_cache,
+    torch_compilable_check,
+)
+from .configuration_uni_moe import MODALITIES, UniMoEConfig, UniMoETextConfig
+from .connectors_uni_moe import AudioConnector, SpeechConnector, VisionConnector, idle_connectors
+from .expert_kernels_uni_moe import ExpertsRouteMixin
+from .experts_uni_moe import (
+    UniMoEExpertLora,
+    UniMoELoraExperts,
+    UniMoESparseMoeBlock,
+    UniMoETopKRouter,
+    load_balancing_loss,
+)
+from .generation_uni_moe import UniMoEGenerationMixin, joined, mismatch
+from .pipeline_uni_moe import AnyToTextPipeline  # noqa: F401  saving a model ships every file imported here
+from .quantization_uni_moe import QuantizationMixin
+
+
+@dataclass
+class UniMoEModelOutputWithPast(MoeModelOutputWithPast):
+    r"""
+    The library's own fields, the cache under the name that the installed release gives it, and:
+
+    Args:
+        image_hidden_states, video_hidden_states, audio_hidden_states, speech_hidden_states (`torch.Tensor`):
+            Connector outputs, `(clips or windows, tokens, H)`; `None` where there was no input.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+    video_hidden_states: torch.Tensor | None = None
+    audio_hidden_states: torch.Tensor | None = None
+    speech_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class UniMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    r"""
+    The library's own fields (`loss` is the next-token loss plus the weighted `aux_loss`), and those of
+    [`UniMoEModelOutputWithPast`].
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+    video_hidden_states: torch.Tensor | None = None
+    audio_hidden_states: torch.Tensor | None = None
+    speech_hidden_states: torch.Tensor | None = None
+
+
+class UniMoEDecoderLayer(LlamaDecoderLayer):
+    """A Llama layer whose feed-forward network is a mixture where `mlp_layer_types` says "sparse"."""
+
+    def __init__(self, config: UniMoETextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        if config.mlp_layer_types[layer_idx] == "sparse":
+            self.mlp = UniMoESparseMoeBlock(config)
+
+
+class UniMoETextModel(ExpertsRouteMixin, QuantizationMixin, LlamaModel):
+    """Llama without its head, with [`UniMoEDecoderLayer`]s. `forward` is Llama's own; hooks record router logits."""
+
+    config: UniMoETextConfig
+    _no_split_modules = ["UniMoEDecoderLayer"]
+    _can_record_outputs = {"hidden_states": UniMoEDecoderLayer, "attentions": LlamaAttention}
+    if OutputRecorder is not None:
+        _can_record_outputs["router_logits"] = OutputRecorder(UniMoETopKRouter, index=0)
+
+    def __init__(self, config: UniMoETextConfig):
+        # Past LlamaModel: it would build, and initialise, every dense layer first.
+        LlamaPreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([UniMoEDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, UniMoETopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, UniMoELoraExperts) and not module.shared_base:
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, UniMoEExpertLora):
+            # As PEFT does: the first factor uniform within 1 / sqrt(fan in), the second zero.
+            for factor in (module.gate_up_a, module.down_a):
+                bound = factor.shape[-1] ** -0.5
+                init.uniform_(factor, -bound, bound)
+            init.zeros_(module.gate_up_b)
+            init.zeros_(module.down_b)
+
+
+class UniMoEPreTrainedModel(ExpertsRouteMixin, QuantizationMixin, PreTrainedModel):
+    """Initialisation, saving and loading of Uni-MoE models."""
+
+    config: UniMoEConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "video", "audio", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = list(CACHE_NAMES)
+    _keep_in_fp32_modules_strict = {"mlp.gate.weight"}  # a router rounded to half precision sends words elsewhere
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: initialisation is as in the library's own models, towers and missing weights included."""
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SpeechConnector | AudioConnector):
+            # Not zeros as in the original: the Q-Former has no positions, so equal queries would stay equal for ever.
+            init.normal_(module.query_tokens, mean=0.0, std=self.config.initializer_range)
+
+    def _experts(self) -> Iterator[UniMoELoraExperts]:
+        return (module for module in self.modules() if isinstance(module, UniMoELoraExperts))
+
+    def merge_expert_lora(self) -> None:
+        """
+        Folds every expert's LoRA into its frozen weights and sets the config accordingly (`expert_lora_rank=0`,
+        `shared_expert_base=False`), so that what is saved afterwards is a mixture of plain experts.
+
+        Raises:
+            ValueError: the experts hold no LoRA, or are quantised.
+        """
+        text_config = self.config.text_config
+        if not text_config.is_sparse or text_config.expert_lora_rank == 0:
+            raise ValueError(
+                f"There is no expert LoRA to merge: {text_config.mlp_layer_types.count('sparse')} sparse layers, "
+                f"`expert_lora_rank={text_config.expert_lora_rank}`."
+            )
+        for experts in self._experts():
+            experts.merge_lora()
+        self._unmerged_config = (text_config.expert_lora_rank, text_config.shared_expert_base)
+        text_config.expert_lora_rank, text_config.shared_expert_base = 0, False
+
+    def unmerge_expert_lora(self) -> None:
+        """Undoes [`merge_expert_lora`] in the same process, as [`UniMoELoraExperts.unmerge_lora`] does."""
+        if getattr(self, "_unmerged_config", None) is None:
+            raise ValueError("Expert LoRA was not merged in this process, so it cannot be unmerged.")
+        for experts in self._experts():
+            experts.unmerge_lora()
+        self.config.text_config.expert_lora_rank, self.config.text_config.shared_expert_base = self._unmerged_config
+        self._unmerged_config = None
+
+
+class UniMoEModel(UniMoEPreTrainedModel):
+    """Towers, connectors and decoder, without the language modeling head (figure 3 of the paper)."""
+
+    def __init__(self, config: UniMoEConfig):
+        super().__init__(config)
+        if config.vision_config is not None:
+            self.vision_tower = AutoModel.from_config(config.vision_config)
+            self.vision_connector = VisionConnector(config)
+        if config.speech_config is not None:
+            self.speech_tower = WhisperEncoder(config.speech_config)
+            self.speech_connector = SpeechConnector(config)
+        if config.audio_config is not None:
+            self.audio_tower = BeatsModel(config.audio_config)
+            self.audio_connector = AudioConnector(config)
+        self.language_model = UniMoETextModel(config.text_config)
+        for tower in ("vision_tower", "speech_tower", "audio_tower"):
+            if hasattr(self, tower):  # frozen, and not run where a batch lacks its modality
+                leave_unsharded(getattr(self, tower))
+        self.post_init()
+
+    def _require(self, modality: str, argument: str) -> None:
+        if modality not in self.config.modalities:
+            raise ValueError(
+                f"`{argument}` were passed but this model has no tower for {modality} (it takes text"
+                f"{''.join(', ' + name for name in self.config.modalities)}); remove them or load another model."
+            )
+
+    @select_hidden_states("layer")
+    def _run_vision_tower(self, pixel_values: torch.Tensor, layer: int, **kwargs) -> BaseModelOutputWithPooling:
+        return self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`): Normalised pictures.
+            vision_feature_layer, vision_feature_select_strategy (*optional*): Override the config's.
+
+        Returns:
+            [`BaseModelOutputWithPooling`] of the tower; `pooler_output` `(num_images, image_seq_length, hidden_size)`
+            is what stands for each picture in the sequence.
+
+        Raises:
+            ValueError: the model has no vision tower.
+        """
+        self._require("image", "pixel_values")
+        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        outputs = self._run_vision_tower(pixel_values, layer=layer, **kwargs)
+        features = outputs.hidden_states[layer]  # (N, P + 1, tower width)
+        if (vision_feature_select_strategy or self.config.vision_feature_select_strategy) == "default":
+            features = features[:, 1:]  # (N, P, tower width)
+        outputs.pooler_output = self.vision_connector(features)  # (N, P, H)
+        return outputs
+
+    @can_return_tuple
+    def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        r"""
+        Args:
+            pixel_values_videos (`torch.Tensor` of shape `(num_videos, frames, 3, height, width)`): Normalised frames.
+
+        Returns:
+            [`BaseModelOutputWithPooling`] of the tower, frames of all videos in one row; `pooler_output`
+            `(num_videos, tokens, hidden_size)`, where tokens are those of one picture with `video_pooling="mean"`
+            (frames are averaged *after* the projector, as in the original) and of all frames with `"none"`.
+
+        Raises:
+            ValueError: the model has no vision tower.
+        """
+        self._require("video", "pixel_values_videos")
+        if pixel_values_videos.dim() != 5:
+            raise ValueError(
+                f"`pixel_values_videos` has shape {tuple(pixel_values_videos.shape)}, expected (num_videos, frames, "
+                "3, height, width); pictures go into `pixel_values`."
+            )
+        num_videos = pixel_values_videos.shape[0]
+        outputs = self.get_image_features(pixel_values_videos.flatten(0, 1), return_dict=True, **kwargs)
+        frames = outputs.pooler_output.unflatten(0, (num_videos, -1))  # (V, F, P, H)
+        outputs.pooler_output = frames.mean(dim=1) if self.config.video_pooling == "mean" else frames.flatten(1, 2)
+        return outputs
+
+    @can_return_tuple
+    def get_speech_features(self, input_features: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        r"""
+        Args:
+            input_features (`torch.Tensor` of shape `(num_windows, mel_bins, mel_frames)`): Whisper's log-mel.
+
+        Returns:
+            [`BaseModelOutputWithPooling`] of the tower; `pooler_output` `(num_windows, num_speech_query_tokens,
+            hidden_size)`.
+
+        Raises:
+            ValueError: the model has no speech tower.
+        """
+        self._require("speech", "input_features")
+        outputs = self.speech_tower(input_features.to(self.speech_tower.dtype), return_dict=True, **kwargs)
+        return BaseModelOutputWithPooling(**outputs, pooler_output=self.speech_connector(outputs.last_hidden_state))
+
+    @can_return_tuple
+    def get_audio_features(
+        self, input_values: torch.Tensor, input_values_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Args:
+            input_values (`torch.Tensor` of shape `(num_windows, frames, 128)`): BEATs' filterbank.
+            input_values_mask (`torch.Tensor` of shape `(num_windows, frames)`, *optional*): 1 = valid.
+
+        Returns:
+            [`BaseModelOutputWithPooling`] of the tower; `pooler_output` `(num_windows, num_audio_query_tokens,
+            hidden_size)`.
+
+        Raises:
+            ValueError: the model has no audio tower.
+        """
+        self._require("audio", "input_values")
+        outputs = self.audio_tower(input_values, input_values_mask, return_dict=True, **kwargs)
+        return BaseModelOutputWithPooling(**outputs, pooler_output=self.audio_connector(outputs.last_hidden_state))
+
+    def encode_media(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        input_values_mask: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+    ) -> dict[str, BaseModelOutputWithPooling]:
+        """
+        Args:
+            pixel_values, pixel_values_videos, input_values, input_values_mask, input_features: As in [`forward`].
+
+        Returns:
+            `dict`: modality -> what `get_<modality>_features` returns, for those given; a `mm_encoder_outputs`.
+        """
+        given = {"image": (pixel_values,), "video": (pixel_values_videos,)}
+        given |= {"audio": (input_values, input_values_mask), "speech": (input_features,)}
+        return {
+            modality: getattr(self, f"get_{modality}_features")(*inputs, return_dict=True)
+            for modality, inputs in given.items()
+            if inputs[0] is not None
+        }
+
+    def get_placeholder_masks(
+        self, input_ids: torch.Tensor, features: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, T)`): With placeholders.
+            features (`dict[str, torch.Tensor]`): Modality -> what is to stand there, `(clips, tokens, H)`.
+
+        Returns:
+            `dict[str, torch.BoolTensor]`: modality -> `(B, T)`, for all four.
+
+        Raises:
+            ValueError: as many placeholders as feature rows are needed; the message gives both counts.
+        """
+        masks = {modality: input_ids == getattr(self.config, f"{modality}_token_id") for modality in MODALITIES}
+        groups = [[modality] for modality in features]
+        # Absent ones are checked together: every check waits for the device, in every step of decoding.
+        groups += [absent] if (absent := [m for m in MODALITIES if m not in features]) else []
+        for group in groups:
+            num_tokens = torch.stack([masks[modality] for modality in group]).sum()
+            num_features = sum(features[m].shape[0] * features[m].shape[1] for m in group if m in features)
+            explain = partial(_explain, {modality: masks[modality] for modality in group}, num_features)
+            torch_compilable_check(num_tokens == num_features, explain)
+        return masks
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        input_values_mask: torch.Tensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> UniMoEModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                Token ids with placeholders already expanded by the processor.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 = valid.
+            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Positions for the rotary embedding.
+            cache ([`Cache`], *optional*): From earlier steps; also taken as `past_key_values`, on every release.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, T, H)`, *optional*): In place of `input_ids`, text only.
+            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, *optional*): All pictures of the
+                batch, in reading order; likewise below.
+            pixel_values_videos (`torch.Tensor` of shape `(num_videos, frames, 3, height, width)`, *optional*): Videos.
+            input_features (`torch.Tensor` of shape `(num_windows, mel_bins, mel_frames)`, *optional*): Speech.
+            input_values (`torch.Tensor` of shape `(num_windows, frames, 128)`, *optional*): Sound.
+            input_values_mask (`torch.Tensor` of shape `(num_windows, frames)`, *optional*): 1 = valid frame of sound.
+            mm_token_type_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): 0 text, 1 image, 2 video, 3 audio, 4
+                speech. Has no influence on the result: placeholders are found by their ids.
+            mm_encoder_outputs (`dict`, *optional*): What [`encode_media`] returned, in place of the media themselves.
+            use_cache (`bool`, *optional*): Whether to return a cache.
+
+        Returns:
+            [`UniMoEModelOutputWithPast`].
+
+        Raises:
+            ValueError: both or none of `input_ids` and `inputs_embeds`; media without `input_ids` or without a tower;
+                media and their encoder outputs together; counts of placeholders and features that differ.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass either `input_ids` or `inputs_embeds`, not both and not neither.")
+
+        encoded = self.encode_media(pixel_values, pixel_values_videos, input_values, input_values_mask, input_features)
+        features = {m: outputs.pooler_output for m, outputs in joined(mm_encoder_outputs, encoded).items()}
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids, features)
+        elif features:
+            raise ValueError(
+                f"Got {', '.join(features)} inputs together with `inputs_embeds`; placeholders are found in "
+                "`input_ids`, so pass those."
+            )
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **take_cache(cache, kwargs),
+            **kwargs,
+        )
+        hidden_states = {f"{modality}_hidden_states": tensor for modality, tensor in features.items()}
+        return UniMoEModelOutputWithPast(**outputs, **hidden_states)
+
+    def _embed(self, input_ids: torch.Tensor, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        """`(B, T, H)` text embeddings with features in place of the placeholders."""
+        # Placeholder ids lie behind the embedding table, so they are looked up as padding and then overwritten. Any
+        # other id behind the table fails in the lookup, as it should.
+        masks = self.get_placeholder_masks(input_ids, features)
+        is_media = torch.stack(list(masks.values())).any(dim=0)  # (B, T)
+        text_ids = input_ids.masked_fill(is_media, self.config.text_config.pad_token_id or 0)
+        inputs_embeds = self.get_input_embeddings()(text_ids)  # (B, T, H)
+        for modality, rows in features.items():
+            rows = rows.to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = masks[modality].unsqueeze(-1).to(inputs_embeds.device)  # (B, T, 1)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, rows)
+        return inputs_embeds + idle_connectors(self, features)
+
+
+def _explain(masks: dict[str, torch.Tensor], num_features: int) -> str:
+    """What is wrong with the first modality that has placeholders or features."""
+    modality = next(modality for modality, mask in masks.items() if num_features or mask.any())
+    return mismatch(modality, int(masks[modality].sum()), num_features)
+
+
+class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixin):
+    """
+    Uni-MoE with its language modeling head: text, pictures, videos, speech and sound in, text out.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModel, AutoProcessor
+
+    >>> model = AutoModel.from_pretrained("checkpoint", trust_remote_code=True)
+    >>> processor = AutoProcessor.from_pretrained("checkpoint", trust_remote_code=True)
+    >>> parts = [{"type": "image", "path": "cat.png"}, {"type": "text", "text": "What is it?"}]
+    >>> chat = [{"role": "user", "content": parts}]
+    >>> inputs = processor.apply_chat_template(
+    ...     chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ... )
+    >>> answer = model.generate(**inputs, max_new_tokens=20)
+    ```
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: UniMoEConfig):
+        super().__init__(config)
+        self.model = UniMoEModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
+        """See [`UniMoEModel.get_image_features`]."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    def get_video_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
+        """See [`UniMoEModel.get_video_features`]."""
+        return self.model.get_video_features(*args, **kwargs)
+
+    def get_audio_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
+        """See [`UniMoEModel.get_audio_features`]."""
+        return self.model.get_audio_features(*args, **kwargs)
+
+    def get_speech_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
+        """See [`UniMoEModel.get_speech_features`]."""
+        return self.model.get_speech_features(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        input_values_mask: torch.Tensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> UniMoECausalLMOutputWithPast:
+        r"""
+        Args:
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): Target ids, -100 where nothing is learned;
+                shifted inside.
+            output_router_logits (`bool`, *optional*): Whether to return router logits and the load-balancing loss;
+                the config's by default.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): How many last positions, or which, get
+                logits; 0 for all.
+
+        The rest as in [`UniMoEModel.forward`].
+
+        Returns:
+            [`UniMoECausalLMOutputWithPast`].
+        """
+        text_config = self.config.text_config
+        if output_router_logits is None:
+            output_router_logits = text_config.output_router_logits
+        if output_router_logits and OutputRecorder is None:
+            raise ValueError(
+                f"transformers {transformers.__version__} has no recorder of router logits that this checkpoint's "
+                "code knows; leave out `output_router_logits` (and set `router_aux_loss_coef` to 0)."
+            )
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            input_features=input_features,
+            input_values=input_values,
+            input_values_mask=input_values_mask,
+            mm_token_type_ids=mm_token_type_ids,
+            mm_encoder_outputs=mm_encoder_outputs,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            return_dict=True,
+            **take_cache(cache, kwargs),
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+
+        loss = aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
+        if outputs.router_logits:
+            # With a filled cache the mask also covers earlier tokens, whose router logits are not here.
+            mask = None if attention_mask is None else attention_mask[:, -outputs.last_hidden_state.shape[1] :]
+            aux_loss = load_balancing_loss(outputs.router_logits, text_config.num_experts_per_tok, mask)
+            if loss is not None:
+                loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)
+
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return UniMoECausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **others)
+
+
+__all__ = ["UniMoEForConditionalGeneration", "UniMoEModel", "UniMoEPreTrainedModel", "UniMoETextModel"]

@@ -1,0 +1,466 @@
+"""
+From conversations to tensors: media files are loaded, placeholders expanded, text tokenised, answers marked.
+
+`apply_chat_template` renders one placeholder per clip and hands the clips to `__call__`, which computes the features
+and repeats every placeholder as often as its clip has tokens.
+"""
+
+import inspect
+import re
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+
+from .configuration_uni_moe import MODALITIES  # isort: skip  a library that is too old is refused there
+
+import numpy as np
+from transformers import BatchFeature, ProcessorMixin
+from transformers.processing_utils import MultiModalData
+from transformers.utils import logging
+
+from .conversations_uni_moe import VICUNA_CHAT_TEMPLATE, ConversationMixin, remove_literal_marks
+from .media_uni_moe import load_frames, load_image, load_waveform
+
+
+logger = logging.get_logger(__name__)
+
+# Keyword arguments of `__call__`: groups, and what belongs to a group that no library class lists.
+GROUPS = ("text_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs", "common_kwargs")
+OWN_KWARGS = {
+    "num_frames": "videos_kwargs",
+    "sampling_rate": "audio_kwargs",
+    "return_mm_token_type_ids": "text_kwargs",
+    "return_text_replacement_offsets": "text_kwargs",
+    "return_tensors": "common_kwargs",
+}
+
+# Pictures longer or larger than this lose what they would lose anyway before they are resized.
+MAX_ASPECT, MAX_PADDED_SIDE = 64, 4096
+
+
+class UniMoEProcessor(ConversationMixin, ProcessorMixin):
+    r"""
+    Turns conversations with any number and order of pictures, videos, speech and sound clips into model inputs.
+
+    Args:
+        tokenizer ([`PreTrainedTokenizerBase`]): With the special tokens `<image> <video> <audio> <speech>`, see
+            `uni_moe_hf.build_processor`.
+        image_processor ([`BaseImageProcessor`]): For pictures and frames.
+        feature_extractor ([`UniMoEFeatureExtractor`]): For speech and sound.
+        chat_template (`str`, *optional*): Jinja template; Vicuna v1.1 by default.
+        modalities (`list[str]`, *optional*): What the model has towers for, `config.modalities`; all by default.
+        image_seq_length (`int`, *optional*, defaults to 576): Tokens of a picture.
+        video_frames (`int`, *optional*, defaults to 8): Frames taken from a video, evenly.
+        video_pooling (`str`, *optional*, defaults to `"mean"`): `"mean"` gives a video the tokens of one picture,
+            `"none"` those of all its frames.
+        image_mode (`str`, *optional*, defaults to `"crop"`): `"crop"` as released, or `"pad"`: pictures are first
+            padded to squares in the mean colour.
+        num_speech_query_tokens, num_audio_query_tokens (`int`, *optional*, defaults to 50): Tokens of a window.
+        default_ear (`str`, *optional*, defaults to `"audio"`): Where plain `audio` parts go in a model with both ears.
+
+    Source: the prompt is that of `*/conversation.py@f5e82dd`, the order of tokens that of `llava_arch.py`.
+
+    Example:
+
+    ```python
+    >>> parts = [{"type": "image", "path": "cat.png"}, {"type": "text", "text": "What is it?"}]
+    >>> chat = [{"role": "user", "content": parts}]
+    >>> inputs = processor.apply_chat_template(
+    ...     chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ... )
+    ```
+    """
+
+    def __init__(
+        self,
+        image_processor,
+        feature_extractor,
+        tokenizer,
+        chat_template: str | None = None,
+        modalities: list[str] | None = None,
+        image_seq_length: int = 576,
+        video_frames: int = 8,
+        video_pooling: str = "mean",
+        image_mode: str = "crop",
+        num_speech_query_tokens: int = 50,
+        num_audio_query_tokens: int = 50,
+        default_ear: str = "audio",
+    ):
+        self.modalities = list(MODALITIES if modalities is None else modalities)
+        self.image_seq_length = image_seq_length
+        self.video_frames = video_frames
+        self.video_pooling = video_pooling
+        self.image_mode = image_mode
+        self.num_speech_query_tokens = num_speech_query_tokens
+        self.num_audio_query_tokens = num_audio_query_tokens
+        self.default_ear = default_ear
+        for name, allowed in (
+            ("video_pooling", ("mean", "none")),
+            ("image_mode", ("crop", "pad")),
+            ("default_ear", ("audio", "speech")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r} but must be one of {allowed}.")
+        for modality in MODALITIES:
+            token = f"<{modality}>"
+            token_id = tokenizer.convert_tokens_to_ids(token)
+            if token_id is None or token_id == tokenizer.unk_token_id:
+                raise ValueError(
+                    f"The tokenizer has no special token {token}; make the processor with "
+                    "`uni_moe_hf.build_processor`, which adds it."
+                )
+            setattr(self, f"{modality}_token", token)
+            setattr(self, f"{modality}_token_id", token_id)
+        remove_literal_marks(tokenizer)
+        if hasattr(tokenizer, "legacy"):
+            tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # the library forgets it when saving
+        super().__init__(
+            image_processor, feature_extractor, tokenizer, chat_template=chat_template or VICUNA_CHAT_TEMPLATE
+        )
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        videos: Any = None,
+        audio: Any = None,
+        speech: Any = None,
+        **kwargs,
+    ) -> BatchFeature:
+        r"""
+        Args:
+            images (path, URL, PIL image, array, or a list of these per batch or per row, *optional*): Pictures.
+            text (`str` or `list[str]`, *optional*): Prompts with one `<image>`, `<video>`, `<audio>` or `<speech>` per
+                clip; clips are taken in reading order.
+            videos (path, URL, array `(frames, height, width, 3)`, or a list of these, *optional*): Videos.
+            audio (path, URL, waveform, `{"array", "sampling_rate"}`, or a list of these, *optional*): Sound.
+            speech (as `audio`, *optional*): Spoken language.
+            kwargs: For tokenizer and image processor (`padding`, `return_tensors`, ...), as they are or in
+                `text_kwargs`, `images_kwargs`, `videos_kwargs`, `audio_kwargs`; `return_mm_token_type_ids=True` adds 0
+                text, 1 image, 2 video, 3 audio, 4 speech for each token.
+
+        Returns:
+            [`BatchFeature`] with `input_ids` and `attention_mask` `(B, T)`; `pixel_values` `(num_images, 3, height,
+            width)`; `pixel_values_videos` `(num_videos, frames, 3, height, width)`; `input_values` `(num_windows,
+            frames, 128)` and `input_values_mask`; `input_features` `(num_windows, mel_bins, mel_frames)`.
+
+        Raises:
+            ValueError: a file cannot be read; placeholders and clips differ in number; the model lacks a tower.
+        """
+        clips = {"image": images, "video": videos, "audio": audio, "speech": speech}
+        clips = {modality: _listed(value, modality) for modality, value in clips.items() if value is not None}
+        if text is None and not clips:
+            raise ValueError("Pass `text`, media or both to the processor.")
+        prompts = [text] if isinstance(text, str) else text
+        if prompts is not None:
+            if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+                raise ValueError("`text` must be a string or a non-empty list of strings.")
+            self._check_counts(prompts, clips)
+        prompts, clips = self._to_ears(prompts, clips)
+        clips = {modality: list(_flat(rows)) for modality, rows in clips.items()}
+        for modality in clips:
+            self._check_modality(modality, len(clips[modality]))
+
+        grouped = self._grouped_kwargs(kwargs)
+        text_kwargs = grouped["text_kwargs"]
+        return_tensors = grouped["common_kwargs"].get("return_tensors")
+        return_type_ids = text_kwargs.pop("return_mm_token_type_ids", False)
+        return_offsets = text_kwargs.pop("return_text_replacement_offsets", False)
+
+        data, num_tokens = self._features(clips, grouped)
+        if prompts is not None:
+            prompts, offsets = self._expand(prompts, num_tokens)
+            encoded = self.tokenizer(prompts, return_tensors=return_tensors, **text_kwargs)
+            self._check_placeholders(prompts, encoded["input_ids"])
+            if return_offsets:
+                encoded["text_replacement_offsets"] = offsets
+            if return_type_ids:
+                encoded["mm_token_type_ids"] = self.create_mm_token_type_ids(encoded["input_ids"])
+            data = {**encoded, **data}
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["text_replacement_offsets"])
+
+    def _grouped_kwargs(self, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Keyword arguments of `__call__` by what they are for."""
+        grouped = {group: dict(kwargs.get(group) or {}) for group in GROUPS}
+        for name, value in kwargs.items():
+            if name in GROUPS:
+                continue
+            groups = [OWN_KWARGS[name]] if name in OWN_KWARGS else []
+            if not groups and name in self._image_settings:
+                groups = ["images_kwargs", "videos_kwargs"]
+            if not groups and name in self._text_settings:
+                groups = ["text_kwargs"]
+            for group in groups:
+                grouped[group].setdefault(name, value)
+            if not groups:
+                logger.warning_once(f"The processor knows no argument `{name}`, so it is ignored.")
+        for group in ("text_kwargs", "images_kwargs", "videos_kwargs"):
+            if (wanted := grouped[group].pop("return_tensors", None)) is not None:
+                grouped["common_kwargs"].setdefault("return_tensors", wanted)
+        return grouped
+
+    @property
+    def _image_settings(self) -> set[str]:
+        """What the image processor may be told in a call."""
+        return set(getattr(getattr(self.image_processor, "valid_kwargs", None), "__annotations__", ()))
+
+    @property
+    def _text_settings(self) -> set[str]:
+        """What the tokenizer may be told in a call."""
+        return set(inspect.signature(type(self.tokenizer).__call__).parameters) - {"self", "kwargs"}
+
+    @property
+    def _call_settings(self) -> set[str]:
+        """What [`__call__`] may be told besides text and clips."""
+        return self._image_settings | self._text_settings | set(OWN_KWARGS) | set(GROUPS)
+
+    def _check_placeholders(self, prompts: list[str], input_ids: Any) -> None:
+        """Cut tokens would leave features without a place."""
+        rows = input_ids.tolist() if hasattr(input_ids, "tolist") else input_ids
+        for modality in MODALITIES:
+            token, token_id = getattr(self, f"{modality}_token"), getattr(self, f"{modality}_token_id")
+            wanted, found = [text.count(token) for text in prompts], [row.count(token_id) for row in rows]
+            if wanted != found:
+                raise ValueError(
+                    f"Truncation cut through media: mismatch of `{modality}` tokens, {wanted} in the text and {found} "
+                    "in `input_ids`; raise `max_length`, or leave out `truncation`."
+                )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """`list[str]`: what [`__call__`] may return, for the modalities that the model takes."""
+        names = {
+            "image": ["pixel_values"],
+            "video": ["pixel_values_videos"],
+            "audio": ["input_values", "input_values_mask"],
+            "speech": ["input_features"],
+        }
+        return [*self.tokenizer.model_input_names, *chain.from_iterable(names[m] for m in self.modalities)]
+
+    def save_pretrained(self, *args, **kwargs) -> list[str]:
+        """As in the library, which leaves an `auto_map` behind on the saved object."""
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__dict__.pop("auto_map", None)
+
+    def _get_num_multimodal_tokens(
+        self,
+        image_sizes: list | None = None,
+        video_sizes: list | None = None,
+        audio_lengths: list[int] | None = None,
+        **kwargs,
+    ) -> MultiModalData:
+        """How many tokens pictures, videos and clips of these sizes (in samples) become; inference servers ask it."""
+        data = {}
+        if image_sizes is not None:
+            data |= {"num_image_tokens": [self.image_seq_length] * len(image_sizes)}
+            data |= {"num_image_patches": [1] * len(image_sizes)}
+        if video_sizes is not None:
+            data["num_video_tokens"] = [self._num_video_tokens(self.video_frames)] * len(video_sizes)
+        if audio_lengths is not None:
+            per_window = getattr(self, f"num_{self._ear('audio')}_query_tokens")
+            windows = [self.feature_extractor.num_windows(range(length)) for length in audio_lengths]
+            data["num_audio_tokens"] = [count * per_window for count in windows]
+        return MultiModalData(**data)
+
+    # ---- media -> features ----
+
+    def _features(self, clips: dict[str, list], kwargs: dict[str, dict]) -> tuple[dict, dict[str, list[int]]]:
+        """Model inputs of all clips, and how many tokens each clip stands for."""
+        data, num_tokens = {}, {}
+        image_kwargs = {**kwargs["images_kwargs"], "return_tensors": "np"}
+        rate = self.feature_extractor.sampling_rate
+        if clips.get("image"):
+            images = [self._framed(load_image(image)) for image in clips["image"]]
+            data["pixel_values"] = self._pixels(images, image_kwargs)
+            num_tokens["image"] = [self.image_seq_length] * len(images)
+        if clips.get("video"):
+            video_kwargs = {**image_kwargs, **kwargs["videos_kwargs"], "return_tensors": "np"}
+            num_frames = video_kwargs.pop("num_frames", None) or self.video_frames
+            videos = [load_frames(video, num_frames) for video in clips["video"]]
+            frames = [self._framed(frame) for frame in chain.from_iterable(videos)]
+            pixel_values = self._pixels(frames, video_kwargs)
+            data["pixel_values_videos"] = pixel_values.reshape(len(videos), num_frames, *pixel_values.shape[1:])
+            num_tokens["video"] = [self._num_video_tokens(num_frames)] * len(videos)
+        for modality, per_window in (("audio", self.num_audio_query_tokens), ("speech", self.num_speech_query_tokens)):
+            if clips.get(modality):
+                given = kwargs["audio_kwargs"].get("sampling_rate") or rate
+                waveforms = [load_waveform(clip, rate) for clip in clips[modality]]
+                data |= self.feature_extractor(**{modality: waveforms}, sampling_rate=given)
+                num_tokens[modality] = [self.feature_extractor.num_windows(wave) * per_window for wave in waveforms]
+        return data, num_tokens
+
+    def _num_video_tokens(self, num_frames: int) -> int:
+        return self.image_seq_length * (num_frames if self.video_pooling == "none" else 1)
+
+    def _framed(self, image):
+        """A picture ready for the image processor: with `image_mode="pad"`, centred on a square of the mean colour."""
+        short, side = sorted(image.size)
+        if self.image_mode == "crop":
+            if side <= MAX_ASPECT * short:
+                return image
+            # The image processor enlarges the short side and then crops the centre: spare it the far ends.
+            half_width, half_height = (min(length, MAX_ASPECT * short) / 2 for length in image.size)
+            x, y = image.width / 2, image.height / 2
+            return image.crop(tuple(map(int, (x - half_width, y - half_height, x + half_width, y + half_height))))
+        if side > MAX_PADDED_SIDE:
+            image = image.resize([max(1, round(length * MAX_PADDED_SIDE / side)) for length in image.size])
+            side = MAX_PADDED_SIDE
+        if image.width == image.height:
+            return image
+        from PIL import Image
+
+        colour = tuple(int(255 * mean) for mean in self.image_processor.image_mean)
+        canvas = Image.new(image.mode, (side, side), colour)
+        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return canvas
+
+    def _pixels(self, images: list, kwargs: dict) -> np.ndarray:
+        """
+        `(num_images, 3, height, width)` as the image processor gives them.
+
+        CLIP's usual way passes over every pixel six times; here resizing and one affine map give the same.
+        """
+        processor = self.image_processor
+        steps = ("resize", "center_crop", "rescale", "normalize", "convert_rgb")
+        usual = (
+            type(processor).__name__ == "CLIPImageProcessorPil"
+            and set(kwargs) == {"return_tensors"}
+            and all(getattr(processor, f"do_{step}") for step in steps)
+            and processor.size.shortest_edge is not None
+            and processor.size.longest_edge is None
+            and max(processor.crop_size.height, processor.crop_size.width) <= processor.size.shortest_edge
+        )
+        if not usual:
+            return np.asarray(processor(images, **kwargs)["pixel_values"])
+        height, width, side = processor.crop_size.height, processor.crop_size.width, processor.size.shortest_edge
+        mean, std = (np.asarray(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+        scale, shift = (processor.rescale_factor / std).astype(np.float32), (-mean / std).astype(np.float32)
+        pixels = np.empty((len(images), 3, height, width), dtype=np.float32)
+        for image, out in zip(images, pixels, strict=True):
+            long_side = int(side * max(image.size) / min(image.size))
+            new_width, new_height = (side, long_side) if image.width <= image.height else (long_side, side)
+            left, top = (new_width - width) // 2, (new_height - height) // 2
+            centre = image.resize((new_width, new_height), processor.resample)
+            centre = np.asarray(centre.crop((left, top, left + width, top + height)))
+            np.multiply(centre.transpose(2, 0, 1), scale, out=out)
+            out += shift
+        return pixels
+
+    def _check_modality(self, modality: str, count: int) -> None:
+        if modality not in self.modalities:
+            raise ValueError(
+                f"Got {count} {modality} clip{'s' * (count != 1)} but this model has no tower for {modality} (it "
+                f"takes text{''.join(', ' + name for name in self.modalities)}); remove them or load another model."
+            )
+
+    # ---- placeholders ----
+
+    @property
+    def all_special_multimodal_tokens(self) -> list[str]:
+        """`list[str]`: the four placeholders."""
+        return [getattr(self, f"{modality}_token") for modality in MODALITIES]
+
+    @property
+    def _placeholders(self) -> re.Pattern:
+        return re.compile("|".join(f"(?P<{modality}>{re.escape(f'<{modality}>')})" for modality in MODALITIES))
+
+    def _ear(self, modality: str) -> str:
+        """Which tower hears a clip: plain `audio` goes to the only ear, or to `default_ear` when there are two."""
+        if modality != "audio":
+            return modality
+        ears = [ear for ear in ("audio", "speech") if ear in self.modalities]
+        if len(ears) == 2:
+            return self.default_ear
+        if ears == ["speech"]:
+            logger.warning_once(
+                "This model has no tower for sound, so plain `audio` parts are heard by its speech tower; "
+                "use `speech` parts to say so."
+            )
+            return "speech"
+        return modality
+
+    def _to_ears(self, prompts: list[str] | None, clips: dict[str, list]) -> tuple[list[str] | None, dict[str, list]]:
+        """Moves `<audio>` placeholders and their clips over to `<speech>` where that is the ear that hears them."""
+        if "audio" not in clips or self._ear("audio") == "audio":
+            return prompts, clips
+        queues = {modality: _flat(clips.get(modality, [])) for modality in ("audio", "speech")}
+        if prompts is None:
+            speech = [*queues["audio"], *queues["speech"]]
+        else:
+            order = (match.lastgroup for prompt in prompts for match in self._placeholders.finditer(prompt))
+            speech = [next(queues[modality]) for modality in order if modality in queues]
+            prompts = [prompt.replace("<audio>", "<speech>") for prompt in prompts]
+        others = {modality: rows for modality, rows in clips.items() if modality not in queues}
+        return prompts, {**others, "speech": speech}
+
+    def _check_counts(self, prompts: list[str], clips: dict[str, list]) -> None:
+        """One clip per placeholder, in every row where clips come by row, else in all."""
+        for modality in MODALITIES:
+            found = [prompt.count(f"<{modality}>") for prompt in prompts]
+            rows = clips.get(modality, [])
+            nested = len(rows) == len(prompts) and all(isinstance(row, list) for row in rows)
+            given = [len(row) for row in rows] if nested else [sum(1 for _ in _flat(rows))]
+            found = found if nested else [sum(found)]
+            for row, (wanted, passed) in enumerate(zip(found, given, strict=True)):
+                if wanted != passed:
+                    where = f" of row {row}" if nested else ""
+                    raise ValueError(
+                        f"Found {wanted} `<{modality}>` placeholder{'s' * (wanted != 1)} in the text{where} but "
+                        f"{passed} {modality} clip{'s' * (passed != 1)}; pass one clip per placeholder."
+                    )
+
+    def _expand(self, prompts: list[str], num_tokens: dict[str, list[int]]) -> tuple[list[str], list[list[dict]]]:
+        """Repeats every placeholder, and tells where, in the form in which the library corrects assistant masks."""
+        counts = {modality: iter(numbers) for modality, numbers in num_tokens.items()}
+        expanded, offsets = [], []
+        for prompt in prompts:
+            pieces, replaced, last, gained = [], [], 0, 0
+            for match in self._placeholders.finditer(prompt):
+                start, end = match.span()
+                replacement = match.group() * next(counts[match.lastgroup])
+                new_span = (start + gained, start + gained + len(replacement))
+                replaced.append(
+                    {
+                        "type": match.lastgroup,
+                        "span": (start, end),
+                        "new_span": new_span,
+                        "text": match.group(),
+                        "replacement": replacement,
+                    }
+                )
+                pieces += [prompt[last:start], replacement]
+                gained += len(replacement) - (end - start)
+                last = end
+            expanded.append("".join([*pieces, prompt[last:]]))
+            offsets.append(replaced)
+        return expanded, offsets
+
+    def create_mm_token_type_ids(self, input_ids: Any) -> list[list[int]]:
+        """0 text, 1 image, 2 video, 3 audio, 4 speech for each of `input_ids` `(B, T)`."""
+        types = {getattr(self, f"{modality}_token_id"): number for number, modality in enumerate(MODALITIES, start=1)}
+        rows = input_ids.tolist() if hasattr(input_ids, "tolist") else input_ids
+        return [[types.get(token, 0) for token in row] for row in rows]
+
+
+def _listed(value: Any, modality: str) -> list:
+    """One clip, a list of clips, or a list of rows of clips, as a list."""
+    if not isinstance(value, list | tuple):
+        return [value]
+    if modality in ("audio", "speech") and value and all(isinstance(item, int | float) for item in value):
+        return [np.asarray(value, dtype=np.float32)]  # one waveform as a plain list
+    return [list(row) if isinstance(row, tuple) else row for row in value]
+
+
+def _flat(rows: list) -> Iterator[Any]:
+    """Clips of a list that may be nested by row."""
+    for row in rows:
+        if isinstance(row, list):
+            yield from row
+        else:
+            yield row
+
+
+__all__ = ["UniMoEProcessor"]

@@ -1,0 +1,56 @@
+"""What a quantisation leaves as it is, and what is refused because it would go wrong without a word."""
+
+from itertools import product
+
+import torch
+
+
+# Full names, as quantisers match them, in the model with its head and in the one without.
+UNQUANTISED = [
+    *("".join(parts) for parts in product(("", "model."), ("vision", "speech", "audio"), ("_tower", "_connector"))),
+    "lm_head",
+]
+
+
+def is_quantised(tensor: torch.Tensor) -> bool:
+    """Whether a weight is none to compute with directly: torchao's hold `qdata`, bitsandbytes' are packed integers."""
+    return any(hasattr(tensor, name) for name in ("qdata", "quant_state")) or not tensor.is_floating_point()
+
+
+class QuantizationMixin:
+    """Acts where `from_pretrained` builds a model whose config holds the quantisation asked for."""
+
+    def post_init(self) -> None:
+        """
+        The library's, then: towers and connectors, whose projectors the stages train, stay out of a quantisation that
+        names no exceptions.
+
+        Raises:
+            ValueError: the method would leave the experts as they are, or put others in their place.
+        """
+        super().post_init()
+        quantization = getattr(self.config, "quantization_config", None)
+        if quantization is None or isinstance(quantization, dict):
+            return
+        # torchao's `FqnToConfig` names tensors, the stacks among them; everything else looks for linear layers.
+        names_tensors = hasattr(getattr(quantization, "quant_type", None), "fqn_to_config")
+        text_config, method = self.config.get_text_config(), getattr(quantization.quant_method, "value", "")
+        if text_config.is_sparse and not getattr(quantization, "dequantize", False):
+            if method in ("fp8", "mxfp8"):
+                if text_config.expert_lora_rank > 0:
+                    raise ValueError(
+                        f"Quantisation '{method}' puts experts of its own, without LoRA, in place of these; merge the "
+                        "experts' LoRA first (`merge_expert_lora`), or quantise with torchao or bitsandbytes."
+                    )
+            elif not text_config.shared_expert_base and not names_tensors:
+                raise ValueError(
+                    f"Quantisation '{method}' reaches linear layers only and would leave these experts' own bases, "
+                    "most of the model, as they are; use a model with `shared_expert_base=True`, or name the stacks "
+                    "in torchao's `FqnToConfig`."
+                )
+        fields = [name for name in ("modules_to_not_convert", "llm_int8_skip_modules") if hasattr(quantization, name)]
+        if not names_tensors and fields and all(getattr(quantization, name) is None for name in fields):
+            setattr(quantization, fields[-1], list(UNQUANTISED))
+
+
+__all__ = ["QuantizationMixin", "is_quantised"]

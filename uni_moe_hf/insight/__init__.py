@@ -1,0 +1,4 @@
+"""
+Looking into a trained model.
+Imports `hub`, `mixtures`, `original` and `training`.
+"""

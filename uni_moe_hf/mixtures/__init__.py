@@ -1,0 +1,4 @@
+"""
+Models from pretrained parts; experts grown, added, dropped, merged and exported; where tokens are routed.
+Imports `hub` alone.
+"""

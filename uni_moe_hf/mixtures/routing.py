@@ -1,0 +1,259 @@
+"""
+Where tokens are routed: which experts see which modality.
+
+Letters: B batch, T sequence, L sparse layers, M modalities with text first, E experts, K experts per token.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..hub.configuration_uni_moe import MODALITIES
+
+
+# In the order of `mm_token_type_ids`.
+TOKEN_TYPES = ("text", *MODALITIES)
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    r"""
+    Where tokens were routed.
+
+    Args:
+        counts (`torch.LongTensor` of shape `(L, M, E)`): How often a router sent a token of a modality to an expert.
+        layers (`tuple[int]`): Numbers of the sparse layers.
+        expert_names (`tuple[str]`): Of the E experts.
+        num_experts_per_tok (`int`): K.
+    """
+
+    counts: torch.Tensor
+    layers: tuple[int, ...]
+    expert_names: tuple[str, ...]
+    num_experts_per_tok: int
+    modalities: tuple[str, ...] = TOKEN_TYPES
+
+    @property
+    def num_tokens(self) -> torch.Tensor:
+        """`torch.LongTensor` of shape `(L, M)`: tokens that each router saw."""
+        return self.counts.sum(dim=-1) // self.num_experts_per_tok
+
+    @property
+    def load(self) -> torch.Tensor:
+        """
+        `torch.Tensor` of shape `(L, M, E)`, float64: share of a modality's routes that went to each expert. Rows sum
+        to 1, or are 0 where there were no tokens of the modality.
+        """
+        counts = self.counts.double()
+        return counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
+
+    @property
+    def entropy(self) -> torch.Tensor:
+        """
+        `torch.Tensor` of shape `(L, M)`, float64: entropy of [`load`] over its largest possible value, the logarithm
+        of E. 1 is balanced; with K experts per token, `log(K) / log(E)` is collapsed; NaN without tokens.
+        """
+        load = self.load
+        entropy = -torch.xlogy(load, load).sum(dim=-1) / math.log(max(2, load.shape[-1]))
+        return entropy.masked_fill(self.num_tokens == 0, math.nan)
+
+    @property
+    def dead(self) -> torch.Tensor:
+        """`torch.BoolTensor` of shape `(L, M, E)`: experts that no token of a modality that was there was sent to."""
+        return (self.counts == 0) & (self.num_tokens > 0).unsqueeze(-1)
+
+    def dead_experts(self) -> list[tuple[int, str]]:
+        """`list` of (layer, expert name): experts that no token of any modality was sent to."""
+        idle = (self.counts.sum(dim=1) == 0) & (self.num_tokens.sum(dim=1) > 0).unsqueeze(-1)  # (L, E)
+        return [(self.layers[layer], self.expert_names[expert]) for layer, expert in idle.nonzero().tolist()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """`dict` of plain numbers and names, ready for JSON; modalities without tokens are left out."""
+        present = [(i, name) for i, name in enumerate(self.modalities) if self.num_tokens[:, i].any()]
+        return {
+            "experts": list(self.expert_names),
+            "num_experts_per_tok": self.num_experts_per_tok,
+            "layers": [
+                {
+                    "layer": layer,
+                    "modalities": {
+                        name: {
+                            "tokens": int(self.num_tokens[row, i]),
+                            "load": [round(share, 6) for share in self.load[row, i].tolist()],
+                            "entropy": round(float(self.entropy[row, i]), 6),
+                            "dead": [e for e, idle in zip(self.expert_names, self.dead[row, i], strict=True) if idle],
+                        }
+                        for i, name in present
+                    },
+                }
+                for row, layer in enumerate(self.layers)
+            ],
+            "dead_experts": [list(pair) for pair in self.dead_experts()],
+        }
+
+    def __str__(self) -> str:
+        width = max(8, *(len(name) + 2 for name in self.expert_names))
+        head = "".join(f"{name:>{width}}" for name in self.expert_names)
+        lines = [f"{'layer':<7}{'modality':<10}{'tokens':>9}{'entropy':>9}{head}   dead"]
+        for row, layer in enumerate(self.layers):
+            for i, name in enumerate(self.modalities):
+                if not self.num_tokens[row, i]:
+                    continue
+                load = "".join(f"{share:>{width}.1%}" for share in self.load[row, i].tolist())
+                dead = [e for e, idle in zip(self.expert_names, self.dead[row, i], strict=True) if idle]
+                tokens, entropy = int(self.num_tokens[row, i]), float(self.entropy[row, i])
+                lines.append(f"{layer:<7}{name:<10}{tokens:>9}{entropy:>9.3f}{load}   {', '.join(dead) or '-'}")
+        return "\n".join(lines)
+
+
+class RoutingRecorder:
+    """Counts routes while [`record_routing`] is open; [`report`] may be asked for at any time."""
+
+    def __init__(self, config: Any, layers: tuple[int, ...], generation_config: Any = None):
+        text_config = config.get_text_config()
+        self.config = config
+        self.layers = layers
+        ends = [
+            getattr(c, name, None)
+            for c in (text_config, generation_config)
+            for name in ("eos_token_id", "pad_token_id")
+        ]
+        ends = [token_id for end in ends for token_id in (end if isinstance(end, list) else [end])]
+        self._end_ids = torch.tensor(sorted({token_id for token_id in ends if token_id is not None}), dtype=torch.long)
+        self.num_experts, self.top_k = text_config.num_experts, text_config.num_experts_per_tok
+        names = text_config.expert_names or [str(expert) for expert in range(self.num_experts)]
+        self.expert_names = tuple(names)
+        self._counts = dict.fromkeys(self.layers)  # layer -> (M, E) on its router's device
+        self._types: torch.Tensor | None = None  # (B * T,) of the tokens that are under way; M for those not counted
+        self._waiting: set[int] = set()
+        self.paused = False  # while it is True, nothing is counted
+
+    def report(self) -> RoutingReport:
+        """
+        Returns:
+            [`RoutingReport`] of all that was counted so far.
+        """
+        empty = torch.zeros(len(TOKEN_TYPES), self.num_experts, dtype=torch.long)
+        counts = [empty if counted is None else counted[:-1].cpu() for counted in self._counts.values()]
+        return RoutingReport(torch.stack(counts), self.layers, self.expert_names, self.top_k)
+
+    def reset(self) -> None:
+        """Forgets what was counted."""
+        self._counts = dict.fromkeys(self.layers)
+
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Notes the types of the tokens that come, and that every router is to count them once."""
+        if args:
+            kwargs = {**dict(zip(("input_ids", "attention_mask"), args, strict=False)), **kwargs}
+        ids, embeds, cache = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
+        tokens = ids if ids is not None else embeds
+        self._waiting = set()
+        if tokens is None or self.paused:  # without tokens the model itself will complain
+            return
+        types = torch.zeros(tokens.shape[:2], dtype=torch.long, device=tokens.device)  # (B, T)
+        if ids is not None:
+            for number, modality in enumerate(MODALITIES, start=1):
+                types.masked_fill_(ids == getattr(self.config, f"{modality}_token_id", -1), number)
+        elif kwargs.get("mm_token_type_ids") is not None:
+            types = kwargs["mm_token_type_ids"].to(types)
+        past = 0 if cache is None else cache.get_seq_length()
+        is_real = _real_tokens(kwargs.get("attention_mask"), types.shape, int(past))
+        if is_real is not None:
+            types = types.masked_fill(~is_real.to(types.device), len(TOKEN_TYPES))
+        if ids is not None and types.shape[1] == 1 and int(past) > 0:
+            # Rows of a batch that have ended get a token in every step until all have.
+            self._end_ids = self._end_ids.to(ids.device)
+            types = types.masked_fill(torch.isin(ids, self._end_ids), len(TOKEN_TYPES))
+        self._types = types.flatten()
+        self._waiting = set(self.layers)
+
+    def _after_router(self, layer: int, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        """Adds a router's choices. Gradient checkpointing runs it a second time, without the model around it."""
+        if layer not in self._waiting or self._types is None:
+            return
+        self._waiting.discard(layer)
+        chosen = output[2].detach()  # (N, K)
+        types = self._types.to(chosen.device)  # (N,)
+        if self._counts[layer] is None:
+            # One row more for padding, so that nothing has to be picked out, which would wait for the device.
+            shape = (len(TOKEN_TYPES) + 1, self.num_experts)
+            self._counts[layer] = torch.zeros(shape, dtype=torch.long, device=chosen.device)
+        cells = (types.unsqueeze(-1) * self.num_experts + chosen).flatten()  # (N * K,)
+        self._counts[layer].view(-1).scatter_add_(0, cells, torch.ones_like(cells))
+
+
+def _real_tokens(mask: Any, shape: torch.Size, past: int) -> torch.Tensor | None:
+    """`(B, T)` which of the tokens under way are no padding; `None` when all are."""
+    if not isinstance(mask, torch.Tensor):
+        return None
+    length = shape[1]
+    if mask.dim() == 2:
+        return mask[:, past : past + length].bool() if mask.shape[1] > length else mask.bool()
+    # A ready-made mask `(B, 1, T, keys)` for a static cache: padding does not even see itself.
+    positions = torch.arange(length, device=mask.device)
+    own = mask[:, 0, positions, past + positions]
+    return (own if own.dtype == torch.bool else own == 0).expand(shape)
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
+    r"""
+    Counts which experts the tokens of each modality are sent to, in forward passes, `generate` and training alike.
+
+    Every real token counts once per layer: padding does not, nor what gradient checkpointing computes again, nor the
+    filling of rows that have ended, by the ids in the model's configs. Beams and an assistant's rejected guesses are
+    tokens like any other; padding in a flex attention mask that was made beforehand cannot be told from the rest.
+
+    Args:
+        model (`nn.Module`): A Uni-MoE with sparse layers, bare or inside PEFT, a trainer or DDP.
+
+    Yields:
+        [`RoutingRecorder`], whose `report()` gives a [`RoutingReport`].
+
+    Raises:
+        ValueError: the model has no Uni-MoE inside, or no router.
+
+    Example:
+
+    ```python
+    >>> from uni_moe_hf import record_routing
+
+    >>> with record_routing(model) as routing:
+    ...     answer = model.generate(**inputs)
+    >>> print(routing.report())
+    ```
+    """
+    # By name: a checkpoint's own code has its own copy of every class.
+    named = [(name, module, type(module).__name__) for name, module in model.named_modules()]
+    roots = [module for _, module, kind in named if kind == "UniMoEModel"]
+    roots = roots or [module for _, module, kind in named if kind == "UniMoETextModel"]
+    if not roots:
+        raise ValueError(f"A {type(model).__name__} holds no Uni-MoE, so there is no routing to record.")
+    # PEFT keeps a trained copy of a router beside the original; whichever runs is counted.
+    routers = [
+        (int(name.split("layers.")[-1].split(".")[0]), module)
+        for name, module, kind in named
+        if kind == "UniMoETopKRouter"
+    ]
+    if not routers:
+        raise ValueError("All layers of this model are dense, so there is no routing to record; grow experts first.")
+    layers = tuple(dict.fromkeys(layer for layer, _ in routers))
+    recorder = RoutingRecorder(roots[0].config, layers, getattr(model, "generation_config", None))
+    handles = [roots[0].register_forward_pre_hook(recorder._before_model, with_kwargs=True)]
+    for layer, router in routers:
+        handles.append(
+            router.register_forward_hook(lambda _, __, output, layer=layer: recorder._after_router(layer, output))
+        )
+    try:
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+__all__ = ["RoutingRecorder", "RoutingReport", "record_routing"]

@@ -1,0 +1,407 @@
+"""
+Training through TRL: what each stage's `SFTConfig` needs, learning rates by part, grouped batches, logs, resuming.
+
+Plain `SFTTrainer` runs every stage with [`sft_config`]'s settings; [`UniMoESFTTrainer`] adds to it and reads and
+writes the same checkpoints.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.utils.data import Sampler
+from transformers.utils import logging
+from trl import SFTConfig, SFTTrainer
+
+from ..mixtures.routing import record_routing
+from .data import UniMoEDataCollator, row_modalities
+from .model_card import trained_card
+from .stages import PARTS, STAGES, part_of
+
+
+logger = logging.get_logger(__name__)
+
+# Media are read by our collator, row by row: TRL must neither tokenise nor cut them, accelerate not slice batches
+# along a first dimension that media do not share, and the trainer not hide a loss that is no number.
+REQUIRED = {
+    "remove_unused_columns": False,
+    "dataset_kwargs": {"skip_prepare_dataset": True},
+    "max_length": None,
+    "accelerator_config": {"dispatch_batches": False},
+    "logging_nan_inf_filter": False,
+}
+
+
+def sft_config(stage: str, output_dir: str | Path, **settings: Any) -> SFTConfig:
+    r"""
+    Args:
+        stage (`str`): "connectors", "experts" or "moe".
+        output_dir (`str` or `Path`): For checkpoints.
+        settings: Further fields of `SFTConfig`, which win over the paper's numbers.
+
+    Returns:
+        `SFTConfig` with the stage's learning rate, a cosine schedule, 3 % warm-up, no weight decay, and what training
+        on media demands.
+
+    Raises:
+        ValueError: there is no such stage, or a setting contradicts what media demand.
+
+    Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 4.4.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"There is no stage {stage!r}; the stages are {list(STAGES)}.")
+    if wrong := [name for name, value in REQUIRED.items() if name in settings and not _holds(settings[name], value)]:
+        raise ValueError(f"Training on media needs {', '.join(f'`{name}={REQUIRED[name]}`' for name in wrong)}.")
+    paper = {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0}
+    paper |= {"learning_rate": STAGES[stage].learning_rate}
+    for name, value in REQUIRED.items():
+        settings[name] = {**settings[name], **value} if isinstance(settings.get(name), dict) else value
+    return SFTConfig(output_dir=str(output_dir), **{**paper, **settings})
+
+
+def _holds(given: Any, required: Any) -> bool:
+    """Whether a setting is what media demand; of a dictionary these fields alone count."""
+    if not isinstance(given, dict):
+        return given == required
+    return all(given.get(name, value) == value for name, value in required.items())
+
+
+class UniMoESFTTrainer(SFTTrainer):
+    r"""
+    `SFTTrainer` with learning rates by part, batches of one mixture of modalities, and logs of what a mixture does.
+
+    Logged besides TRL's own: `loss/<modalities>` for rows with these media, and with experts `load/<expert>`, its
+    share of all tokens, and `load/max_over_min` of the most uneven layer; whatever the auxiliary loss; and
+    `rows_skipped` so far, where bad rows may be. They are counted on the device and read when the trainer logs.
+
+    Args:
+        args: As `SFTTrainer`.
+        learning_rates (`dict[str, float]`, *optional*): Part of the model, a key of [`~stages.PARTS`] -> its rate.
+        group_by_modality (`bool`, *optional*, defaults to `False`): Whether the rows of an optimiser step have the
+            same modalities and similar lengths where possible; no row is dropped (the paper's modality-level data
+            parallelism).
+        kwargs: As `SFTTrainer`.
+
+    Raises:
+        ValueError: a setting that media demand is missing, a part is unknown or not trained, or a loss is no number.
+        OSError: the output folder cannot be written to, or a checkpoint could not be written whole.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        learning_rates: Mapping[str, float] | None = None,
+        group_by_modality: bool = False,
+        **kwargs: Any,
+    ):
+        config = kwargs.get("args", args[1] if len(args) > 1 else None)
+        if config is not None and not (getattr(config, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
+            raise ValueError(
+                "Training on media needs `dataset_kwargs={'skip_prepare_dataset': True}`; make the config with "
+                "`sft_config`."
+            )
+        data = kwargs.get("train_dataset", args[3] if len(args) > 3 else None)
+        if hasattr(data, "__len__") and not len(data):
+            raise ValueError("The training data hold no rows.")
+        super().__init__(*args, **kwargs)
+        if wrong := [name for name in ("remove_unused_columns", "logging_nan_inf_filter") if getattr(self.args, name)]:
+            raise ValueError(f"Training on media needs `{wrong[0]}=False`; make the config with `sft_config`.")
+        if self.args.should_save and not os.access(self.args.output_dir, os.W_OK):
+            raise PermissionError(f"'{self.args.output_dir}' cannot be written to; choose another `output_dir`.")
+        for parameter in self.model.parameters():
+            # Over a base of 4 or 8 bits TRL makes what is trained bfloat16, where small updates are lost.
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+        self.learning_rates = {part: float(rate) for part, rate in (learning_rates or {}).items()}
+        if unknown := [part for part in self.learning_rates if part not in PARTS]:
+            raise ValueError(f"There are no parts {unknown}; learning rates can be given for {list(PARTS)}.")
+        if group_by_modality and not hasattr(data, "__len__"):
+            raise ValueError("`group_by_modality` needs a whole data set; a stream is read in its own order.")
+        self.group_by_modality = group_by_modality
+        if isinstance(self.data_collator, UniMoEDataCollator):
+            self.data_collator.describe_rows = True  # so that a bad batch can be named
+        self._losses = ModalityLosses(self.model)
+        self._routing: Any = None
+        self._skipped = 0
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The library's, its groups split by [`learning_rates`]."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        parts = {id(parameter): part_of(name) for name, parameter in self.model.named_parameters()}
+        groups, used = [], set()
+        for group in optimizer.param_groups:
+            # The library keeps a group without parameters as well, and a checkpoint has as many as it was saved with.
+            by_part: dict[str | None, list] = {} if group["params"] else {None: []}
+            for parameter in group["params"]:
+                part = parts[id(parameter)] if parts[id(parameter)] in self.learning_rates else None
+                by_part.setdefault(part, []).append(parameter)
+            for part, parameters in by_part.items():
+                rate = self.learning_rates.get(part, group["lr"])
+                groups.append({**group, "params": parameters, "lr": rate})
+                used.add(part)
+        if idle := set(self.learning_rates) - used:
+            raise ValueError(f"{sorted(idle)} have learning rates but nothing of them is trained in this stage.")
+        optimizer.param_groups[:] = groups
+        return optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        if not self.group_by_modality:
+            return super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return ModalityGroupedSampler(dataset, size, seed)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the library, counting losses and routes meanwhile."""
+        with ExitStack() as stack:
+            stack.enter_context(self._losses)
+            if self.model.config.get_text_config().is_sparse:
+                self._routing = stack.enter_context(record_routing(self.model))
+            return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the library, uncounted."""
+        if self._routing is None:
+            return super().evaluation_loop(*args, **kwargs)
+        self._routing.paused = True
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self._routing.paused = False
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in TRL; stops at a loss that is no number, before it reaches a weight."""
+        rows = inputs.pop("rows", None)
+        self._skipped += inputs.pop("num_skipped", 0)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        # TRL has just brought these to the host; the loss itself would have to be waited for.
+        latest = [metrics[name][-1] for name in ("entropy", "aux_loss") if metrics.get(name)]
+        if any(not math.isfinite(value) for value in latest):
+            raise ValueError(
+                f"The loss of step {self.state.global_step + 1} is no number; the batch was "
+                f"{'; '.join(rows or ['not described'])}. Lower the learning rate, or look at these rows."
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As in TRL, with what was counted since the last time."""
+        if "loss" in logs:
+            logs |= self._losses.read(self.accelerator)
+            if self._routing is not None:
+                logs |= _loads(self._routing, self.accelerator)
+            if getattr(self.data_collator, "skip_bad_rows", False):
+                skipped = torch.tensor(float(self._skipped), device=self.accelerator.device)
+                logs["rows_skipped"] = self.accelerator.reduce(skipped).item()
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As in TRL; where that fails, says what is left to go on from."""
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            folder = self.args.output_dir
+            whole = last_complete_checkpoint(folder)
+            remedy = f"resume from '{whole}'" if whole else "start again"
+            raise OSError(
+                f"The checkpoint of step {self.state.global_step} could not be written: {error} ('{folder}' has "
+                f"{shutil.disk_usage(folder).free / 1e9:.2f} GB left). Make room, then {remedy}."
+            ) from error
+
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **kwargs: Any) -> None:
+        """Ours: TRL's tells of a text model."""
+        if not self.is_world_process_zero():
+            return
+        config, is_adapter = self.model.config, hasattr(self.model, "peft_config")
+        name = self.hub_model_id or model_name or Path(self.args.output_dir).name
+        base = getattr(config, "_name_or_path", "") or None
+        card = trained_card(config, name, is_adapter, base_model=base, dataset=dataset_name)
+        card.save(Path(self.args.output_dir) / "README.md")
+
+
+class ModalityLosses:
+    """
+    Sums the loss of each row by the modalities it has, while it is entered.
+
+    Args:
+        model (`nn.Module`): With TRL's fused head; wrapped by PEFT or not.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        config = model.config
+        self.ids = {modality: getattr(config, f"{modality}_token_id") for modality in config.modalities}
+        self._sums: torch.Tensor | None = None  # (2 ** modalities, 2): loss and tokens
+        self._handle: Any = None
+
+    def __enter__(self) -> "ModalityLosses":
+        self._handle = self.model.register_forward_hook(self._after_model, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._handle.remove()
+
+    def _after_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if not module.training or getattr(output, "log_probs", None) is None:
+            return
+        ids = kwargs["input_ids"]
+        kinds = torch.zeros(len(ids), dtype=torch.long, device=ids.device)  # (B,)
+        for number, token_id in enumerate(self.ids.values()):
+            kinds += (ids == token_id).any(dim=1).long() << number
+        losses = torch.stack([-output.log_probs.detach().sum(dim=1), output.label_mask.sum(dim=1)], dim=1).float()
+        if self._sums is None:
+            self._sums = torch.zeros(2 ** len(self.ids), 2, device=losses.device)
+        self._sums.index_add_(0, kinds.to(losses.device), losses)
+
+    def read(self, accelerator: Any) -> dict[str, float]:
+        """`loss/<modalities>` -> mean loss of a token over all processes; forgets what was counted."""
+        sums = torch.zeros(2 ** len(self.ids), 2, device=accelerator.device) if self._sums is None else self._sums
+        self._sums = None
+        logs = {}
+        for kind, (loss, tokens) in enumerate(accelerator.reduce(sums).tolist()):
+            if tokens:
+                names = [name for number, name in enumerate(self.ids) if kind >> number & 1]
+                logs[f"loss/{'+'.join(names) or 'text'}"] = loss / tokens
+        return logs
+
+
+def _loads(routing: Any, accelerator: Any) -> dict[str, float]:
+    """Shares of the experts since the last time, over all processes."""
+    report = routing.report()
+    routing.reset()
+    counts = accelerator.reduce(report.counts.sum(dim=1).to(accelerator.device)).double().cpu()  # (L, E)
+    if not counts.any():
+        return {}
+    share = (counts / counts.sum(dim=1, keepdim=True)).mean(dim=0)
+    logs = {f"load/{name}": value for name, value in zip(report.expert_names, share.tolist(), strict=True)}
+    logs["load/max_over_min"] = (counts.amax(dim=1) / counts.amin(dim=1).clamp(min=1)).max().item()
+    return logs
+
+
+class ModalityGroupedSampler(Sampler[int]):
+    r"""
+    Orders rows so that each run of `size` has the same modalities and similar lengths; what is left over of every kind
+    comes last, mixed. Every row comes once.
+
+    Args:
+        dataset (`Dataset`): Of rows with `messages` or `conversations`.
+        size (`int`): Rows of an optimiser step, over all processes.
+        seed (`int`, *optional*, defaults to 0): Of the order; `set_epoch` changes it.
+
+    Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.4; `Uni_MoE_speech_dp/train@f5e82dd`, which
+    drops the last rows of every kind.
+    """
+
+    def __init__(self, dataset: Any, size: int, seed: int = 0):
+        self.size, self.seed, self.epoch = size, seed, 0
+        self.kinds: dict[tuple[str, ...], list[int]] = {}
+        self.lengths = []
+        for index in range(len(dataset)):
+            try:
+                modalities, words = row_modalities(dataset[index])
+            except ValueError:  # the collator will name the row, or skip it
+                modalities, words = ("unreadable",), 0
+            self.kinds.setdefault(modalities, []).append(index)
+            self.lengths.append(words)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order for another epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+
+        def shuffled(items: list) -> list:
+            return [items[index] for index in torch.randperm(len(items), generator=generator).tolist()]
+
+        steps, rest = [], []
+        for indices in self.kinds.values():
+            # Neighbours in length, after a shuffle that decides among equals.
+            order = sorted(shuffled(indices), key=lambda index: self.lengths[index])
+            full = len(order) // self.size * self.size
+            left = set(shuffled(order)[: len(order) - full])
+            rest += [index for index in order if index in left]
+            order = [index for index in order if index not in left]
+            steps += [order[start : start + self.size] for start in range(0, full, self.size)]
+        for step in shuffled(steps):
+            yield from shuffled(step)
+        yield from shuffled(rest)
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    r"""
+    The checkpoint to resume from. A process that is killed while it saves leaves a torn folder, which the library's
+    own helper would take.
+
+    Args:
+        output_dir (`str` or `Path`): Of the trainer.
+
+    Returns:
+        `str`: the folder with the highest step of which every file is there and can be read; `None` without one.
+    """
+    found = {}
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        if folder.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)):
+            found[int(match[1])] = folder
+    for step in sorted(found, reverse=True):
+        if reason := _what_is_torn(found[step], step):
+            logger.warning("Passing over '%s': %s.", found[step], reason)
+        else:
+            return str(found[step])
+    return None
+
+
+def _what_is_torn(folder: Path, step: int) -> str:
+    """Why a checkpoint cannot be resumed from; empty if it can."""
+    names = {path.name for path in folder.iterdir()}
+    weights = [name for name in names if name.endswith(".safetensors")]
+    for name in ("trainer_state.json", "scheduler.pt", "training_args.bin"):
+        if name not in names:
+            return f"{name} is missing"
+    if not weights or not any(name.startswith("rng_state") for name in names):
+        return "weights or random states are missing"
+    if not any(name.startswith("optimizer") for name in names):
+        return "optimizer.pt is missing"
+    try:
+        for name in names:
+            file = folder / name
+            if name.endswith(".json"):
+                content = json.loads(file.read_text(encoding="utf-8"))
+                if name == "trainer_state.json" and dict(content).get("global_step") != step:
+                    return f"trainer_state.json is of step {dict(content).get('global_step')}"
+                if name.endswith(".safetensors.index.json"):
+                    if missing := set(content["weight_map"].values()) - names:
+                        return f"{sorted(missing)[0]} is missing"
+            elif name.endswith(".safetensors"):
+                with safe_open(file, "pt") as opened:
+                    opened.keys()
+            elif name.endswith((".pt", ".pth", ".bin")):
+                with zipfile.ZipFile(file) as archive:
+                    if broken := archive.testzip():
+                        return f"{name} is damaged at {broken}"
+    except (ValueError, TypeError, OSError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
+        return f"{name} cannot be read ({error})"
+    return ""
+
+
+__all__ = [
+    "ModalityGroupedSampler",
+    "ModalityLosses",
+    "UniMoESFTTrainer",
+    "last_complete_checkpoint",
+    "sft_config",
+]
