@@ -6,6 +6,7 @@ import pytest
 import torch
 from golden import FIXTURES
 from safetensors.torch import load_file
+from tiny import checkpoint_activations
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from uni_moe_hf import BeatsConfig, BeatsModel
@@ -156,7 +157,7 @@ def test_gradient_checkpointing_gives_the_same_output_and_gradients(beats):
     for checkpointing in (False, True):
         model = copy.deepcopy(beats).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
             assert all(layer.gradient_checkpointing for layer in model.encoder.layers)
         output = model(fbanks(), mask_of(96, 50)).last_hidden_state
         output.square().mean().backward()

@@ -47,7 +47,7 @@ def make_config(shared: bool = False, route: str = "eager", **fields) -> UniMoET
         "shared_expert_base": shared,
     }
     config = UniMoETextConfig(**{**settings, **fields})
-    config._experts_implementation = route
+    config._experts_implementation = route  # as `from_pretrained` leaves it
     return config
 
 
@@ -63,7 +63,7 @@ def make_experts(shared: bool = False, route: str = "eager", **fields) -> UniMoE
 def on_route(experts: UniMoELoraExperts, route: str) -> UniMoELoraExperts:
     """A copy that takes another route."""
     twin = copy.deepcopy(experts)
-    twin.config._experts_implementation = route
+    twin.experts_implementation = route
     return twin
 
 
@@ -320,13 +320,13 @@ def test_expert_equals_a_dense_network_wrapped_by_peft(shared):
 @pytest.fixture
 def grouped_products(monkeypatch):
     """The list of grouped products that were computed, one shape each."""
-    calls, original = [], expert_kernels_uni_moe._grouped_linear
+    calls, original = [], expert_kernels_uni_moe.grouped_linear
 
     def spy(rows, weight, offsets):
         calls.append(tuple(weight.shape))
         return original(rows, weight, offsets)
 
-    monkeypatch.setattr(expert_kernels_uni_moe, "_grouped_linear", spy)
+    monkeypatch.setattr(expert_kernels_uni_moe, "grouped_linear", spy)
     return calls
 
 
@@ -867,5 +867,4 @@ def test_routes_to_experts_of_other_processes_count_for_nothing(route, tokens):
     with torch.no_grad():
         expected = experts(rows, index, weights)
         index[elsewhere, 1] = experts.num_experts
-        experts._is_expert_parallel = True
         torch.testing.assert_close(experts(rows, index, weights), expected, atol=1e-5, rtol=1e-5)

@@ -13,6 +13,7 @@ from tiny import (
     MODALITIES,
     TOWERS,
     assert_logits_equal,
+    checkpoint_activations,
     labels_of,
     make_inputs,
     rows_alone,
@@ -204,8 +205,8 @@ def test_every_route_gives_the_same_logits(shared, route):
 
 
 def test_grouped_products_are_the_default(own_model, monkeypatch):
-    calls, original = [], expert_kernels_uni_moe._grouped_linear
-    monkeypatch.setattr(expert_kernels_uni_moe, "_grouped_linear", lambda *args: calls.append(args) or original(*args))
+    calls, original = [], expert_kernels_uni_moe.grouped_linear
+    monkeypatch.setattr(expert_kernels_uni_moe, "grouped_linear", lambda *args: calls.append(args) or original(*args))
     own_model(**make_inputs(own_model.config, (4,)))
     assert len(calls) == 2 * 7  # two layers; one product for gate and up, one for down, five for their LoRA
 
@@ -399,7 +400,7 @@ def test_dense_model_has_no_auxiliary_loss():
 def test_auxiliary_loss_teaches_every_router(shared, checkpointing):
     model = tiny_model({"shared_expert_base": shared}).train()
     if checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     outputs = model(**make_inputs(model.config, (5, "image")), output_router_logits=True)
     outputs.aux_loss.backward()
     for layer in model.model.language_model.layers:
@@ -414,7 +415,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(shared):
     results = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
         model.zero_grad()
         torch.manual_seed(1)
         outputs = model(**inputs, labels=labels_of(model.config, inputs), output_router_logits=True)

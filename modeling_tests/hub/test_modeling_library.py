@@ -19,7 +19,7 @@ from tiny import (
     tiny_config,
     tiny_model,
 )
-from transformers import AutoModel, LlamaConfig, LlamaModel
+from transformers import AutoModel
 
 from uni_moe_hf import UniMoEForConditionalGeneration, UniMoEModel, UniMoETextModel
 
@@ -87,20 +87,23 @@ def test_the_experts_route_may_be_named_when_loading_a_model_with_towers(model, 
     model.save_pretrained(tmp_path)
     named = route if how == "str" else {"text_config": route}
     other = UniMoEForConditionalGeneration.from_pretrained(tmp_path, experts_implementation=named).eval()
-    assert other.model.language_model.config._experts_implementation == route
+    assert other.get_experts_implementation() == {"": route}
     inputs = make_inputs(model.config, *ROWS)
     assert_logits_equal(valid(other(**inputs).logits, inputs), valid(model(**inputs).logits, inputs))
 
 
-def test_the_experts_route_does_not_depend_on_a_llama_made_before():
-    """The library keeps on the class whether its file names experts, and a subclass finds its parent's answer."""
-    LlamaModel(
-        LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-    )
+def test_the_experts_route_may_be_changed_as_the_library_does_it_around_generate():
     model = tiny_model()
-    assert model.model.language_model.config._experts_implementation == "auto"
-    model.set_experts_implementation("batched_mm")
-    assert model.model.language_model.config._experts_implementation == "batched_mm"
+    assert model.get_experts_implementation() == {"": "auto"}
+    model.set_experts_implementation("grouped_mm")
+    before = model.get_experts_implementation()
+    model.set_experts_implementation(dict.fromkeys(before, "batched_mm"))
+    assert {experts.experts_implementation for experts in model._experts()} == {"batched_mm"}
+    model.set_experts_implementation(before)
+    assert model.model.get_experts_implementation() == {"": "grouped_mm"}
+    with pytest.raises(ValueError, match='There is no `experts_implementation="fast"`'):
+        model.set_experts_implementation("fast")
+    assert model.get_experts_implementation() == {"": "grouped_mm"}
 
 
 # Initialisation

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny import MIXED, MODALITIES, labels_of, make_inputs, rows_alone, tiny_model
+from tiny import MIXED, MODALITIES, checkpoint_activations, labels_of, make_inputs, rows_alone, tiny_model
 
 from uni_moe_hf import record_routing
 from uni_moe_hf.mixtures.routing import TOKEN_TYPES, RoutingReport
@@ -118,7 +118,7 @@ def test_what_checkpointing_computes_again_counts_once(reentrant):
     model.model.audio_connector.eval()  # no dropout: the same features twice
     inputs = [make_inputs(model.config, *ROWS[:2]), make_inputs(model.config, *ROWS[2:], seed=1)]
     plain = report_of(model, *inputs).counts
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(model, use_reentrant=reentrant)
     model.enable_input_require_grads()
     with record_routing(model) as routing:
         # Both forward passes first: the second's must not be taken for the first's recomputation.

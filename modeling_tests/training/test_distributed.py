@@ -12,7 +12,6 @@ import torch
 from distributed import prepare, run
 from tiny import ROOT, TESTS, make_inputs, tiny_model
 from tiny_training import write_media
-from transformers.distributed import DistributedConfig
 
 from uni_moe_hf import UniMoEForConditionalGeneration
 
@@ -113,10 +112,6 @@ def test_data_parallel_training_loses_what_one_process_loses(tmp_path):
         torch.testing.assert_close(two[1][name.replace("module.", "")], tensor, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("text", "kind"), [(SHARED, "share one base"), (DENSE, "do not exist")])
-def test_experts_that_cannot_be_spread_are_refused(text, kind):
-    model = tiny_model(text)
-    with pytest.raises(
-        ValueError, match=f"`ep_size=2` spreads experts over processes, but those of this model {kind}"
-    ):
-        model._resolve_parallel_plans(DistributedConfig(fsdp_size=2, ep_size=2))
+@pytest.mark.parametrize("text", [SHARED, DENSE], ids=["shared", "dense"])
+def test_experts_that_cannot_be_spread_have_no_plan_which_the_library_refuses(text):
+    assert tiny_model(text).ep_plan == {}

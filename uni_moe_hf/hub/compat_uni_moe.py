@@ -49,24 +49,16 @@ def cache_of(kwargs: dict[str, Any]) -> Any:
     return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
-def take_cache(cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def named_cache(cache: Any, past_key_values: Any) -> dict[str, Any]:
     """
-    Takes the cache out of `kwargs`, under the name that this release reads.
-
-    Args:
-        cache: What was passed as `cache`.
-        kwargs (`dict`): Changed: other names of the cache are removed.
-
-    Returns:
-        `dict` with one entry.
+    The cache as a keyword argument, under the name that this release reads.
 
     Raises:
         ValueError: two caches.
     """
-    given = [found for found in (cache, *(kwargs.pop(name, None) for name in CACHE_NAMES)) if found is not None]
-    if len(given) > 1:
+    if cache is not None and past_key_values is not None:
         raise ValueError("Got both `cache` and `past_key_values`, which are two names of one thing; pass one.")
-    return {CACHE: given[0] if given else None}
+    return {CACHE: past_key_values if cache is None else cache}
 
 
 def can_return_tuple(forward: Callable) -> Callable:

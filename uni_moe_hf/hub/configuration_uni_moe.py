@@ -164,6 +164,8 @@ class UniMoETextConfig(LlamaConfig):
         plan = {name: how for name, how in LlamaConfig.base_model_tp_plan.items() if ".mlp." not in name}
         if "dense" in self.mlp_layer_types:
             plan |= {name: how for name, how in LlamaConfig.base_model_tp_plan.items() if ".mlp." in name}
+        if self.tie_word_embeddings:
+            plan["embed_tokens"] = "embedding_rowwise"
         if not self.is_sparse:
             return plan
         experts = "layers.*.mlp.experts"
@@ -177,6 +179,11 @@ class UniMoETextConfig(LlamaConfig):
             plan |= {f"{experts}.lora.gate_up_b": "packed_colwise", f"{experts}.lora.down_a": "rowwise"}
             plan[f"{experts}.lora"] = "local_params"
         return plan
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
+        # Before 5.22 the library adds the rule of tied embeddings in this way; it is there already.
+        pass
 
     @property
     def base_model_ep_plan(self) -> dict[str, str]:
@@ -326,7 +333,10 @@ class UniMoEConfig(PreTrainedConfig):
             self.audio_connector_config = {}
         for name, kind in self.sub_configs.items():
             if isinstance(given := getattr(self, name), dict):
-                setattr(self, name, kind(**{key: value for key, value in given.items() if key != "model_type"}))
+                # Releases before 5.18 write parallel plans, which follow from the rest, into dicts.
+                settings = {key: value for key, value in given.items() if not key.endswith("_plan")}
+                settings.pop("model_type", None)
+                setattr(self, name, kind(**settings))
         super().__post_init__(**kwargs)
 
         if self.audio_config is not None:

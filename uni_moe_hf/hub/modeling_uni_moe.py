@@ -36,8 +36,8 @@ from .compat_uni_moe import (
     OutputRecorder,
     can_return_tuple,
     leave_unsharded,
+    named_cache,
     select_hidden_states,
-    take_cache,
     torch_compilable_check,
 )
 from .configuration_uni_moe import MODALITIES, UniMoEConfig, UniMoETextConfig
@@ -378,6 +378,7 @@ class UniMoEModel(UniMoEPreTrainedModel):
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> UniMoEModelOutputWithPast:
         r"""
@@ -386,7 +387,8 @@ class UniMoEModel(UniMoEPreTrainedModel):
                 Token ids with placeholders already expanded by the processor.
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 = valid.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Positions for the rotary embedding.
-            cache ([`Cache`], *optional*): From earlier steps; also taken as `past_key_values`, on every release.
+            cache, past_key_values ([`Cache`], *optional*): From earlier steps; two names of one argument, both
+                understood on every release of the library.
             inputs_embeds (`torch.FloatTensor` of shape `(B, T, H)`, *optional*): In place of `input_ids`, text only.
             pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, *optional*): All pictures of the
                 batch, in reading order; likewise below.
@@ -425,7 +427,7 @@ class UniMoEModel(UniMoEPreTrainedModel):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             return_dict=True,
-            **take_cache(cache, kwargs),
+            **named_cache(cache, past_key_values),
             **kwargs,
         )
         hidden_states = {f"{modality}_hidden_states": tensor for modality, tensor in features.items()}
@@ -517,6 +519,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> UniMoECausalLMOutputWithPast:
         r"""
@@ -556,7 +559,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
             use_cache=use_cache,
             output_router_logits=output_router_logits,
             return_dict=True,
-            **take_cache(cache, kwargs),
+            **named_cache(cache, past_key_values),
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..hub.compat_uni_moe import cache_of
 from ..hub.configuration_uni_moe import MODALITIES
 
 
@@ -150,7 +151,7 @@ class RoutingRecorder:
         """Notes the types of the tokens that come, and that every router is to count them once."""
         if args:
             kwargs = {**dict(zip(("input_ids", "attention_mask"), args, strict=False)), **kwargs}
-        ids, embeds, cache = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
+        ids, embeds, cache = kwargs.get("input_ids"), kwargs.get("inputs_embeds"), cache_of(kwargs)
         tokens = ids if ids is not None else embeds
         self._waiting = set()
         if tokens is None or self.paused:  # without tokens the model itself will complain
