@@ -324,7 +324,7 @@ OLD = """
 import sys, transformers
 from transformers import AutoConfig, AutoProcessor
 sys.modules.update(dict.fromkeys(["uni_moe_hf"]))
-transformers.__version__ = sys.argv[2]
+sys.modules["transformers"].__version__ = sys.argv[2]
 for auto in (AutoConfig, AutoProcessor):
     try:
         auto.from_pretrained(sys.argv[1], trust_remote_code=True)

@@ -18,26 +18,21 @@ import transformers
 OLDEST = (5, 16, 1)
 
 
-def check_release(version: str) -> None:
-    """
-    Args:
-        version (`str`): Of transformers.
+RELEASE = tuple(int(number) for number in re.findall(r"\d+", transformers.__version__)[:3])
 
-    Raises:
-        ImportError: it is older than the oldest that this code was tested with. A newer one is never refused.
-    """
-    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
-    if numbers < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        raise ImportError(
-            f"Uni-MoE needs transformers {oldest} or newer, this is {version}: `pip install -U transformers`."
-        )
-
-
-check_release(transformers.__version__)
+if RELEASE < OLDEST:  # a newer one is never refused
+    raise ImportError(
+        f"Uni-MoE needs transformers {'.'.join(map(str, OLDEST))} or newer, this is {transformers.__version__}: "
+        "`pip install -U transformers`."
+    )
 
 from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: E402  older releases end above
 
+
+# Before 5.18 the library's own processors look up the scores of whatever ids a prompt holds.
+SCORES_BEAR_PLACEHOLDERS = RELEASE >= (5, 18)
+# Before 5.22 a prompt that is read in chunks is run over a filled cache from its beginning again.
+CHUNKS_GO_ON = RELEASE >= (5, 22)
 
 # 5.24 renamed `past_key_values` to `cache`, in outputs and arguments alike; calls with either name are understood.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -137,17 +132,6 @@ def register_multimodal_type(model_type: str, architecture: str) -> None:
     except ImportError:
         return
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(model_type, architecture)
-
-
-def leave_unsharded(module: torch.nn.Module) -> None:
-    """
-    Keeps FSDP2 from sharding a module of its own accord. Before 5.23 plans could not be set, and such a module is
-    sharded like any other.
-    """
-    try:
-        module.fsdp_plan = {}
-    except AttributeError:
-        return
 
 
 __all__ = []

@@ -70,6 +70,7 @@ class BeatsConfig(PreTrainedConfig):
 
     model_type = "beats"
     base_config_key = "audio_config"
+    base_model_fsdp_plan: ClassVar[dict[str, str]] = {}  # frozen, like every tower
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -182,8 +183,7 @@ class UniMoETextConfig(LlamaConfig):
 
     @base_model_tp_plan.setter
     def base_model_tp_plan(self, plan: dict[str, str]) -> None:
-        # Before 5.22 the library adds the rule of tied embeddings in this way; it is there already.
-        pass
+        """Before 5.22 the library adds the rule of tied embeddings in this way; it is there already."""
 
     @property
     def base_model_ep_plan(self) -> dict[str, str]:

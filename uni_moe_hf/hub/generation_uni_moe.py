@@ -13,12 +13,15 @@ from transformers import (
     EncoderRepetitionPenaltyLogitsProcessor,
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessor,
     LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
     PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .compat_uni_moe import cache_of
+from .compat_uni_moe import CHUNKS_GO_ON, SCORES_BEAR_PLACEHOLDERS, cache_of
 from .configuration_uni_moe import MODALITIES
 
 
@@ -157,6 +160,8 @@ class UniMoEGenerationMixin(GenerationMixin):
             kwargs["tokenizer"] = getattr(kwargs["tokenizer"], "tokenizer", kwargs["tokenizer"])
 
         changed, processors = self._settings_without_placeholders(setting, input_ids)
+        if num_cached and setting("prefill_chunk_size") is not None and not CHUNKS_GO_ON:
+            changed["prefill_chunk_size"] = None  # the same words, with more memory
         if changed:
             settings = copy.deepcopy(settings)
             for name, value in changed.items():
@@ -207,6 +212,13 @@ class UniMoEGenerationMixin(GenerationMixin):
                 if (value := setting(name)) not in (None, neutral):
                     changed[name] = neutral
                     processors.append(kind(value, words))
+            for name, neutral, kind in (
+                ("repetition_penalty", 1.0, RepetitionPenaltyLogitsProcessor),
+                ("no_repeat_ngram_size", 0, NoRepeatNGramLogitsProcessor),
+            ):
+                if (value := setting(name)) not in (None, neutral) and not SCORES_BEAR_PLACEHOLDERS:
+                    changed[name] = neutral
+                    processors.append(OverWords(kind(value), text_config.vocab_size, text_config.pad_token_id or 0))
         return changed, processors
 
     def prepare_inputs_for_generation(
@@ -231,6 +243,17 @@ class UniMoEGenerationMixin(GenerationMixin):
         if encoded := prompt_clips.at(start, num_new, batch_size):
             model_inputs["mm_encoder_outputs"] = encoded
         return model_inputs
+
+
+class OverWords(LogitsProcessor):
+    """A processor that sees `filler` in place of ids that have no score."""
+
+    def __init__(self, processor: LogitsProcessor, vocab_size: int, filler: int):
+        self.processor, self.vocab_size, self.filler = processor, vocab_size, filler
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """`(B, T)` and `(B, vocab_size)` to `(B, vocab_size)`."""
+        return self.processor(input_ids.where(input_ids < self.vocab_size, self.filler), scores)
 
 
 def joined(given: EncoderOutputs | None, encoded: EncoderOutputs) -> EncoderOutputs:

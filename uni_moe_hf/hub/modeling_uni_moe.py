@@ -35,7 +35,6 @@ from .compat_uni_moe import (
     CACHE_NAMES,
     OutputRecorder,
     can_return_tuple,
-    leave_unsharded,
     named_cache,
     select_hidden_states,
     torch_compilable_check,
@@ -196,6 +195,10 @@ class UniMoEModel(UniMoEPreTrainedModel):
 
     def __init__(self, config: UniMoEConfig):
         super().__init__(config)
+        for tower_config in (config.vision_config, config.speech_config):
+            if tower_config is not None:
+                # Frozen, and not run where a batch lacks its modality: FSDP2 must not shard it.
+                tower_config.base_model_fsdp_plan = {}
         if config.vision_config is not None:
             self.vision_tower = AutoModel.from_config(config.vision_config)
             self.vision_connector = VisionConnector(config)
@@ -206,9 +209,6 @@ class UniMoEModel(UniMoEPreTrainedModel):
             self.audio_tower = BeatsModel(config.audio_config)
             self.audio_connector = AudioConnector(config)
         self.language_model = UniMoETextModel(config.text_config)
-        for tower in ("vision_tower", "speech_tower", "audio_tower"):
-            if hasattr(self, tower):  # frozen, and not run where a batch lacks its modality
-                leave_unsharded(getattr(self, tower))
         self.post_init()
 
     def _require(self, modality: str, argument: str) -> None:
@@ -430,6 +430,7 @@ class UniMoEModel(UniMoEPreTrainedModel):
             **named_cache(cache, past_key_values),
             **kwargs,
         )
+        outputs = {name: value for name, value in outputs.items() if name != "router_logits" or value}
         hidden_states = {f"{modality}_hidden_states": tensor for modality, tensor in features.items()}
         return UniMoEModelOutputWithPast(**outputs, **hidden_states)
 
