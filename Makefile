@@ -9,7 +9,7 @@ DEV := $(VENV)/installed-dev
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 HF_HUB_DISABLE_UPDATE_CHECK=1 TOKENIZERS_PARALLELISM=false \
 	TORCHAO_FORCE_SKIP_LOADING_SO_FILES=1
 
-.PHONY: demo demo-control test test-slow lint clean
+.PHONY: demo demo-control test test-slow test-releases test-newest lint clean
 
 demo: $(DEMO)
 	$(OFFLINE) $(BIN)/python examples/demo/run.py outputs/demo
@@ -23,6 +23,13 @@ test: lint
 test-slow: lint
 	$(OFFLINE) $(BIN)/python -m pytest
 
+# Environments of their own in .releases, kept between runs.
+test-releases: $(DEV)
+	$(BIN)/python benchmarks/releases.py
+
+test-newest: $(DEV)
+	$(BIN)/python benchmarks/releases.py --newest
+
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,4 +42,4 @@ $(VENV)/installed-%: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) outputs build dist *.egg-info
+	rm -rf $(VENV) .releases outputs build dist *.egg-info

@@ -4,10 +4,12 @@ import string
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from transformers import LlamaTokenizer
 
 from uni_moe_hf import UniMoEConfig, UniMoEForConditionalGeneration, UniMoEProcessor
+from uni_moe_hf.hub.compat_uni_moe import RELEASE
 from uni_moe_hf.mixtures.composition import build_processor
 
 
@@ -224,3 +226,8 @@ def checkpoint_activations(model, **settings) -> None:
     """Switches gradient checkpointing on, by the name that the installed release gives it."""
     new = hasattr(model, "activation_checkpointing_enable")
     getattr(model, "activation_checkpointing_enable" if new else "gradient_checkpointing_enable")(settings or None)
+
+
+def since(*release: int):
+    """A test of what the library itself can do from a release on."""
+    return pytest.mark.skipif(release > RELEASE, reason=f"new in transformers {'.'.join(map(str, release))}")

@@ -114,4 +114,4 @@ def test_data_parallel_training_loses_what_one_process_loses(tmp_path):
 
 @pytest.mark.parametrize("text", [SHARED, DENSE], ids=["shared", "dense"])
 def test_experts_that_cannot_be_spread_have_no_plan_which_the_library_refuses(text):
-    assert tiny_model(text).ep_plan == {}
+    assert tiny_model(text).config.text_config.base_model_ep_plan == {}

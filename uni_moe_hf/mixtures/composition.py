@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoImageProcessor,
@@ -187,10 +188,20 @@ def build_processor(
     )
 
 
+def _load_image_processor(name: str) -> Any:
+    """One that needs Pillow alone."""
+    try:
+        return AutoImageProcessor.from_pretrained(name, backend="pil")
+    except ImportError:  # older releases ask for torchvision whatever the backend
+        settings, _ = CLIPImageProcessorPil.get_image_processor_dict(name)
+        kind = settings["image_processor_type"].removesuffix("Fast").removesuffix("Pil") + "Pil"
+        return getattr(transformers, kind).from_pretrained(name)
+
+
 def _image_processor(config: UniMoEConfig, processor: Any, side: int | None) -> Any:
     """The image processor, at another picture size if asked; counts the tokens of its pictures."""
     if isinstance(processor, str):
-        processor = AutoImageProcessor.from_pretrained(processor, backend="pil")
+        processor = _load_image_processor(processor)
     if processor is None:
         tower_side = config.vision_config.image_size if config.vision_config is not None else 336
         square = {"height": tower_side, "width": tower_side}
