@@ -139,10 +139,10 @@ def tables(rows: list[dict], matrix: dict[str, dict]) -> str:
     releases = [row["release"] for row in rows]
     lines += [
         "",
-        "Saved under the release on the left, loaded under that above in a process without this package: the largest "
-        f"difference of logits in float32 (at most {TOLERANCE:.0e}). All tensors of the processor, and the greedy words "
-        "with a cache, without, with a static one, with beams, in chunks and over a filled cache are the same, else they "
-        "are named.",
+        "Saved under the release on the left, loaded under that above in a process without this package: the "
+        f"largest difference of logits in float32 (at most {TOLERANCE:.0e}). All tensors of the processor, and the "
+        "words of greedy and beam search, with a cache, without, with a static one, in chunks and over a filled one, "
+        "are the same, else they are named.",
         "",
         f"| saved under | {' | '.join(releases)} |",
         f"|---|{'---|' * len(releases)}",

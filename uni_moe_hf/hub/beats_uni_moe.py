@@ -76,7 +76,9 @@ class BeatsAttention(nn.Module):
         update, reset = gates.chunk(2, dim=-1)  # (W, A, T, 1)
         bias = (update * (reset * self.grep_a - 1.0) + 2.0) * position_bias + padding_bias  # (W, A, T, T)
 
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        # Whatever the decoder's kernel is, torch's own: others cannot add a bias of its own to every head.
+        kernel = "eager" if self.config._attn_implementation == "eager" else "sdpa"
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(kernel, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attention(self, query, key, value, bias, scaling=self.scaling, dropout=dropout, **kwargs)
         return self.out_proj(output.reshape(hidden_states.shape)), weights
@@ -209,7 +211,11 @@ class BeatsModel(PreTrainedModel):
     input_modalities = ("audio",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["BeatsLayer"]
+    # All kernels may be named; each means torch's own, see `BeatsAttention`.
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
     _input_embed_layer = "patch_embedding"
 
     def __init__(self, config: BeatsConfig):
@@ -230,12 +236,6 @@ class BeatsModel(PreTrainedModel):
             std = math.sqrt(4 / (self.config.num_conv_pos_embeddings * self.config.hidden_size))
             init.normal_(module.weight, mean=0.0, std=std)
             init.zeros_(module.bias)
-
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """As in the library; in place of its other kernels, sdpa: they cannot add a bias of its own to every head."""
-        if requested_attention in ALL_ATTENTION_FUNCTIONS.valid_keys():
-            requested_attention = "sdpa"
-        return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     def token_padding_mask(self, frame_mask: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """

@@ -117,9 +117,43 @@ except ImportError:
 
 try:
     # Keeps only a layer's input for backward, where checkpointing is switched on.
-    from transformers.modeling_layers import GradientCheckpointingLayer
+    from transformers import GradientCheckpointingLayer
 except ImportError:
     GradientCheckpointingLayer = torch.nn.Module
+
+
+def missing(name: str, needed_for: str) -> type:
+    """What stands in for a class that this release has no more: making one says what cannot be done."""
+
+    class Missing:
+        def __init__(self, *args, **kwargs):
+            raise ImportError(
+                f"transformers {transformers.__version__} has no `{name}` where this checkpoint's code looks for it, "
+                f"so {needed_for}; use an older release, or save the checkpoint anew with a newer uni_moe_hf."
+            )
+
+    return Missing
+
+
+try:
+    # The two halves of Whisper, each without the other.
+    from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperEncoder
+except ImportError:
+    WhisperEncoder = WhisperDecoder = missing("WhisperEncoder", "speech cannot be heard")
+
+try:
+    # What a Llama is made of.
+    from transformers.models.llama.modeling_llama import (
+        LlamaAttention,
+        LlamaDecoderLayer,
+        LlamaMLP,
+        LlamaRMSNorm,
+        LlamaRotaryEmbedding,
+    )
+except ImportError:
+    LlamaAttention = LlamaDecoderLayer = LlamaMLP = LlamaRMSNorm = LlamaRotaryEmbedding = missing(
+        "LlamaDecoderLayer", "there is no decoder"
+    )
 
 
 def register_multimodal_type(model_type: str, architecture: str) -> None:

@@ -356,13 +356,15 @@ class UniMoEConfig(PreTrainedConfig):
 
     @property
     def _experts_implementation(self) -> str | None:
-        return self._experts_implementation_internal
+        return self.__dict__.get("_experts_implementation_internal")
 
     @_experts_implementation.setter
     def _experts_implementation(self, value: str | dict | None) -> None:
         # The library hands it to every sub-config, but towers have no experts and refuse it.
-        value = {"": value, "text_config": value} if isinstance(value, str) else value
-        PreTrainedConfig._experts_implementation.fset(self, value)
+        name = value.get("text_config", value.get("")) if isinstance(value, dict) else value
+        self._experts_implementation_internal = name
+        if isinstance(self.text_config, PreTrainedConfig):
+            self.text_config._experts_implementation = name
 
     @property
     def modalities(self) -> tuple[str, ...]:

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import Blip2QFormerModel
 from transformers.activations import ACT2FN
-from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
+from .compat_uni_moe import WhisperDecoder
 from .configuration_uni_moe import UniMoEConfig
 
 

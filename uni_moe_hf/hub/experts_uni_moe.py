@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaMLP
 
+from .compat_uni_moe import LlamaMLP
 from .configuration_uni_moe import UniMoETextConfig
 from .expert_kernels_uni_moe import ROUTES, own_index
 from .quantization_uni_moe import is_quantised

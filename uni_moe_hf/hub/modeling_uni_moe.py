@@ -14,26 +14,22 @@ import torch
 import transformers
 from torch import nn
 from torch.nn import init
-from transformers import AutoModel, Cache, PreTrainedModel
+from transformers import AutoModel, Cache, LlamaModel, LlamaPreTrainedModel, PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     MoeCausalLMOutputWithPast,
     MoeModelOutputWithPast,
 )
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaModel,
-    LlamaPreTrainedModel,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from .beats_uni_moe import BeatsModel
 from .compat_uni_moe import (
     CACHE_NAMES,
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
     OutputRecorder,
+    WhisperEncoder,
     can_return_tuple,
     named_cache,
     select_hidden_states,
