@@ -75,8 +75,10 @@ class AnyToTextPipeline(ImageTextToTextPipeline):
             return Pipeline.__call__(self, {"text": text, **media}, **kwargs)
 
         batch_size = kwargs.get("batch_size") or self.default_batch_size
-        if is_raw or isinstance(text[0], dict) or batch_size == 1 or Chat is None:
+        if is_raw or isinstance(text[0], dict) or batch_size == 1:
             return super().__call__(text=text, **kwargs)
+        if Chat is None:
+            return super().__call__(text=text, **{**kwargs, "batch_size": 1})
         # The base class can only join samples that hold the same kinds of media, so batches are made here.
         results, kwargs = [], {**kwargs, "batch_size": 1}
         for start in range(0, len(text), batch_size):
