@@ -20,6 +20,7 @@ PUBLIC = {
     "AnyToTextPipeline",
     "BeatsConfig",
     "BeatsModel",
+    "StageArguments",
     "UniMoEConfig",
     "UniMoEDataCollator",
     "UniMoEFeatureExtractor",

@@ -34,6 +34,7 @@ _PUBLIC = {
     "original.conversion": ["convert_checkpoint", "revert_checkpoint"],
     "original.merging": ["merge_modalities"],
     "training.data": ["UniMoEDataCollator", "check_rows", "row_to_messages"],
+    "training.options": ["StageArguments"],
     "training.row_files": ["load_rows"],
     "training.stages": ["moe_lora_config", "prepare_stage"],
     "training.trainer": ["UniMoESFTTrainer", "last_complete_checkpoint", "sft_config"],

@@ -162,13 +162,22 @@ class UniMoESFTTrainer(SFTTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return ModalityGroupedSampler(dataset, size, seed)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the library, counting losses and routes meanwhile."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """
+        As in the library, counting losses and routes meanwhile.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): As in the library; `"last"` is the last checkpoint
+                that was saved whole, or the beginning where there is none.
+            kwargs: As in the library.
+        """
+        if resume_from_checkpoint == "last":
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         with ExitStack() as stack:
             stack.enter_context(self._losses)
             if self.model.config.get_text_config().is_sparse:
                 self._routing = stack.enter_context(record_routing(self.model))
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in the library, uncounted."""
