@@ -1,5 +1,6 @@
 """Tiny random parts for tests and benchmarks: milliseconds, offline."""
 
+import os
 import string
 from pathlib import Path
 
@@ -38,6 +39,11 @@ FEATURES = {
     "audio": "input_values",
     "speech": "input_features",
 }
+# What the same sums in float32 may differ by between kernels, numbers of threads and processors: values are of order 1,
+# sums have some dozens of terms, and 1e-6 was seen.
+ROUNDING = {"atol": 1e-5, "rtol": 1e-5}
+EXACT = {"atol": 0, "rtol": 0}
+
 # A decoder without a mixture.
 DENSE = {"mlp_layer_types": ["dense", "dense"]}
 # One of each, a repeated one, and text between, before and behind them.
@@ -231,3 +237,8 @@ def checkpoint_activations(model, **settings) -> None:
 def since(*release: int):
     """A test of what the library itself can do from a release on."""
     return pytest.mark.skipif(release > RELEASE, reason=f"new in transformers {'.'.join(map(str, release))}")
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """Of a process whose numbers are compared with those of this one: as many threads, so that sums are alike."""
+    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **more}

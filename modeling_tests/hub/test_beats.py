@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden import FIXTURES
 from safetensors.torch import load_file
-from tiny import checkpoint_activations
+from tiny import ROUNDING, checkpoint_activations
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from uni_moe_hf import BeatsConfig, BeatsModel
@@ -82,7 +82,7 @@ def test_masked_tail_does_not_influence_valid_tokens(beats):
     other = values.clone()
     other[:, 48:] = 5 * fbanks(seed=1)[:, 48:]
     first, second = (beats(x, mask).last_hidden_state[:, :24] for x in (values, other))
-    torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
+    torch.testing.assert_close(first, second, **ROUNDING)
     unmasked = beats(other).last_hidden_state[:, :24]
     assert (unmasked - second).abs().max() > 1e-2
 
@@ -163,7 +163,7 @@ def test_gradient_checkpointing_gives_the_same_output_and_gradients(beats):
         output.square().mean().backward()
         results.append((output, {name: parameter.grad for name, parameter in model.named_parameters()}))
     (output, gradients), (checkpointed_output, checkpointed_gradients) = results
-    torch.testing.assert_close(checkpointed_output, output, atol=1e-6, rtol=0)
+    torch.testing.assert_close(checkpointed_output, output, **ROUNDING)
     for name, gradient in gradients.items():
         assert (checkpointed_gradients[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_model
+from tiny import ROUNDING, tiny_config, tiny_model
 
 from uni_moe_hf.hub.connectors_uni_moe import AudioConnector, SpeechConnector
 
@@ -54,14 +54,14 @@ def test_vision_connector_keeps_the_number_of_tokens(model):
 def test_window_does_not_depend_on_the_others(connector):
     features = windows()
     alone = torch.cat([connector(features[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(connector(features), alone, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(connector(features), alone, **ROUNDING)
 
 
 @pytest.mark.parametrize("connector", ["speech"], indirect=True)
 @pytest.mark.parametrize("query", range(QUERIES))
 def test_speech_query_influences_itself_and_later_ones_only(connector, query):
     before, after = output_after_changing_query(connector, query)
-    torch.testing.assert_close(after[:, :query], before[:, :query], atol=1e-6, rtol=0)
+    torch.testing.assert_close(after[:, :query], before[:, :query], **ROUNDING)
     changes = (after - before).abs().amax(dim=(0, 2))
     assert (changes[query:] > 1e-4).all()
 
@@ -101,7 +101,7 @@ def test_vision_connector_is_two_linear_layers_around_an_exact_gelu(model):
     inner = x @ projector[0].weight.T + projector[0].bias
     inner = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
     expected = inner @ projector[2].weight.T + projector[2].bias
-    torch.testing.assert_close(model.vision_connector(x), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(model.vision_connector(x), expected, **ROUNDING)
 
 
 @with_queries

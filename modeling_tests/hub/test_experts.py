@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, inject_adapter_in_model
-from tiny import tiny_model
+from tiny import EXACT, ROUNDING, tiny_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -150,14 +150,14 @@ def test_router_equals_softmax_over_all_experts_then_top_k_then_renormalise(top_
     logits, weights, index = router(tokens)
 
     kept, expected_index = (tokens @ router.weight.T).softmax(dim=-1).topk(top_k)
-    torch.testing.assert_close(logits, tokens @ router.weight.T, atol=1e-6, rtol=0)
-    torch.testing.assert_close(weights, kept / kept.sum(dim=-1, keepdim=True), atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits, tokens @ router.weight.T, **ROUNDING)
+    torch.testing.assert_close(weights, kept / kept.sum(dim=-1, keepdim=True), **ROUNDING)
     assert torch.equal(index, expected_index)
 
 
 def test_router_weights_sum_to_one_over_distinct_experts_in_range():
     _, weights, index = make_router()(10 * torch.randn(200, HIDDEN))
-    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(200), atol=1e-6, rtol=0)
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(200), **ROUNDING)
     assert index.dtype == torch.int64 and index.min() >= 0 and index.max() < EXPERTS
     assert (index[:, 0] != index[:, 1]).all()
     assert (weights >= 0).all()
@@ -168,7 +168,7 @@ def test_router_computes_in_float32_for_bf16_tokens_and_weights():
     tokens = torch.randn(50, HIDDEN).to(torch.bfloat16)
     logits, weights, _ = router(tokens)
     assert logits.dtype == weights.dtype == torch.float32
-    torch.testing.assert_close(logits, tokens.float() @ router.weight.float().T, atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits, tokens.float() @ router.weight.float().T, **ROUNDING)
 
 
 def test_router_computes_in_float32_under_autocast():
@@ -265,7 +265,7 @@ def test_lora_with_zero_second_factor_equals_the_frozen_network(shared, route):
         plain = UniMoELoraExperts(make_config(expert_lora_rank=0)).eval()
         plain.load_state_dict({"gate_up_proj": experts.gate_up_proj, "down_proj": experts.down_proj})
         expected = plain(tokens, index, weights)
-    torch.testing.assert_close(experts(tokens, index, weights), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(experts(tokens, index, weights), expected, **ROUNDING)
 
 
 @every_route
@@ -273,7 +273,7 @@ def test_single_shared_expert_without_lora_is_the_dense_network(route):
     experts = make_experts(True, route, num_experts=1, num_experts_per_tok=1, expert_lora_rank=0)
     tokens = torch.randn(3, HIDDEN)
     output = experts(tokens, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
-    torch.testing.assert_close(output, experts.base(tokens), atol=1e-6, rtol=0)
+    torch.testing.assert_close(output, experts.base(tokens), **ROUNDING)
 
 
 @both_bases
@@ -537,7 +537,7 @@ def test_a_token_that_overflows_spoils_itself_alone(shared):
     expected = output_and_gradients(experts, tokens, index, weights)
     actual = output_and_gradients(experts, spoiled, index, weights)
     for name in ("output", "tokens"):
-        torch.testing.assert_close(actual[name][1:], expected[name][1:], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(actual[name][1:], expected[name][1:], **ROUNDING)
         assert actual[name][0].isnan().any()
 
 
@@ -766,13 +766,13 @@ def test_merged_bf16_experts_hold_the_float32_sum_rounded_once():
 
 @both_bases
 def test_unmerging_restores_the_weights(shared):
-    """Bit by bit with a shared base, to 1e-6 with own bases."""
+    """Bit by bit with a shared base, but for rounding with own bases."""
     experts = make_experts(shared)
     before = copy.deepcopy(experts.state_dict())
     experts.merge_lora()
     experts.unmerge_lora()
     assert experts.shared_base == shared
-    assert_all_close(experts.state_dict(), before, atol=0 if shared else 1e-6, rtol=0)
+    assert_all_close(experts.state_dict(), before, **(EXACT if shared else ROUNDING))
 
 
 @both_bases

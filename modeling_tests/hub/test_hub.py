@@ -60,7 +60,7 @@ def run_card(card: ModelCard, hub: Hub, tmp_path: Path, more: str = "") -> None:
     (snippet,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     environment = {**clean, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub.root), "HF_HOME": str(tmp_path / "home")}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     code = f"import sys; sys.modules['uni_moe_hf'] = None\n{snippet}\n{more}"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -113,6 +113,6 @@ def test_a_pushed_adapter_names_its_base_and_its_card_runs_with_the_trained_logi
 import torch
 inputs, logits = torch.load("trained.pt", weights_only=True)
 with torch.no_grad():
-    assert (model.eval()(**inputs).logits - logits).abs().max() < 1e-6
+    assert (model.eval()(**inputs).logits - logits).abs().max() <= 1e-5
 """
     run_card(card, hub, tmp_path, more=same)

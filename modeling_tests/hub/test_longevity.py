@@ -3,7 +3,6 @@
 import importlib
 import itertools
 import json
-import os
 import subprocess
 import sys
 import types
@@ -12,7 +11,18 @@ import zipfile
 import pytest
 import torch
 from library_names import HUB, Use, library_names
-from tiny import MIXED, TESTS, assert_logits_equal, make_inputs, picture, tiny_config, tiny_model, tiny_processor, user
+from tiny import (
+    MIXED,
+    TESTS,
+    assert_logits_equal,
+    child_environment,
+    make_inputs,
+    picture,
+    tiny_config,
+    tiny_model,
+    tiny_processor,
+    user,
+)
 from transformers import pipeline
 from transformers.cache_utils import DynamicCache
 
@@ -102,8 +112,7 @@ def test_a_folder_saved_under_the_oldest_release_gives_the_same_here(tmp_path):
     folder, results = tmp_path / "saved", tmp_path / "results.json"
     with zipfile.ZipFile(TESTS / "fixtures" / "saved_under_5_16_1.zip") as archive:
         archive.extractall(folder)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+    environment = child_environment(HF_MODULES_CACHE=str(tmp_path / "modules"), PYTHONPATH="")
     command = [sys.executable, TESTS / "hub" / "saved_folder.py", "check", results, folder]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
     assert run.returncode == 0, run.stderr

@@ -230,7 +230,7 @@ def child(tmp_path_factory) -> dict:
         "HF_HOME": str(root / "home"),
         "HF_HUB_CACHE": str(root / "hub"),
         "HF_MODULES_CACHE": str(root / "modules"),
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     run = subprocess.run(
         [sys.executable, "child.py", "job.json", "results.json"],

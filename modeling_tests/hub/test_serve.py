@@ -80,7 +80,7 @@ class Server:
             "PYTHONPATH": str(root / "block"),
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
             "HF_HOME": str(root / "home"),
-            "OMP_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
             "COLUMNS": "200",
             "NO_COLOR": "1",
         }

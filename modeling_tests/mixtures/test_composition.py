@@ -7,7 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import DENSE, film, picture, tiny_config, tiny_model, tiny_processor, tiny_tokenizer, tone
+from tiny import DENSE, ROUNDING, film, picture, tiny_config, tiny_model, tiny_processor, tiny_tokenizer, tone
 from tiny_parts import parts, save_dino
 from transformers import (
     AutoProcessor,
@@ -81,9 +81,7 @@ def test_a_composed_model_computes_what_its_parts_compute():
     model = from_pretrained_parts(**given, num_speech_query_tokens=3, num_audio_query_tokens=5).eval()
     assert not model.config.text_config.is_sparse
     ids = text_ids()
-    torch.testing.assert_close(
-        model(input_ids=ids).logits, given["language_model"](input_ids=ids).logits, atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(model(input_ids=ids).logits, given["language_model"](input_ids=ids).logits, **ROUNDING)
     pixels, mel, fbank = torch.randn(1, 3, 16, 16), torch.randn(1, 80, 100), torch.randn(1, 98, 128)
     inner = model.model
     for mine, theirs in (
@@ -91,7 +89,7 @@ def test_a_composed_model_computes_what_its_parts_compute():
         (inner.speech_tower(mel), given["speech_tower"].encoder(mel)),
         (inner.audio_tower(fbank), given["audio_tower"](fbank)),
     ):
-        torch.testing.assert_close(mine.last_hidden_state, theirs.last_hidden_state, atol=1e-6, rtol=0)
+        torch.testing.assert_close(mine.last_hidden_state, theirs.last_hidden_state, **ROUNDING)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -105,7 +103,7 @@ def test_a_half_precision_llm_keeps_its_positions(dtype):
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     ids, positions = text_ids(), 1000 + torch.arange(20).expand(2, -1)
     found, expected = (each(input_ids=ids, position_ids=positions).logits for each in (model, llm))
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found, expected, **ROUNDING)
 
 
 def test_the_speech_connector_starts_as_whispers_decoder():
@@ -125,7 +123,7 @@ def test_parts_are_loaded_from_folders(tmp_path):
     settings = {"audio_connector_config": given["audio_connector_config"], "num_speech_query_tokens": 3}
     model = from_pretrained_parts(**folders, **settings).eval()
     reference = given["language_model"](input_ids=text_ids()).logits
-    torch.testing.assert_close(model(input_ids=text_ids()).logits, reference, atol=1e-6, rtol=0)
+    torch.testing.assert_close(model(input_ids=text_ids()).logits, reference, **ROUNDING)
 
 
 def test_a_decoder_that_is_no_llama_is_refused():
@@ -414,7 +412,7 @@ def test_a_tower_brings_its_own_image_processor_and_pictures_may_have_another_si
         dino, size={"shortest_edge": image_size or 48}, crop_size={"height": side, "width": side}
     )
     expected = plain(picture(), return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(inputs["pixel_values"], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(inputs["pixel_values"], expected, **ROUNDING)
 
 
 def registers(**sizes) -> Dinov2WithRegistersModel:

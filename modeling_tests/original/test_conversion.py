@@ -814,7 +814,10 @@ DAMAGES = {
     ),
     "rank": (lambda f: set_config(f / "finetuned/adapter_config.json", r=4), r"states rank 4 but factors have rank 8"),
     "DoRA": (lambda f: set_config(f / "finetuned/adapter_config.json", use_dora=True), r"LORA with use_dora"),
-    "another method": (lambda f: set_config(f / "finetuned/adapter_config.json", peft_type="IA3"), r"describes IA3"),
+    "another method": (
+        lambda f: set_config(f / "finetuned/adapter_config.json", peft_type="IA3"),
+        r"adapter of type IA3",
+    ),
     "vocabulary": (
         lambda f: set_config(f / "finetuned/config.json", vocab_size=400),
         r"'model\.embed_tokens\.weight' of shape \(320, 64\), but '\S+' needs \(400, 64\)",

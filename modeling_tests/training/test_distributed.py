@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import prepare, run
-from tiny import ROOT, TESTS, make_inputs, tiny_model
+from tiny import ROOT, TESTS, child_environment, make_inputs, tiny_model
 from tiny_training import write_media
 
 from uni_moe_hf import UniMoEForConditionalGeneration
@@ -27,7 +27,7 @@ ROWS = ((("image", 5, "audio"), ("speech", 3)), ((9,), (4,)))
 def launch(scenario: str, folder: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(HERE / "distributed.py"), scenario, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{TESTS}{os.pathsep}{ROOT}"}
+    environment = child_environment(PYTHONPATH=os.pathsep.join(map(str, (HERE, TESTS, ROOT))))
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -56,7 +56,7 @@ def test_two_processes_have_the_gradients_of_one(scenario, text, tmp_path):
     expected = {name: p.grad / 2 for name, p in model.named_parameters() if p.grad is not None}
     assert gradients.keys() == expected.keys() and len(expected) > 10
     for name, gradient in expected.items():
-        torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.slow
@@ -82,7 +82,7 @@ def trained(folder: Path, media: Path, processes: int) -> tuple[list[dict], dict
     if processes > 1:
         command += ["--main_process_port", str(free_port())]
     command += [str(HERE / "side_by_side.py"), folder, media, 4 // processes, processes]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{TESTS}{os.pathsep}{ROOT}"}
+    environment = child_environment(PYTHONPATH=os.pathsep.join(map(str, (HERE, TESTS, ROOT))))
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=150, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "logs.json").read_text()), torch.load(folder / "weights.pt", weights_only=True)
@@ -107,7 +107,7 @@ def test_data_parallel_training_loses_what_one_process_loses(tmp_path):
         names = [name for name in first if name.startswith(("loss", "load/"))]
         assert {"loss", "loss/text", "load/max_over_min"} < set(names) and len(names) > 7
         for name in names:
-            assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-6), name
+            assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-5), name
     for name, tensor in one[1].items():
         torch.testing.assert_close(two[1][name.replace("module.", "")], tensor, atol=1e-4, rtol=1e-3)
 

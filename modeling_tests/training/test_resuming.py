@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import ROOT, TESTS
+from tiny import ROOT, TESTS, child_environment
 from tiny_training import write_media
 
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{ROOT}"}
+ENVIRONMENT = child_environment(PYTHONPATH=f"{TESTS}{os.pathsep}{ROOT}")
 STAGES = ("connectors", "experts", "moe")
 # A run has 24 optimiser steps of two micro-batches each, and saves twelve times.
 MOMENTS = {

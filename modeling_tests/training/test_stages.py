@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import DENSE, make_inputs, picture, tiny_config, tiny_model, tiny_processor
+from tiny import DENSE, ROUNDING, make_inputs, picture, tiny_config, tiny_model, tiny_processor
 from tiny_training import make_trainer, rows, write_media
 
 from uni_moe_hf import UniMoEDataCollator, UniMoEForConditionalGeneration
@@ -161,12 +161,12 @@ def test_a_stage_3_checkpoint_resumes_to_the_very_same_weights_and_loads_with_pe
     trained = whole.model.eval()(**inputs).logits
     parent = tiny_model({"shared_expert_base": True, "expert_lora_dropout": 0.1})
     loaded = PeftModel.from_pretrained(parent, tmp_path / "whole/checkpoint-4").eval()
-    torch.testing.assert_close(loaded(**inputs).logits, trained, atol=1e-6, rtol=0)
+    torch.testing.assert_close(loaded(**inputs).logits, trained, **ROUNDING)
     merged = loaded.merge_and_unload()
     torch.testing.assert_close(merged(**inputs).logits, trained, atol=1e-4, rtol=1e-4)
     merged.save_pretrained(tmp_path / "merged")
     again = UniMoEForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
-    torch.testing.assert_close(again(**inputs).logits, merged(**inputs).logits, atol=1e-6, rtol=0)
+    torch.testing.assert_close(again(**inputs).logits, merged(**inputs).logits, **ROUNDING)
 
 
 def test_training_loss_equals_the_models_own_loss(tmp_path, trainer, media):

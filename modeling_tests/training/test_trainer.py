@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from test_stages import trainable
-from tiny import DENSE, MODALITIES, tiny_model, tiny_processor, user
+from tiny import DENSE, MODALITIES, ROUNDING, tiny_model, tiny_processor, user
 from tiny_training import make_own_trainer, rows, write_media
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -151,7 +151,7 @@ def test_losses_by_modality_and_loads_add_up_to_what_was_trained(trainer, media,
     counts = routing.report().counts.sum(dim=1).double()
     share = (counts / counts.sum(dim=1, keepdim=True)).mean(dim=0)
     for index, name in enumerate("abcd"):
-        assert logs[f"load/{name}"] == pytest.approx(share[index].item(), rel=1e-6)
+        assert logs[f"load/{name}"] == pytest.approx(share[index].item(), rel=1e-5)
     assert logs["load/max_over_min"] == pytest.approx((counts.amax(1) / counts.amin(1).clamp(min=1)).max().item())
 
 
@@ -414,4 +414,4 @@ def test_accumulated_gradients_are_those_of_the_large_batch(stage, trainer, tmp_
     whole = run(8, 1)
     for size in (4, 2, 1):
         for name, tensor in run(size, 8 // size).items():
-            torch.testing.assert_close(tensor, whole[name], atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(tensor, whole[name], **ROUNDING, msg=lambda m, n=name: f"{n}: {m}")

@@ -166,20 +166,34 @@ def _plain_lora(folder: Path, who: str) -> tuple[dict, dict[str, torch.Tensor]]:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{who}'{config_file}' cannot be read: {error}") from error
-    unsupported = [
-        key for key in ("use_dora", "rank_pattern", "alpha_pattern", "alora_invocation_tokens") if config.get(key)
-    ]
-    # These start from another base than the one they were given.
-    if isinstance(how := config.get("init_lora_weights"), str) and how not in ("gaussian", "orthogonal", "eva"):
-        unsupported.append(f"init_lora_weights={how!r}")
-    if config.get("peft_type") != "LORA" or unsupported:
-        raise ValueError(
-            f"{who}'{folder}' is an adapter of type {config.get('peft_type')}"
-            f"{' with ' + ', '.join(unsupported) if unsupported else ''}; only plain LoRA can become an expert."
-        )
+    check_plain_lora(config, f"{who}'{folder}'")
     if not (config.get("r") and config.get("lora_alpha")):
         raise ValueError(f"{who}'{config_file}' needs `r` and `lora_alpha` above 0.")
     return config, _tensors(weights_file, who)
+
+
+def check_plain_lora(config: Mapping[str, Any], where: str, also_refused: tuple[str, ...] = ()) -> None:
+    """
+    Args:
+        config (`dict`): What `adapter_config.json` holds.
+        where (`str`): Whose it is, for the message.
+        also_refused (`tuple[str]`, *optional*): Further fields that must not be set.
+
+    Raises:
+        ValueError: the adapter is more than `W + s B A`, the same for all layers, on the base that it was given.
+    """
+    refused = ("use_dora", "rank_pattern", "alpha_pattern", "alora_invocation_tokens", *also_refused)
+    unsupported = [name for name in refused if config.get(name)]
+    # These start from another base than the one they were given.
+    if isinstance(how := config.get("init_lora_weights"), str) and how not in ("gaussian", "orthogonal", "eva"):
+        unsupported.append(f"init_lora_weights={how!r}")
+    if config.get("bias", "none") != "none":
+        unsupported.append(f"bias={config['bias']!r}")
+    if config.get("peft_type") != "LORA" or unsupported:
+        raise ValueError(
+            f"{where} is an adapter of type {config.get('peft_type')}"
+            f"{' with ' + ', '.join(unsupported) if unsupported else ''}; only plain LoRA is understood."
+        )
 
 
 def _tensors(file: Path, who: str = "") -> dict[str, torch.Tensor]:

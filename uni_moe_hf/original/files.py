@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, Blip2QFormerConfig
 
 from ..hub.configuration_uni_moe import UniMoEConfig
+from ..mixtures.expert_adapters import check_plain_lora
 from .checkpoints import (
     TensorFiles,
     TensorInfo,
@@ -175,14 +176,7 @@ class OriginalFiles:
     def _scaling(self, rank: int, role: str) -> float:
         """What products of that file's factors are multiplied by."""
         config, alpha = self.adapter_config, self.adapter_config.get("lora_alpha")
-        unsupported = [
-            name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if config.get(name)
-        ]
-        if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
-            raise ValueError(
-                f"'{self.finetuned / 'adapter_config.json'}' describes {config.get('peft_type')}"
-                f"{' with ' + ', '.join(unsupported) if unsupported else ''}; only plain LoRA without biases is known."
-            )
+        check_plain_lora(config, f"'{self.finetuned}'", also_refused=("use_rslora",))
         if role.startswith("expert_lora"):
             alpha = self.raw_config.get("lora_alpha", alpha)
         elif config.get("r") != rank:

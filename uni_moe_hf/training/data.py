@@ -18,7 +18,7 @@ from ..hub.configuration_uni_moe import MODALITIES
 from ..hub.conversations_uni_moe import SOURCE_KEYS
 from ..hub.media_uni_moe import check_waveform, load_frames, load_image, load_waveform
 from ..hub.processing_uni_moe import UniMoEProcessor
-from .row_files import READERS, numbered_rows
+from .row_files import READERS, check_characters, numbered_rows
 
 
 logger = logging.get_logger(__name__)
@@ -290,10 +290,7 @@ def _checked_message(message: Mapping[str, Any]) -> dict[str, Any]:
 def _checked_text(text: Any) -> str:
     if not isinstance(text, str):
         raise ValueError(f"a text is a {type(text).__name__}: {_shortened_json(text)}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"a text holds half a character ({error.reason})") from error
+    check_characters(text, "a text")
     return text
 
 

@@ -8,7 +8,6 @@ import base64
 import json
 import math
 import random
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,10 +82,21 @@ def _whole(datasets: Any, path: Path) -> Any:
     features = datasets.Features({**kinds, "_row": datasets.Value("int64"), "_source": text, "_root": text})
     try:
         return datasets.Dataset.from_list(rows, features=features)
+    except UnicodeEncodeError:
+        for row in rows:
+            check_characters(json.dumps(row, ensure_ascii=False), f"Row {row['_row']} of '{row['_source']}'")
+        raise
+
+
+def check_characters(text: str, what: str) -> None:
+    """
+    Raises:
+        ValueError: the text of `what` holds a surrogate without its other half, as a cut escape in JSON leaves it.
+    """
+    try:
+        text.encode()
     except UnicodeEncodeError as error:
-        bad = next(row for row in rows if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)))
-        where = f"Row {bad['_row']} of '{bad['_source']}'"
-        raise ValueError(f"{where} holds half a character ({error.reason}); correct it.") from error
+        raise ValueError(f"{what} holds half a character ({error.reason})") from error
 
 
 def _is_weight(weight: Any) -> bool:
