@@ -39,8 +39,8 @@ FEATURES = {
     "audio": "input_values",
     "speech": "input_features",
 }
-# What the same sums in float32 may differ by between kernels, numbers of threads and processors: values are of order 1,
-# sums have some dozens of terms, and 1e-6 was seen.
+# What the same sums in float32 may differ by between kernels, numbers of threads and processors: values are of order
+# 1, sums have some dozens of terms, and 1e-6 was seen.
 ROUNDING = {"atol": 1e-5, "rtol": 1e-5}
 EXACT = {"atol": 0, "rtol": 0}
 

@@ -653,7 +653,7 @@ def test_an_empty_sound_part_means_nothing_without_the_option_or_before_the_vide
 
 @pytest.mark.parametrize("draw", range(25))
 def test_pixels_are_those_of_the_image_processor(processor, draw):
-    """Bit for bit before the affine map, but for rounding after it; whatever is not the usual way goes through the processor."""
+    """Bit for bit before the affine map; whatever is not the usual way goes through the processor."""
     random = np.random.default_rng(draw)
     height, width = random.integers(1, 400, 2)
     image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import torch
 from PIL import Image
 from tiny import film, picture, tiny_model, tiny_processor, tone, user
 

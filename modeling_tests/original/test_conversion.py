@@ -816,7 +816,7 @@ DAMAGES = {
     "DoRA": (lambda f: set_config(f / "finetuned/adapter_config.json", use_dora=True), r"LORA with use_dora"),
     "another method": (
         lambda f: set_config(f / "finetuned/adapter_config.json", peft_type="IA3"),
-        r"adapter of type IA3",
+        "type IA3",
     ),
     "vocabulary": (
         lambda f: set_config(f / "finetuned/config.json", vocab_size=400),
