@@ -236,10 +236,10 @@ def test_a_compiled_step_of_decoding_answers_like_eager(model):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float16, 0.05), (torch.bfloat16, 0.6), (torch.float64, 1e-4)], ids=str
+    ("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.1), (torch.float64, 1e-4)], ids=str
 )
 def test_a_model_loads_and_answers_in_every_dtype(model, dtype, tolerance, tmp_path):
-    """Against float32. In bfloat16 a router may choose another expert for a word."""
+    """Three words of four, against float32: in bfloat16 a router may choose another expert for some."""
     model.save_pretrained(tmp_path)
     other = AutoModel.from_pretrained(tmp_path, dtype=dtype)
     dtypes = {name: parameter.dtype for name, parameter in other.named_parameters()}
@@ -251,7 +251,8 @@ def test_a_model_loads_and_answers_in_every_dtype(model, dtype, tolerance, tmp_p
     for given in (inputs, cast):  # what the processor gives is float32, and is cast where it is used
         logits = other(**given).logits
         assert logits.dtype == dtype
-        assert (valid(logits.float(), inputs) - valid(model(**inputs).logits, inputs)).abs().max() < tolerance
+        gaps = (valid(logits.float(), inputs) - valid(model(**inputs).logits, inputs)).abs().amax(dim=-1)
+        assert gaps.quantile(0.75) < tolerance
     assert other.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
 
 
