@@ -1,5 +1,6 @@
 """Checkpoints outlive releases of the library: what Hub files need of it is counted, and may vanish one by one."""
 
+import contextlib
 import importlib
 import itertools
 import json
@@ -271,3 +272,18 @@ def test_a_release_is_read_as_numbers():
     assert len(RELEASE) == 3 and RELEASE >= (5, 16, 1)
     text = (HUB / "compat_uni_moe.py").read_text(encoding="utf-8")
     assert text.count("RELEASE >=") <= 2, "ask for what is there, not for numbers"
+
+
+@pytest.mark.parametrize("how", ["warned", "logged"])
+def test_a_line_of_ours_that_uses_a_name_that_will_go_is_seen(deprecations, how):
+    code = {
+        "warned": "import warnings\nwarnings.warn('`old` is deprecated', FutureWarning)",
+        "logged": "import logging\nlogging.getLogger('transformers').warning('`old` is deprecated')",
+    }[how]
+    library = compile(code, "/site-packages/transformers/modeling_utils.py", "exec")
+    for caller, seen in ((HUB / "modeling_uni_moe.py", 1), ("/somewhere/else.py", 0)):
+        deprecations.found.clear()
+        with pytest.warns(FutureWarning) if how == "warned" else contextlib.nullcontext():
+            exec(compile("exec(library)", str(caller), "exec"), {"library": library})
+        assert len(deprecations.found) == seen
+    deprecations.found.clear()
