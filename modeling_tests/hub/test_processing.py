@@ -22,6 +22,7 @@ from PIL import Image
 from tiny import ROUNDING, film, picture, tiny_config, tiny_model, tiny_processor, tiny_tokenizer, tone, user
 from transformers import AutoProcessor, LlamaTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import is_decord_available
 
 from uni_moe_hf import UniMoEProcessor
 from uni_moe_hf.hub.media_uni_moe import load_waveform
@@ -576,6 +577,7 @@ def greys(inputs: dict) -> list[int]:
 
 
 def without_decord(patch: pytest.MonkeyPatch) -> None:
+    is_decord_available()  # the library remembers its first answer for good
     patch.setitem(sys.modules, "decord", None)
 
 
