@@ -56,6 +56,7 @@ def deprecations():
 
 @pytest.fixture(autouse=True)
 def no_line_of_ours_uses_a_name_that_will_go(deprecations):
+    logging.getLogger("transformers").setLevel(logging.WARNING)  # commands make it quieter
     deprecations.found.clear()
     yield
     assert deprecations.found == []

@@ -7,6 +7,8 @@ import torch
 from tiny import MIXED, MODALITIES, assert_logits_equal, make_inputs, rows_alone, tiny_model, tiny_processor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from uni_moe_hf.hub.compat_uni_moe import CACHE
+
 
 @pytest.fixture(autouse=True)
 def seed():
@@ -144,18 +146,20 @@ def turn(model, row: tuple, seed: int = 0) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize("row", [(3,), ("image", 1), MIXED], ids=str)
-@pytest.mark.parametrize("given", ["all clips", "new clips"])
+@pytest.mark.parametrize(
+    ("given", "name"), [("all clips", "past_key_values"), ("new clips", "cache")], ids=["all-old", "new-new"]
+)
 @pytest.mark.parametrize("chunk", [None, 3])
-def test_a_second_question_over_a_filled_cache_is_answered_as_from_scratch(model, row, given, chunk):
+def test_a_second_question_over_a_filled_cache_is_answered_as_from_scratch(model, row, given, name, chunk):
     first, second = turn(model, row)
     new = second.pop("new")
     every = {name: clips for name, clips in first.items() if name not in second}
     every |= {name: torch.cat([every[name], clips]) if name in every else clips for name, clips in new.items()}
     fresh = model.generate(**second, **every, **GREEDY)
-    filled = model.generate(**first, **GREEDY, return_dict_in_generate=True).past_key_values
+    filled = model.generate(**first, **GREEDY, return_dict_in_generate=True)[CACHE]
     clips = every if given == "all clips" else new
     chunks = {"prefill_chunk_size": chunk} if chunk else {}
-    assert torch.equal(model.generate(**second, **clips, past_key_values=filled, **GREEDY, **chunks), fresh)
+    assert torch.equal(model.generate(**second, **clips, **{name: filled}, **GREEDY, **chunks), fresh)
 
 
 def test_an_answer_goes_on_where_its_cache_ends(model):
@@ -165,15 +169,13 @@ def test_an_answer_goes_on_where_its_cache_ends(model):
     half = model.generate(**inputs, do_sample=False, max_new_tokens=3, min_new_tokens=3, return_dict_in_generate=True)
     inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones(3, 3, dtype=torch.long)], dim=1)
     inputs["input_ids"] = half.sequences
-    rest = model.generate(
-        **inputs, past_key_values=half.past_key_values, do_sample=False, max_new_tokens=3, min_new_tokens=3
-    )
+    rest = model.generate(**inputs, past_key_values=half[CACHE], do_sample=False, max_new_tokens=3, min_new_tokens=3)
     assert torch.equal(rest, whole)
 
 
 def test_clips_that_fit_neither_the_whole_nor_the_new_part_are_refused(own_model):
     first, second = turn(own_model, ("image", 1))
-    filled = own_model.generate(**first, **GREEDY, return_dict_in_generate=True).past_key_values
+    filled = own_model.generate(**first, **GREEDY, return_dict_in_generate=True)[CACHE]
     clips = {**second.pop("new"), "pixel_values": torch.randn(3, 3, 16, 16)}
     with pytest.raises(ValueError, match="Image features and image tokens do not match, tokens: 4, features: 12"):
         own_model.generate(**second, **clips, past_key_values=filled, **GREEDY)
@@ -191,7 +193,7 @@ def test_beams_of_a_prompt_with_the_wrong_number_of_clips_are_refused_with_both_
 def test_assisted_decoding_over_a_filled_cache_is_refused(own_model, how):
     """The library would run the prompt over its own cache again, and answer something else."""
     first, second = turn(own_model, ("image", 1))
-    filled = own_model.generate(**first, **GREEDY, return_dict_in_generate=True).past_key_values
+    filled = own_model.generate(**first, **GREEDY, return_dict_in_generate=True)[CACHE]
     helper = {"assistant_model": own_model, "prompt_lookup_num_tokens": 3}[how]
     new = second.pop("new")
     with pytest.raises(ValueError, match="The cache already holds 10 tokens"):

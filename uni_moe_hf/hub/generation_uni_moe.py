@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .compat_uni_moe import CHUNKS_GO_ON, SCORES_BEAR_PLACEHOLDERS, cache_of
+from .compat_uni_moe import CACHE_NAMES, CHUNKS_GO_ON, SCORES_BEAR_PLACEHOLDERS, cache_of, named_cache
 from .configuration_uni_moe import MODALITIES
 
 
@@ -123,7 +123,9 @@ class UniMoEGenerationMixin(GenerationMixin):
             ValueError: placeholders and clips differ in number; media and their encoder outputs together; an assistant
                 that cannot take the clips, or over a filled cache.
         """
-        cache = cache_of(kwargs)
+        (name, cache), *_ = named_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES)).items()
+        if cache is not None:
+            kwargs[name] = cache
         num_cached = 0 if cache is None else int(cache.get_seq_length())
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         settings = generation_config or self.generation_config
