@@ -235,3 +235,14 @@ def test_config_file_edited_into_a_contradiction_is_refused(tmp_path):
     path.write_text(json.dumps(saved))
     sentence = refusal(lambda: UniMoEConfig.from_pretrained(tmp_path))
     assert "num_experts_per_tok=9" in sentence and "num_experts=4" in sentence
+
+
+def test_a_saved_config_does_not_tell_where_its_parts_came_from(tmp_path):
+    config = tiny_config()
+    for part in (config.vision_config, config.speech_config, config.text_config):
+        part._name_or_path = "/home/somebody/models/part"
+    config.save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    assert "somebody" not in text and "LABEL_0" not in text
+    again, before = (each.to_dict() for each in (UniMoEConfig.from_pretrained(tmp_path), config))
+    assert again["vision_config"] == before["vision_config"] and again["text_config"] == before["text_config"]

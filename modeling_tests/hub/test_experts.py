@@ -17,11 +17,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from uni_moe_hf import UniMoETextConfig
 from uni_moe_hf.hub import expert_kernels_uni_moe, expert_segments_uni_moe
 from uni_moe_hf.hub.expert_kernels_uni_moe import ExpertsRouteMixin, choose_route
-from uni_moe_hf.hub.experts_uni_moe import UniMoELoraExperts, UniMoESparseMoeBlock, UniMoETopKRouter
+from uni_moe_hf.hub.experts_uni_moe import (
+    UniMoELoraExperts,
+    UniMoESparseMoeBlock,
+    UniMoETopKRouter,
+    load_balancing_loss,
+)
 
 
 HIDDEN, INNER, RANK, EXPERTS = 16, 24, 8, 4
@@ -868,3 +874,21 @@ def test_routes_to_experts_of_other_processes_count_for_nothing(route, tokens):
         expected = experts(rows, index, weights)
         index[elsewhere, 1] = experts.num_experts
         torch.testing.assert_close(experts(rows, index, weights), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("top_k", "dtype"), [(1, torch.float32), (2, torch.float32), (2, torch.float16)], ids=str)
+def test_the_load_balancing_loss_is_the_librarys(top_k, dtype, masked):
+    """Within 1e-6 in float32; of half-precision logits, of any number, as of the same numbers in float32."""
+    layers = tuple(torch.randn(4 * 9000, 4).to(dtype) for _ in range(3))
+    mask = (torch.rand(4, 9000) > 0.3).long() if masked else None
+    expected = load_balancing_loss_func(tuple(layer.float() for layer in layers), 4, top_k, mask)
+    torch.testing.assert_close(load_balancing_loss(layers, top_k, mask), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_load_balancing_loss_lies_between_k_and_e():
+    even, one = torch.zeros(400, 4), torch.zeros(400, 4)
+    even[range(400), torch.arange(400) % 4] = even[range(400), (torch.arange(400) + 1) % 4] = 50.0
+    one[:, 1] = 100.0
+    assert load_balancing_loss((even,), 2).item() == pytest.approx(2.0)
+    assert load_balancing_loss((one,), 2).item() == pytest.approx(4.0)

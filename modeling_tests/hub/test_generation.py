@@ -1,11 +1,18 @@
 """`generate` with media: caches, beams, assistants, score processors, and conversations that go on."""
 
+import copy
 from functools import partial
 
 import pytest
 import torch
-from tiny import MIXED, MODALITIES, assert_logits_equal, make_inputs, rows_alone, tiny_model, tiny_processor
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import MIXED, MODALITIES, assert_logits_equal, make_inputs, rows_alone, since, tiny_model, tiny_processor
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
 
 from uni_moe_hf.hub.compat_uni_moe import CACHE
 
@@ -149,7 +156,7 @@ def turn(model, row: tuple, seed: int = 0) -> tuple[dict, dict]:
 @pytest.mark.parametrize(
     ("given", "name"), [("all clips", "past_key_values"), ("new clips", "cache")], ids=["all-old", "new-new"]
 )
-@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("chunk", [None, pytest.param(3, marks=since(5, 22))])
 def test_a_second_question_over_a_filled_cache_is_answered_as_from_scratch(model, row, given, name, chunk):
     first, second = turn(model, row)
     new = second.pop("new")
@@ -305,3 +312,62 @@ def test_a_resized_vocabulary_never_says_a_placeholder():
     for settings in ({"temperature": 5.0}, {"top_k": 1}, {"top_p": 0.5}):
         words = model.generate(**inputs, max_new_tokens=30, min_new_tokens=30, do_sample=True, **settings)[0, -30:]
         assert not {380, 381, 382, 383} & set(words.tolist())
+
+
+@pytest.mark.parametrize("where", ["the model's defaults", "a config", "the call"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("bad_words_ids", [[380]]),
+        ("bad_words_ids", [[380], [7]]),
+        ("suppress_tokens", [7]),
+        ("encoder_repetition_penalty", 1.3),
+        ("encoder_no_repeat_ngram_size", 2),
+        ("repetition_penalty", 1.3),
+    ],
+    ids=str,
+)
+def test_a_setting_holds_wherever_it_is_named(own_model, name, value, where):
+    """Among the model's defaults, in a config beside which these count, and in the call: the same words."""
+    inputs = make_inputs(own_model.config, MIXED, ("speech", 2))
+    lengths = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 2}
+    expected = own_model.generate(**inputs, **lengths, **{name: value})
+    defaults = copy.deepcopy(own_model.generation_config)
+    try:
+        if where == "the model's defaults":
+            setattr(own_model.generation_config, name, value)
+            config = GenerationConfig(**lengths)
+            words = own_model.generate(**inputs, generation_config=config)
+        elif where == "a config":
+            config = GenerationConfig(**lengths, **{name: value})
+            before = config.to_dict()
+            words = own_model.generate(**inputs, generation_config=config)
+            assert config.to_dict() == before
+        else:
+            words = own_model.generate(**inputs, **lengths, **{name: value})
+    finally:
+        own_model.generation_config = defaults
+    assert torch.equal(words, expected)
+
+
+def test_arguments_may_be_given_in_the_librarys_order(own_model):
+    inputs = make_inputs(own_model.config, MIXED)
+    ids = inputs.pop("input_ids")
+    stop = StoppingCriteriaList([MaxLengthCriteria(ids.shape[1] + 2)])
+    words = own_model.generate(ids, None, None, stop, **inputs, **GREEDY)
+    assert words.shape[1] == ids.shape[1] + 2
+
+
+def test_media_beside_embeddings_are_refused(own_model):
+    inputs = make_inputs(own_model.config, MIXED)
+    embeddings = torch.randn(*inputs["input_ids"].shape, own_model.config.text_config.hidden_size)
+    with pytest.raises(ValueError, match="inputs together with `inputs_embeds`"):
+        own_model.generate(**inputs, inputs_embeds=embeddings, **GREEDY)
+
+
+def test_clips_pass_through_a_wrapped_preparation(own_model, monkeypatch):
+    """PEFT's prompt learning puts a function of keyword arguments alone in the place of ours."""
+    inputs = make_inputs(own_model.config, MIXED)
+    expected, prepare = own_model.generate(**inputs, **GREEDY), own_model.prepare_inputs_for_generation
+    monkeypatch.setattr(own_model, "prepare_inputs_for_generation", lambda *args, **kwargs: prepare(*args, **kwargs))
+    assert torch.equal(own_model.generate(**inputs, **GREEDY), expected)

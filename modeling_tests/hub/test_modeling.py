@@ -227,6 +227,16 @@ def test_pictures_are_read_from_the_configured_layer(strategy, layer):
     assert expected.shape[1] == model.config.image_seq_length
 
 
+@pytest.mark.parametrize("asked", [None, False, True])
+def test_asking_for_hidden_states_or_not_changes_no_feature(own_model, asked):
+    pixels = torch.randn(2, 3, 16, 16)
+    expected = own_model.get_image_features(pixels).pooler_output
+    outputs = own_model.get_image_features(pixels, output_hidden_states=asked)
+    assert torch.equal(outputs.pooler_output, expected)
+    with pytest.raises(ValueError, match="`vision_feature_select_strategy='cls'` must be 'default' or 'full'"):
+        own_model.get_image_features(pixels, vision_feature_select_strategy="cls")
+
+
 def test_frames_are_averaged_after_the_projector():
     model = tiny_model().model
     videos = torch.randn(2, 3, 3, 16, 16)

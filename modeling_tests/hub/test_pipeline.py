@@ -189,6 +189,16 @@ def test_several_answers_are_returned(pipe, chats):
     assert len(pipe(chats[4], generate_kwargs=sampled, return_full_text=False)) == 3
 
 
+@since(5, 23)
+def test_several_answers_to_several_conversations_stay_with_their_own(pipe, chats):
+    beams = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 4}
+    alone = [pipe(chat, generate_kwargs=beams, return_full_text=False) for chat in chats[:3]]
+    together = pipe(chats[:3], generate_kwargs=beams, return_full_text=False, batch_size=3)
+    assert [[each["generated_text"] for each in records] for records in together] == [
+        [each["generated_text"] for each in records] for records in alone
+    ]
+
+
 def test_a_setting_that_is_given_twice_is_refused(pipe, chats):
     with pytest.raises(ValueError, match="max_new_tokens"):
         pipe(chats[4], generate_kwargs={"max_new_tokens": 3}, max_new_tokens=3)

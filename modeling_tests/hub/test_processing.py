@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import dataclasses
 import json
 import logging
 import sys
@@ -11,6 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from itertools import groupby, permutations
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -1013,3 +1015,77 @@ def test_a_llama_tokenizer_stays_as_it_was_when_saved(legacy, tmp_path):
     expected = processor.tokenizer.tokenize(prompt)
     assert ("▁what" in expected) == legacy
     assert AutoProcessor.from_pretrained(tmp_path).tokenizer.tokenize(prompt) == expected
+
+
+# Keyword arguments
+
+
+def test_settings_may_come_flat_in_groups_and_for_all(processor):
+    texts = ["a bird", "what is this it a bird"]
+    flat = processor(text=texts, padding=True, return_tensors="pt")
+    for kwargs in (
+        {"text_kwargs": {"padding": True, "return_tensors": "pt"}},
+        {"common_kwargs": {"padding": True, "return_tensors": "pt"}},
+        {"text_kwargs": {"padding": True}, "return_tensors": "pt"},
+    ):
+        assert torch.equal(processor(text=texts, **kwargs)["input_ids"], flat["input_ids"])
+    with pytest.raises(ValueError, match="`padding` was passed both as it is and in `text_kwargs`"):
+        processor(text=texts, padding=True, text_kwargs={"padding": False})
+    plain = processor(text="<image>", images=picture(), images_kwargs={"return_tensors": "pt"})
+    assert isinstance(plain["input_ids"], list)
+
+
+def test_settings_that_nobody_knows_are_named(processor, caplog):
+    inputs = processor(text="<video>", videos=[film()], videos_kwargs={"num_frames": 3, "fps": 2}, paddding=True)
+    assert np.asarray(inputs["pixel_values_videos"]).shape[1] == 3
+    assert "no setting `fps` of videos" in caplog.text and "no argument `paddding`" in caplog.text
+    processor.apply_chat_template(user("hello"), colour="red")
+    assert "Neither the chat template nor the processor knows `colour`" in caplog.text
+    assert (
+        processor.apply_chat_template(user("hello"), chat_template="a {{ colour }} bird", colour="red") == "a red bird"
+    )
+
+
+@pytest.mark.parametrize(
+    ("conversation", "settings", "message"),
+    [
+        ("hello", {}, "The conversation is a str; pass a list of messages"),
+        ({"role": "user", "content": "hello"}, {}, "The conversation is a dict; pass a list of messages"),
+        (user("hello"), {"processor_kwargs": {"images": []}}, r"holds \['images'\]; media belong into"),
+        (user("hello"), {"sanitize_control_tokens": True}, "is not done here"),
+    ],
+)
+def test_what_a_conversation_cannot_be_is_one_sentence(processor, conversation, settings, message):
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template(conversation, tokenize=True, **settings)
+
+
+def test_messages_may_be_objects_and_none_of_their_fields_count(processor):
+    @dataclasses.dataclass
+    class Message:
+        role: str
+        content: str
+        name: str | None = None
+
+    class Model:
+        def model_dump(self) -> dict:
+            return {"role": "user", "content": "hello", "name": None}
+
+    expected = processor.apply_chat_template(user("hello"))
+    assert processor.apply_chat_template([Message("user", "hello")]) == expected
+    assert processor.apply_chat_template([Model()]) == expected
+    assert processor.apply_chat_template([SimpleNamespace(messages=user("hello"))]) == [expected]
+    url = {"type": "image_url", "image_url": {"url": "cat.png"}}
+    assert processor.apply_chat_template(user(url)) == processor.apply_chat_template(
+        user({"type": "image", "path": "cat.png"})
+    )
+
+
+def test_an_assistant_may_speak_first_in_a_template_without_marks(processor):
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    chat = [{"role": "assistant", "content": "a bird"}, {"role": "user", "content": "what"}]
+    inputs = processor.apply_chat_template(
+        chat, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, mask = np.array(inputs["input_ids"]).reshape(-1), np.array(inputs["assistant_masks"]).reshape(-1)
+    assert processor.tokenizer.decode(ids[mask == 1]).strip() == "<assistant>a bird"

@@ -188,7 +188,7 @@ class BeatsEncoder(nn.Module):
             hidden_states, weights = layer(hidden_states, position_bias, padding_bias, **kwargs)
             if output_hidden_states:
                 states.append(hidden_states)
-            if output_attentions:
+            if output_attentions and weights is not None:
                 attentions.append(weights)
         return BaseModelOutput(
             last_hidden_state=hidden_states,

@@ -79,7 +79,7 @@ except ImportError:
         def decorate(function: Callable) -> Callable:
             @wraps(function)
             def wrapped(self, *args, **kwargs):
-                return function(self, *args, **{"output_hidden_states": True, **kwargs})
+                return function(self, *args, **{**kwargs, "output_hidden_states": True})
 
             return wrapped
 
@@ -166,6 +166,3 @@ def register_multimodal_type(model_type: str, architecture: str) -> None:
     except ImportError:
         return
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(model_type, architecture)
-
-
-__all__ = []

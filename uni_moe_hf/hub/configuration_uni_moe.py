@@ -1,6 +1,6 @@
 """Configuration of Uni-MoE: one text decoder, three optional towers, and how they are joined."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 
 from .compat_uni_moe import register_multimodal_type  # isort: skip  a library that is too old is refused there
@@ -374,13 +374,22 @@ class UniMoEConfig(PreTrainedConfig):
         speech = ("speech",) if self.speech_config is not None else ()
         return vision + audio + speech
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in the library; of its parts, without where they came from and what only classifiers need."""
+        output = super().to_dict()
+        for name in self.sub_configs:
+            for key in ("_name_or_path", "architectures", "id2label", "label2id"):
+                if isinstance(output.get(name), dict):
+                    output[name].pop(key, None)
+        return output
+
     def validate_architecture(self) -> None:
         """Checked by `@strict` when a config is made."""
         # By the field, not the class: a checkpoint's own code has its own copy of every class.
         if not hasattr(self.text_config, "mlp_layer_types"):
             raise ValueError(
                 f"`text_config` is a {type(self.text_config).__name__}, but the decoder needs a UniMoETextConfig; "
-                "pass `text_config.to_dict()` without its 'model_type', or use `composition.from_pretrained_parts`."
+                "pass `text_config.to_dict()` without its 'model_type', or use `uni_moe_hf.from_pretrained_parts`."
             )
         ids = {m: getattr(self, f"{m}_token_id") for m in MODALITIES}
         vocab_size = self.base_vocab_size

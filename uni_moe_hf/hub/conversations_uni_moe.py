@@ -15,10 +15,13 @@ from typing import Any
 from .compat_uni_moe import render_jinja_template  # isort: skip  a library that is too old is refused there
 
 from transformers import BatchFeature
+from transformers.utils import logging
 
 from .configuration_uni_moe import MODALITIES
 from .media_uni_moe import from_base64
 
+
+logger = logging.get_logger(__name__)
 
 # What `__call__` names the clips of each modality, as the library does.
 ARGUMENTS = {"image": "images", "video": "videos", "audio": "audio", "speech": "speech"}
@@ -123,8 +126,14 @@ class ConversationMixin:
             )
         conversations, is_batched = self._conversations(conversation)
         template = self._template(chat_template)
-        to_processor = {name: kwargs.pop(name) for name in self._call_settings & set(kwargs)}
-        processor_kwargs = {**(processor_kwargs or {}), **to_processor}
+        processor_kwargs = dict(processor_kwargs or {})
+        if given := {"text", *ARGUMENTS.values()} & set(processor_kwargs):
+            raise ValueError(f"`processor_kwargs` holds {sorted(given)}; media belong into the conversation's parts.")
+        for name in [*kwargs]:
+            if name in self._call_settings:
+                processor_kwargs[name] = kwargs.pop(name)
+            elif not re.search(rf"\b{re.escape(name)}\b", template):
+                logger.warning_once(f"Neither the chat template nor the processor knows `{name}`, so it is ignored.")
         if return_tensors not in (None, "auto"):
             processor_kwargs["return_tensors"] = return_tensors
         rendering = {"tools": tools, "documents": documents, **kwargs}
@@ -151,7 +160,7 @@ class ConversationMixin:
         if return_assistant_tokens_mask:
             spans = self._assistant_spans(words, prompts, template, rendering)
             masks = _assistant_masks(spans, inputs.pop("text_replacement_offsets"), inputs.pop("offset_mapping"))
-            tensor_type = self._grouped_kwargs(processor_kwargs)["common_kwargs"].get("return_tensors")
+            tensor_type = self._grouped_kwargs(processor_kwargs)["common_kwargs"]["return_tensors"]
             inputs.update(BatchFeature({"assistant_masks": masks}, tensor_type=tensor_type))
         return inputs if return_dict else inputs["input_ids"]
 
@@ -187,6 +196,8 @@ class ConversationMixin:
                     self.tokenizer.apply_chat_template(
                         messages[:until], tokenize=False, **{**rendering, "add_generation_prompt": until == count}
                     )
+                    if until
+                    else ""
                     for until in (count, count + 1)
                 )
                 if not (end.startswith(begin) and prompt.startswith(end)):
@@ -201,6 +212,8 @@ class ConversationMixin:
         """Copies of conversations in which every part is checked, sent to its ear and cleared of placeholders."""
         if not conversation and not hasattr(conversation, "messages"):
             raise ValueError("The conversation is empty; pass at least one message.")
+        if isinstance(conversation, str | dict):
+            raise ValueError(f"The conversation is a {type(conversation).__name__}; pass a list of messages.")
         first = conversation[0] if isinstance(conversation, list | tuple) else conversation
         is_batched = first is not conversation and (isinstance(first, list | tuple) or hasattr(first, "messages"))
         conversations = []

@@ -282,13 +282,13 @@ def load_balancing_loss(
         attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 = valid; padding does not count.
 
     Returns:
-        `torch.Tensor` of shape `()`: K where the load is even, up to `K * E` where it is not.
+        `torch.Tensor` of shape `()`: K where the load is even, up to E where it is not.
 
     Source: Switch Transformers (https://huggingface.co/papers/2101.03961), equations 4 to 6, summed over the K choices
     as the library's mixtures do.
     """
     device = router_logits[0].device
-    logits = torch.cat([layer.to(device) for layer in router_logits])  # (L * N, E)
+    logits = torch.cat([layer.to(device) for layer in router_logits]).float()  # (L * N, E)
     probabilities = torch.softmax(logits, dim=-1)
     chosen = torch.zeros_like(logits).scatter_(1, logits.topk(num_experts_per_tok, dim=-1).indices, 1.0)
     if attention_mask is None:

@@ -5,6 +5,7 @@ Letters: B batch, T sequence, H hidden.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from transformers import (
     NoRepeatNGramLogitsProcessor,
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
 )
+from transformers.generation import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .compat_uni_moe import CACHE_NAMES, CHUNKS_GO_ON, SCORES_BEAR_PLACEHOLDERS, cache_of, named_cache
+from .compat_uni_moe import CACHE, CACHE_NAMES, CHUNKS_GO_ON, SCORES_BEAR_PLACEHOLDERS, cache_of, named_cache
 from .configuration_uni_moe import MODALITIES
 
 
@@ -100,8 +103,12 @@ class UniMoEGenerationMixin(GenerationMixin):
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
-        *,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        prefix_allowed_tokens_fn: Callable | None = None,
+        synced_gpus: bool | None = None,
         assistant_model: PreTrainedModel | None = None,
+        streamer: BaseStreamer | None = None,
+        *,
         mm_encoder_outputs: EncoderOutputs | None = None,
         prompt_clips: PromptClips | None = None,
         **kwargs,
@@ -111,7 +118,8 @@ class UniMoEGenerationMixin(GenerationMixin):
 
         Args:
             inputs (`torch.Tensor` of shape `(B, T)`, *optional*): `input_ids`, under its other name.
-            generation_config, logits_processor, assistant_model (*optional*): As in the library.
+            generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, synced_gpus,
+                assistant_model, streamer (*optional*): As in the library.
             mm_encoder_outputs (`dict`, *optional*): What [`UniMoEModel.encode_media`] returned, in place of media.
             prompt_clips ([`PromptClips`], *optional*): What this method passes on to an assistant.
             kwargs: Model inputs as the processor makes them, settings of generation, `past_key_values` or `cache`.
@@ -121,58 +129,73 @@ class UniMoEGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: placeholders and clips differ in number; media and their encoder outputs together; an assistant
-                that cannot take the clips, or over a filled cache.
+                that cannot take the clips; an assistant, or on older releases chunks, over a filled cache.
         """
-        (name, cache), *_ = named_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES)).items()
+        cache = named_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))[CACHE]
         if cache is not None:
-            kwargs[name] = cache
+            kwargs[CACHE] = cache
         num_cached = 0 if cache is None else int(cache.get_seq_length())
-        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        settings = generation_config or self.generation_config
 
         def setting(name: str) -> Any:
-            return kwargs.get(name, getattr(settings, name, None))
+            """As the library will find it: named here, in the config given, or among the model's defaults."""
+            given = (kwargs.get(name), *(getattr(c, name, None) for c in (generation_config, self.generation_config)))
+            return next((value for value in given if value is not None), None)
 
-        is_assisted = assistant_model is not None or setting("prompt_lookup_num_tokens") is not None
-        if is_assisted and num_cached:
-            raise ValueError(
-                f"The cache already holds {num_cached} tokens, and assisted decoding would run the prompt over them "
-                "again; leave out `past_key_values`, or the assistant."
-            )
-        if input_ids is None:  # from embeddings, which the forward pass takes without media alone
+        if num_cached:
+            self._check_what_a_filled_cache_bears(num_cached, assistant_model, setting)
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if input_ids is None or kwargs.get("inputs_embeds") is not None:
+            # From embeddings; the forward pass says that media do not go with them.
             if mm_encoder_outputs is not None:
                 kwargs["mm_encoder_outputs"] = mm_encoder_outputs
         elif prompt_clips is None:
             media = {name: kwargs.pop(name) for name in MEDIA_INPUTS if name in kwargs}
-            encoded = joined(mm_encoder_outputs, self.model.encode_media(**media))
-            if encoded:
+            if encoded := joined(mm_encoder_outputs, self.model.encode_media(**media)):
                 mask = kwargs.get("attention_mask")
                 is_new_alone = mask is not None and mask.shape[1] > input_ids.shape[1]
                 token_ids = {modality: getattr(self.config, f"{modality}_token_id") for modality in MODALITIES}
-                prompt_clips = PromptClips(
-                    encoded, input_ids, token_ids, num_cached if is_new_alone else 0, num_cached
-                )
-        if assistant_model is not None and prompt_clips is not None:
-            self._check_assistant(assistant_model, prompt_clips)
+                first = num_cached if is_new_alone else 0
+                prompt_clips = PromptClips(encoded, input_ids, token_ids, first, num_cached)
         if prompt_clips is not None:
+            if assistant_model is not None:
+                self._check_assistant(assistant_model, prompt_clips)
             kwargs["prompt_clips"] = prompt_clips
-        if assistant_model is not None:
-            kwargs["assistant_model"] = assistant_model
         if "tokenizer" in kwargs:  # stop strings need it; `transformers serve` passes the processor
             kwargs["tokenizer"] = getattr(kwargs["tokenizer"], "tokenizer", kwargs["tokenizer"])
 
         changed, processors = self._settings_without_placeholders(setting, input_ids)
-        if num_cached and setting("prefill_chunk_size") is not None and not CHUNKS_GO_ON:
-            changed["prefill_chunk_size"] = None  # the same words, with more memory
-        if changed:
-            settings = copy.deepcopy(settings)
+        if generation_config is None:
+            kwargs |= changed
+        elif changed:  # in one place: the library wants settings either in a config or beside it
+            generation_config = copy.deepcopy(generation_config)
             for name, value in changed.items():
                 kwargs.pop(name, None)
-                setattr(settings, name, value)
-            generation_config = settings
-        if processors:
-            logits_processor = LogitsProcessorList([*processors, *(logits_processor or ())])
-        return super().generate(inputs, generation_config, logits_processor, **kwargs)
+                setattr(generation_config, name, value)
+        return super().generate(
+            inputs,
+            generation_config=generation_config,
+            logits_processor=LogitsProcessorList([*processors, *(logits_processor or ())]),
+            stopping_criteria=stopping_criteria,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            synced_gpus=synced_gpus,
+            assistant_model=assistant_model,
+            streamer=streamer,
+            **kwargs,
+        )
+
+    def _check_what_a_filled_cache_bears(
+        self, num_cached: int, assistant_model: PreTrainedModel | None, setting: Callable
+    ) -> None:
+        if assistant_model is not None or setting("prompt_lookup_num_tokens") is not None:
+            raise ValueError(
+                f"The cache already holds {num_cached} tokens, and assisted decoding would run the prompt over them "
+                "again; leave out the cache, or the assistant."
+            )
+        if setting("prefill_chunk_size") is not None and not CHUNKS_GO_ON:
+            raise ValueError(
+                f"The cache already holds {num_cached} tokens, and this release of transformers would run a prompt "
+                "that is read in chunks over them again; leave out `prefill_chunk_size`, or use 5.22 or newer."
+            )
 
     def _check_assistant(self, assistant_model: PreTrainedModel, prompt_clips: PromptClips) -> None:
         """An assistant is given this model's features, so it must have room for them."""
@@ -187,7 +210,7 @@ class UniMoEGenerationMixin(GenerationMixin):
             )
 
     def _settings_without_placeholders(
-        self, setting: Any, input_ids: torch.Tensor | None
+        self, setting: Callable, input_ids: torch.Tensor | None
     ) -> tuple[dict[str, Any], list[Any]]:
         """
         Settings that would look up the scores of placeholders, which lie behind the scores, as they have to be; and
@@ -201,7 +224,8 @@ class UniMoEGenerationMixin(GenerationMixin):
             # What has no score cannot be said: such a rule always holds.
             sayable = [sequence for sequence in words if sequence[-1] < text_config.vocab_size]
             if len(sayable) < len(words):
-                changed["bad_words_ids"] = sayable or None
+                # Nothing left: a rule that never holds, since the library fills in the model's own for `None`.
+                changed["bad_words_ids"] = sayable or [[0] * 64]
         if input_ids is not None and (input_ids >= text_config.vocab_size).any():
             # For each beam or sequence a row, as scores have them.
             copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)

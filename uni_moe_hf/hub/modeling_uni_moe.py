@@ -9,6 +9,7 @@ Letters: B batch, T sequence, H hidden, N images, V videos, F frames, P patch to
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import transformers
@@ -242,7 +243,10 @@ class UniMoEModel(UniMoEPreTrainedModel):
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         outputs = self._run_vision_tower(pixel_values, layer=layer, **kwargs)
         features = outputs.hidden_states[layer]  # (N, P + 1, tower width)
-        if (vision_feature_select_strategy or self.config.vision_feature_select_strategy) == "default":
+        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+        if strategy not in ("default", "full"):
+            raise ValueError(f"`vision_feature_select_strategy={strategy!r}` must be 'default' or 'full'.")
+        if strategy == "default":
             features = features[:, 1:]  # (N, P, tower width)
         outputs.pooler_output = self.vision_connector(features)  # (N, P, H)
         return outputs
@@ -517,6 +521,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         past_key_values: Cache | None = None,
+        prompt_clips: Any = None,
         **kwargs,
     ) -> UniMoECausalLMOutputWithPast:
         r"""
@@ -527,6 +532,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
                 the config's by default.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): How many last positions, or which, get
                 logits; 0 for all.
+            prompt_clips (*optional*): What `generate` keeps until placeholders are read; not read here.
 
         The rest as in [`UniMoEModel.forward`].
 

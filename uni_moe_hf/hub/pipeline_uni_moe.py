@@ -77,7 +77,9 @@ class AnyToTextPipeline(ImageTextToTextPipeline):
         batch_size = kwargs.get("batch_size") or self.default_batch_size
         if is_raw or isinstance(text[0], dict) or batch_size == 1:
             return super().__call__(text=text, **kwargs)
-        if Chat is None:
+        wanted = {**self.model.generation_config.to_dict(), **(kwargs.get("generate_kwargs") or {}), **kwargs}
+        if Chat is None or (wanted.get("num_return_sequences") or 1) > 1:
+            # Before 5.23 the base class mixes up the several answers of several conversations.
             return super().__call__(text=text, **{**kwargs, "batch_size": 1})
         # The base class can only join samples that hold the same kinds of media, so batches are made here.
         results, kwargs = [], {**kwargs, "batch_size": 1}

@@ -32,7 +32,6 @@ OWN_KWARGS = {
     "sampling_rate": "audio_kwargs",
     "return_mm_token_type_ids": "text_kwargs",
     "return_text_replacement_offsets": "text_kwargs",
-    "return_tensors": "common_kwargs",
 }
 
 # Pictures longer or larger than this lose what they would lose anyway before they are resized.
@@ -164,7 +163,7 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
 
         grouped = self._grouped_kwargs(kwargs)
         text_kwargs = grouped["text_kwargs"]
-        return_tensors = grouped["common_kwargs"].get("return_tensors")
+        return_tensors = grouped["common_kwargs"]["return_tensors"]
         return_type_ids = text_kwargs.pop("return_mm_token_type_ids", False)
         return_offsets = text_kwargs.pop("return_text_replacement_offsets", False)
 
@@ -183,21 +182,25 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
     def _grouped_kwargs(self, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Keyword arguments of `__call__` by what they are for."""
         grouped = {group: dict(kwargs.get(group) or {}) for group in GROUPS}
-        for name, value in kwargs.items():
-            if name in GROUPS:
+        tensors = [grouped[group].pop("return_tensors", None) for group in GROUPS]
+        flat = {name: value for name, value in kwargs.items() if name not in GROUPS}
+        for name, value in {**grouped["common_kwargs"], **flat}.items():
+            if name == "return_tensors":
                 continue
             groups = [OWN_KWARGS[name]] if name in OWN_KWARGS else []
             if not groups and name in self._image_settings:
                 groups = ["images_kwargs", "videos_kwargs"]
             if not groups and name in self._text_settings:
                 groups = ["text_kwargs"]
-            for group in groups:
-                grouped[group].setdefault(name, value)
             if not groups:
                 logger.warning_once(f"The processor knows no argument `{name}`, so it is ignored.")
-        for group in ("text_kwargs", "images_kwargs", "videos_kwargs"):
-            if (wanted := grouped[group].pop("return_tensors", None)) is not None:
-                grouped["common_kwargs"].setdefault("return_tensors", wanted)
+            for group in groups:
+                if name in grouped[group]:
+                    raise ValueError(f"`{name}` was passed both as it is and in `{group}`; pass it once.")
+                grouped[group][name] = value
+        # What media become is arrays in any case, and tensors with the rest.
+        wanted = (flat.get("return_tensors"), tensors[GROUPS.index("common_kwargs")], tensors[0])
+        grouped["common_kwargs"] = {"return_tensors": next((each for each in wanted if each is not None), None)}
         return grouped
 
     @property
@@ -208,12 +211,13 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
     @property
     def _text_settings(self) -> set[str]:
         """What the tokenizer may be told in a call."""
-        return set(inspect.signature(type(self.tokenizer).__call__).parameters) - {"self", "kwargs"}
+        names = set(inspect.signature(type(self.tokenizer).__call__).parameters)
+        return {name for name in names if not name.startswith("text")} - {"self", "kwargs"}
 
     @property
     def _call_settings(self) -> set[str]:
         """What [`__call__`] may be told besides text and clips."""
-        return self._image_settings | self._text_settings | set(OWN_KWARGS) | set(GROUPS)
+        return self._image_settings | self._text_settings | {*OWN_KWARGS, *GROUPS, "return_tensors"}
 
     def _check_placeholders(self, prompts: list[str], input_ids: Any) -> None:
         """Cut tokens would leave features without a place."""
@@ -279,6 +283,9 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
         if clips.get("video"):
             video_kwargs = {**image_kwargs, **kwargs["videos_kwargs"], "return_tensors": "np"}
             num_frames = video_kwargs.pop("num_frames", None) or self.video_frames
+            for name in video_kwargs.keys() - self._image_settings - {"return_tensors"}:
+                logger.warning_once(f"The processor knows no setting `{name}` of videos, so it is ignored.")
+                del video_kwargs[name]
             videos = [load_frames(video, num_frames) for video in clips["video"]]
             frames = [self._framed(frame) for frame in chain.from_iterable(videos)]
             pixel_values = self._pixels(frames, video_kwargs)

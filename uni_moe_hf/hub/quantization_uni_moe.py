@@ -26,6 +26,9 @@ class QuantizationMixin:
     @classmethod
     def from_pretrained(cls, *args, quantization_config: Any = None, **kwargs) -> Any:
         """As in the library; a quantisation that names no exceptions leaves alone what [`UNQUANTISED`] names."""
+        config = kwargs.get("config")
+        if quantization_config is None:
+            quantization_config = getattr(config, "quantization_config", None)
         if quantization_config is not None:
             kwargs["quantization_config"] = _with_exceptions(quantization_config)
         return super().from_pretrained(*args, **kwargs)
