@@ -1041,9 +1041,8 @@ def test_settings_that_nobody_knows_are_named(processor, caplog):
     assert "no setting `fps` of videos" in caplog.text and "no argument `paddding`" in caplog.text
     processor.apply_chat_template(user("hello"), colour="red")
     assert "Neither the chat template nor the processor knows `colour`" in caplog.text
-    assert (
-        processor.apply_chat_template(user("hello"), chat_template="a {{ colour }} bird", colour="red") == "a red bird"
-    )
+    template = "a {{ colour }} bird"
+    assert processor.apply_chat_template(user("hello"), chat_template=template, colour="red") == "a red bird"
 
 
 @pytest.mark.parametrize(
