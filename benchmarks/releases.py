@@ -1,9 +1,9 @@
 """
 One checkpoint folder under every supported release of Transformers: what runs on which.
 
-    python benchmarks/releases.py                      # all of it: a quarter of an hour on two cores, 1.5 GB of disk a release
-    python benchmarks/releases.py --only 5.16.1 5.24.0 # some releases; no table is written
-    python benchmarks/releases.py --newest             # `make test` with everything unpinned but torch
+    python benchmarks/releases.py                       # a quarter of an hour on two cores, 1.5 GB of disk a release
+    python benchmarks/releases.py --only 5.16.1 5.24.0  # some releases; no table is written
+    python benchmarks/releases.py --newest              # `make test` with everything unpinned but torch
 
 Each release has an environment of its own in `.releases/`, kept between runs, with the torch of `constraints.txt` and
 whatever else pip takes for it. There run the tests of the Hub files, on the oldest and the newest release the tests of
@@ -191,11 +191,8 @@ def main() -> None:
                         runs[release, "tools"] = pool.submit(run_tests, release, TOOLS, log)
                     runs[release, "hub"] = pool.submit(run_tests, release, ["hub"], logs / f"{release}-hub.log")
         for release in releases:
-            row = {"release": release, "libraries": libraries(release)}
-            row |= {
-                name: runs[release, name].result() if (release, name) in runs else "-" for name in ("hub", "tools")
-            }
-            rows.append(row)
+            row = {"release": release, "libraries": libraries(release), "hub": "-", "tools": "-"}
+            rows.append(row | {name: run.result() for (of, name), run in runs.items() if of == release})
     text = tables(rows, matrix)
     print(text)
     if not options.only and not options.no_tests:

@@ -103,6 +103,7 @@ def train(stage: str, folder: Path, media: Path, moment: str, number: float) -> 
 
 def start(stage: str, folder: Path, media: Path, moment: str, number: float) -> int:
     """A run in a process of its own, to which everything is imported already; how it ended."""
+    sys.stdout.flush()  # else the child has what waits there as well, and says it again
     child = os.fork()
     if child == 0:
         try:
