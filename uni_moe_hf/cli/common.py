@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +41,18 @@ def add_conversation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", *BYTES], help="default: as saved")
 
 
-def add_rows(parser: argparse.ArgumentParser) -> None:
-    """Rows of a file in place of a conversation."""
+def add_inspection(commands: Any, name: str, text: str, run: Callable) -> argparse.ArgumentParser:
+    """A command that looks at a checkpoint with a conversation, or with rows of a file."""
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    add_checkpoint(parser)
+    add_conversation(parser)
     parser.add_argument("--data", metavar="FILE", help="rows of conversations (.json, .jsonl) in place of one")
     parser.add_argument(
         "--limit", type=positive, default=64, metavar="N", help="rows to read, spread over the file (default: 64)"
     )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
 
 
 def positive(text: str) -> int:

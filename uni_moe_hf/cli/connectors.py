@@ -3,26 +3,13 @@
 import argparse
 from typing import Any
 
-from .common import (
-    add_checkpoint,
-    add_conversation,
-    add_rows,
-    batches,
-    check_conversation,
-    load_checkpoint,
-    print_report,
-)
+from .common import add_inspection, batches, check_conversation, load_checkpoint, print_report
 
 
 def add_command(commands: Any) -> None:
     """Options of `uni-moe connectors`."""
     text = "Compare connectors' outputs with the text embeddings beside them."
-    parser = commands.add_parser("connectors", help=text, description=text)
-    parser.set_defaults(run=run)
-    add_checkpoint(parser)
-    add_conversation(parser)
-    add_rows(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_inspection(commands, "connectors", text, run)
 
 
 def run(args: argparse.Namespace) -> None:

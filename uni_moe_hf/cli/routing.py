@@ -3,28 +3,13 @@
 import argparse
 from typing import Any
 
-from .common import (
-    add_checkpoint,
-    add_conversation,
-    add_rows,
-    batches,
-    check_conversation,
-    load_checkpoint,
-    positive,
-    print_report,
-)
+from .common import add_inspection, batches, check_conversation, load_checkpoint, positive, print_report
 
 
 def add_command(commands: Any) -> None:
     """Options of `uni-moe routing`."""
-    text = "Count which experts the tokens of each modality are sent to."
-    parser = commands.add_parser("routing", help=text, description=text)
-    parser.set_defaults(run=run)
-    add_checkpoint(parser)
-    add_conversation(parser)
-    add_rows(parser)
+    parser = add_inspection(commands, "routing", "Count which experts the tokens of each modality are sent to.", run)
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default: 8")
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> None:
