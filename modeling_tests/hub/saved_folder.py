@@ -57,7 +57,8 @@ def answers(model, processor, folder: Path) -> dict:
         found["vision features"] = outputs.image_hidden_states
     for way, settings in WAYS.items():
         found[f"words/{way}"] = model.generate(**inputs, **GREEDY, **settings)
-    half = model.generate(**inputs, **{**GREEDY, "max_new_tokens": 3}, return_dict_in_generate=True)
+    shorter = {**GREEDY, "max_new_tokens": 3, "min_new_tokens": 3}
+    half = model.generate(**inputs, **shorter, return_dict_in_generate=True)
     longer = torch.ones_like(half.sequences[:, inputs["input_ids"].shape[1] :])
     again = {**inputs, "input_ids": half.sequences}
     again["attention_mask"] = torch.cat([inputs["attention_mask"], longer], dim=1)
