@@ -158,8 +158,8 @@ def tables(rows: list[dict], matrix: dict[str, dict]) -> str:
         f"Warnings of names that will go, on {releases[-1]}: {'; '.join(said) or 'none'}.",
         "",
         "Skipped is what the library itself cannot do there: several answers of a pipeline before 5.23, and before "
-        "5.22 a prompt in chunks over a filled cache, which is refused in one sentence. Quantisation and serving, which "
-        "need libraries of their own, are tested on the newest release alone, by `make test`.",
+        "5.22 a prompt in chunks over a filled cache, which is refused in one sentence. Quantisation and serving, "
+        "which need libraries of their own, are tested on the newest release alone, by `make test`.",
     ]
     return "\n".join(lines).rstrip() + "\n"
 
