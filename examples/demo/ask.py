@@ -31,9 +31,8 @@ for line in (root / "data/test.jsonl").read_text().splitlines():
     for part in chat[0]["content"]:
         if "path" in part:
             part["path"] = str(root / "data" / part["path"])
-    answer = pipe(chat, max_new_tokens=max_new_tokens, do_sample=False, return_full_text=False)[0][
-        "generated_text"
-    ].strip()
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    answer = pipe(chat, generate_kwargs=settings, return_full_text=False)[0]["generated_text"].strip()
     media = ", ".join(Path(part["path"]).name for part in chat[0]["content"] if "path" in part)
     question = next(
         (part["text"] for part in chat[0]["content"] if part["type"] == "text"), "(asked in the recording)"

@@ -1051,6 +1051,11 @@ def test_settings_that_nobody_knows_are_named(processor, caplog):
         ("hello", {}, "The conversation is a str; pass a list of messages"),
         ({"role": "user", "content": "hello"}, {}, "The conversation is a dict; pass a list of messages"),
         (user("hello"), {"processor_kwargs": {"images": []}}, r"holds \['images'\]; media belong into"),
+        (
+            [{"role": "user", "content": 5}],
+            {},
+            "The content of a message is a int; it must be text or a list of parts",
+        ),
         (user("hello"), {"sanitize_control_tokens": True}, "is not done here"),
     ],
 )

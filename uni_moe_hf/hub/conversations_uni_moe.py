@@ -116,8 +116,8 @@ class ConversationMixin:
             `str`, or a list of them; with `tokenize`, [`BatchFeature`] or `input_ids`.
 
         Raises:
-            ValueError: a message or part is not of the form above; roles do not suit the template; media as in
-                [`__call__`].
+            ValueError: a message or part is not of the form above; media as in [`__call__`].
+            TemplateError: (Jinja's) the roles do not suit the template.
         """
         if kwargs.pop("sanitize_control_tokens", False):
             raise ValueError(
@@ -133,7 +133,10 @@ class ConversationMixin:
             if name in self._call_settings:
                 processor_kwargs[name] = kwargs.pop(name)
             elif not re.search(rf"\b{re.escape(name)}\b", template):
-                logger.warning_once(f"Neither the chat template nor the processor knows `{name}`, so it is ignored.")
+                logger.warning_once(
+                    f"Neither the chat template nor the processor knows `{name}`, so it is ignored; settings of "
+                    "`generate` go to `generate`, those of a pipeline into its `generate_kwargs`."
+                )
         if return_tensors not in (None, "auto"):
             processor_kwargs["return_tensors"] = return_tensors
         rendering = {"tools": tools, "documents": documents, **kwargs}
@@ -224,6 +227,10 @@ class ConversationMixin:
                 if "role" not in message or "content" not in message:
                     raise ValueError(f"A message needs 'role' and 'content', got the keys {sorted(message)}.")
                 content = message["content"]
+                if not isinstance(content, str | list | tuple):
+                    raise ValueError(
+                        f"The content of a message is a {type(content).__name__}; it must be text or a list of parts."
+                    )
                 message["content"] = self._as_text(content) if isinstance(content, str) else self._parts(content)
                 conversations[-1].append(message)
         return conversations, is_batched
