@@ -122,8 +122,8 @@ def test_a_folder_saved_under_the_oldest_release_gives_the_same_here(tmp_path):
     assert found["module"].startswith("transformers_modules.")
     assert found["scale"] > 0.1
     for name, gap in found["gaps"].items():
-        # Words and ids are the same; logits, of order 0.3, but for the order of sums. BEATs' filterbank is a logarithm:
-        # of nearly no energy it shows how the spectrum was rounded (4e-4 seen between instruction sets).
+        # Words and ids are the same; logits, of order 0.3, but for the order of sums. BEATs' filterbank is a
+        # logarithm: of nearly no energy it shows how the spectrum was rounded (4e-4 seen between instruction sets).
         allowed = 0 if name.startswith(("words", "inputs/input_ids")) else 1e-5
         assert gap <= (2e-3 if name == "inputs/input_values" else allowed), name
     assert found["deprecated"] == []
