@@ -129,8 +129,9 @@ class ConversationMixin:
         processor_kwargs = dict(processor_kwargs or {})
         if given := {"text", *ARGUMENTS.values()} & set(processor_kwargs):
             raise ValueError(f"`processor_kwargs` holds {sorted(given)}; media belong into the conversation's parts.")
+        call_settings = self._call_settings if kwargs else ()
         for name in [*kwargs]:
-            if name in self._call_settings:
+            if name in call_settings:
                 processor_kwargs[name] = kwargs.pop(name)
             elif not re.search(rf"\b{re.escape(name)}\b", template):
                 logger.warning_once(

@@ -184,13 +184,14 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
         grouped = {group: dict(kwargs.get(group) or {}) for group in GROUPS}
         tensors = [grouped[group].pop("return_tensors", None) for group in GROUPS]
         flat = {name: value for name, value in kwargs.items() if name not in GROUPS}
+        image_settings, text_settings = self._image_settings, self._text_settings
         for name, value in {**grouped["common_kwargs"], **flat}.items():
             if name == "return_tensors":
                 continue
             groups = [OWN_KWARGS[name]] if name in OWN_KWARGS else []
-            if not groups and name in self._image_settings:
+            if not groups and name in image_settings:
                 groups = ["images_kwargs", "videos_kwargs"]
-            if not groups and name in self._text_settings:
+            if not groups and name in text_settings:
                 groups = ["text_kwargs"]
             if not groups:
                 logger.warning_once(f"The processor knows no argument `{name}`, so it is ignored.")
