@@ -18,15 +18,16 @@ Leaves a dense Uni-MoE with trained connectors in `output_dir`.
 from pathlib import Path
 
 from transformers import AutoTokenizer, set_seed
-from trl import SFTConfig, TrlParser
+from trl import SFTConfig
 
 from uni_moe_hf import StageArguments, UniMoESFTTrainer, build_processor, from_pretrained_parts, prepare_stage
-from uni_moe_hf.training.options import PartsArguments
+from uni_moe_hf.training.options import PartsArguments, parse_options
 from uni_moe_hf.training.stages import stage_table
 
 
 def main(script_args: StageArguments, training_args: SFTConfig, parts: PartsArguments) -> None:
     set_seed(training_args.seed)  # before anything starts at random: the trainer's own call comes after that
+    rows, eval_rows = script_args.rows(), script_args.eval_rows(training_args)
     model = from_pretrained_parts(
         parts.llm,
         vision_tower=parts.vision_tower,
@@ -35,6 +36,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, parts: PartsArgu
         num_speech_query_tokens=parts.num_speech_query_tokens,
         num_audio_query_tokens=parts.num_audio_query_tokens,
         audio_connector_config=parts.audio_connector_config,
+        **script_args.loading(),
     )
     processor = build_processor(
         model.config,
@@ -47,7 +49,8 @@ def main(script_args: StageArguments, training_args: SFTConfig, parts: PartsArgu
     trainer = UniMoESFTTrainer(
         model=model,
         args=training_args,
-        train_dataset=script_args.rows(),
+        train_dataset=rows,
+        eval_dataset=eval_rows,
         processing_class=processor,
         data_collator=script_args.collator(processor),
         learning_rates=script_args.learning_rates,
@@ -61,7 +64,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, parts: PartsArgu
 
 
 def parse(args: list[str] | None = None) -> tuple[StageArguments, SFTConfig, PartsArguments]:
-    return TrlParser((StageArguments, SFTConfig, PartsArguments)).parse_args_and_config(args)
+    return parse_options((StageArguments, SFTConfig, PartsArguments), args)
 
 
 if __name__ == "__main__":

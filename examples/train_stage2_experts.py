@@ -18,22 +18,25 @@ plain LLM with the projector beside it.
 from pathlib import Path
 
 from transformers import AutoProcessor, set_seed
-from trl import SFTConfig, TrlParser
+from trl import SFTConfig
 
 from uni_moe_hf import StageArguments, UniMoEForConditionalGeneration, UniMoESFTTrainer, export_expert, prepare_stage
-from uni_moe_hf.training.options import ExpertArguments
+from uni_moe_hf.mixtures.loading import load_whole
+from uni_moe_hf.training.options import ExpertArguments, parse_options
 from uni_moe_hf.training.stages import stage_table
 
 
 def main(script_args: StageArguments, training_args: SFTConfig, expert: ExpertArguments) -> None:
     set_seed(training_args.seed)  # before anything starts at random: the trainer's own call comes after that
-    model = UniMoEForConditionalGeneration.from_pretrained(expert.model_name_or_path)
+    rows, eval_rows = script_args.rows(), script_args.eval_rows(training_args)
+    model = load_whole(UniMoEForConditionalGeneration, expert.model_name_or_path, **script_args.loading())
     processor = AutoProcessor.from_pretrained(expert.model_name_or_path)
     lora = {"r": expert.lora_r, "lora_alpha": expert.lora_alpha}
     trainer = UniMoESFTTrainer(
         model=model,
         args=training_args,
-        train_dataset=script_args.rows(),
+        train_dataset=rows,
+        eval_dataset=eval_rows,
         processing_class=processor,
         data_collator=script_args.collator(processor),
         peft_config=prepare_stage(model, "experts", modalities=expert.modalities, **lora),
@@ -50,7 +53,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, expert: ExpertAr
 
 
 def parse(args: list[str] | None = None) -> tuple[StageArguments, SFTConfig, ExpertArguments]:
-    return TrlParser((StageArguments, SFTConfig, ExpertArguments)).parse_args_and_config(args)
+    return parse_options((StageArguments, SFTConfig, ExpertArguments), args)
 
 
 if __name__ == "__main__":

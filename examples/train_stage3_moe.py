@@ -19,8 +19,9 @@ that was trained, in `output_dir/grown` its parent, and in `output_dir/merged` t
 import shutil
 from pathlib import Path
 
+from datasets import Dataset
 from transformers import AutoProcessor, set_seed
-from trl import SFTConfig, TrlParser
+from trl import SFTConfig
 
 from uni_moe_hf import (
     StageArguments,
@@ -31,7 +32,9 @@ from uni_moe_hf import (
     last_complete_checkpoint,
     prepare_stage,
 )
-from uni_moe_hf.training.options import MixtureArguments
+from uni_moe_hf.mixtures.loading import load_whole
+from uni_moe_hf.training.options import MixtureArguments, parse_options
+from uni_moe_hf.training.resuming import only_run_in, what_changed, write_digests
 from uni_moe_hf.training.stages import stage_table
 
 
@@ -39,11 +42,11 @@ def pairs(items: list[str]) -> dict[str, str | None]:
     return {name: value or None for name, _, value in (item.partition("=") for item in items)}
 
 
-def grow(script_args: StageArguments, mixture: MixtureArguments, folder: Path) -> None:
+def grow(script_args: StageArguments, mixture: MixtureArguments, rows: Dataset, folder: Path) -> None:
     """The mixture that stage 3 begins with, written whole or not at all."""
     processor = AutoProcessor.from_pretrained(mixture.model_name_or_path)
     model = grow_experts(
-        UniMoEForConditionalGeneration.from_pretrained(mixture.model_name_or_path),
+        load_whole(UniMoEForConditionalGeneration, mixture.model_name_or_path, **script_args.loading()),
         pairs(mixture.experts),
         shared_base=mixture.shared_base,
         layers=mixture.layers,
@@ -51,32 +54,37 @@ def grow(script_args: StageArguments, mixture: MixtureArguments, folder: Path) -
         projectors=pairs(mixture.projectors),
     )
     # A random router prefers some experts on every token; rows from all over the data set it right.
-    balance_routers(model, script_args.sample(processor, mixture.balance_rows))
+    balance_routers(model, script_args.sample(rows, processor, mixture.balance_rows))
     partial = folder.with_name("grown.partial")
     for old in (folder, partial):
         shutil.rmtree(old, ignore_errors=True)
     for part in (model, processor):
         part.save_pretrained(partial)
+    write_digests(partial)
     partial.rename(folder)
 
 
 def main(script_args: StageArguments, training_args: SFTConfig, mixture: MixtureArguments) -> None:
     set_seed(training_args.seed)  # before anything starts at random: the trainer's own call comes after that
+    rows, eval_rows = script_args.rows(), script_args.eval_rows(training_args)
     output_dir = Path(training_args.output_dir)
-    resume = training_args.resume_from_checkpoint
+    grown, resume = output_dir / "grown", training_args.resume_from_checkpoint
     if resume == "last":  # that was saved whole; none at the first start
         resume = last_complete_checkpoint(output_dir)
+    if resume and (lost := what_changed(grown) if grown.is_dir() else "it is missing"):
+        raise ValueError(f"'{resume}' goes on from '{grown}', which cannot be used: {lost}. Begin in a new folder.")
     # Routers start at random: every process, and a resumed run, must begin with the very same mixture.
     with training_args.main_process_first(desc="growing experts"):
         if not resume and training_args.process_index == 0:
-            grow(script_args, mixture, output_dir / "grown")
-    model = UniMoEForConditionalGeneration.from_pretrained(output_dir / "grown")
-    processor = AutoProcessor.from_pretrained(output_dir / "grown")
+            grow(script_args, mixture, rows, grown)
+    model = load_whole(UniMoEForConditionalGeneration, grown, **script_args.loading())
+    processor = AutoProcessor.from_pretrained(grown)
     model.config.text_config.expert_activations = mixture.expert_activations
     trainer = UniMoESFTTrainer(
         model=model,
         args=training_args,
-        train_dataset=script_args.rows(),
+        train_dataset=rows,
+        eval_dataset=eval_rows,
         processing_class=processor,
         data_collator=script_args.collator(processor),
         peft_config=prepare_stage(model, "moe"),
@@ -95,8 +103,11 @@ def main(script_args: StageArguments, training_args: SFTConfig, mixture: Mixture
 
 
 def parse(args: list[str] | None = None) -> tuple[StageArguments, SFTConfig, MixtureArguments]:
-    return TrlParser((StageArguments, SFTConfig, MixtureArguments)).parse_args_and_config(args)
+    return parse_options((StageArguments, SFTConfig, MixtureArguments), args)
 
 
 if __name__ == "__main__":
-    main(*parse())
+    options = parse()
+    # Two runs in one folder would each grow a mixture there.
+    with only_run_in(options[1].output_dir, options[1].process_index == 0):
+        main(*options)

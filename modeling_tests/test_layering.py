@@ -25,9 +25,10 @@ DRAWING = {
     "experts_uni_moe": {"compat_uni_moe", "configuration_uni_moe", "expert_kernels_uni_moe", "quantization_uni_moe"},
     "connectors_uni_moe": {"compat_uni_moe", "configuration_uni_moe"},
     "beats_uni_moe": {"compat_uni_moe", "configuration_uni_moe"},
-    "media_uni_moe": set(),
+    "files_uni_moe": set(),
+    "media_uni_moe": {"files_uni_moe"},
     "feature_extraction_uni_moe": {"media_uni_moe"},
-    "conversations_uni_moe": {"compat_uni_moe", "configuration_uni_moe", "media_uni_moe"},
+    "conversations_uni_moe": {"compat_uni_moe", "configuration_uni_moe", "files_uni_moe", "media_uni_moe"},
     "processing_uni_moe": {"configuration_uni_moe", "conversations_uni_moe", "media_uni_moe"},
     "pipeline_uni_moe": set(),
     "generation_uni_moe": {"compat_uni_moe", "configuration_uni_moe"},
@@ -37,7 +38,7 @@ DRAWING = {
 
 # What every installation has, and what a Hub file may use where it is there.
 ALLOWED = {"torch", "numpy", "transformers", "huggingface_hub", "tokenizers", "PIL"} | set(sys.stdlib_module_names)
-OPTIONAL = {"soundfile", "soxr", "av", "decord"}
+OPTIONAL = {"soundfile", "soxr", "av", "decord", "starlette"}
 
 
 def source(file: Path) -> str:

@@ -33,11 +33,13 @@ _PUBLIC = {
     "mixtures.routing": ["record_routing"],
     "original.conversion": ["convert_checkpoint", "revert_checkpoint"],
     "original.merging": ["merge_modalities"],
-    "training.data": ["UniMoEDataCollator", "check_rows", "row_to_messages"],
+    "training.data": ["UniMoEDataCollator", "check_rows"],
     "training.options": ["StageArguments"],
+    "training.resuming": ["last_complete_checkpoint"],
     "training.row_files": ["load_rows"],
+    "training.rows": ["row_to_messages"],
     "training.stages": ["moe_lora_config", "prepare_stage"],
-    "training.trainer": ["UniMoESFTTrainer", "last_complete_checkpoint", "sft_config"],
+    "training.trainer": ["UniMoESFTTrainer", "sft_config"],
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
@@ -50,6 +52,7 @@ def register() -> None:
         AutoConfig,
         AutoFeatureExtractor,
         AutoModel,
+        AutoModelForCausalLM,
         AutoModelForImageTextToText,
         AutoModelForMultimodalLM,
         AutoProcessor,
@@ -69,6 +72,7 @@ def register() -> None:
     AutoModel.register(UniMoEConfig, UniMoEForConditionalGeneration, exist_ok=True)
     AutoModel.register(UniMoETextConfig, UniMoETextModel, exist_ok=True)
     AutoModel.register(BeatsConfig, BeatsModel, exist_ok=True)
+    AutoModelForCausalLM.register(UniMoEConfig, UniMoEForConditionalGeneration, exist_ok=True)
     AutoModelForMultimodalLM.register(UniMoEConfig, UniMoEForConditionalGeneration, exist_ok=True)
     AutoModelForImageTextToText.register(UniMoEConfig, UniMoEForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(UniMoEConfig, UniMoEProcessor, exist_ok=True)

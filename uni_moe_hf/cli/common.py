@@ -47,7 +47,7 @@ def add_inspection(commands: Any, name: str, text: str, run: Callable) -> argpar
     parser.set_defaults(run=run)
     add_checkpoint(parser)
     add_conversation(parser)
-    parser.add_argument("--data", metavar="FILE", help="rows of conversations (.json, .jsonl) in place of one")
+    parser.add_argument("--data", metavar="FILE", help="rows, as training takes them, in place of a conversation")
     parser.add_argument(
         "--limit", type=positive, default=64, metavar="N", help="rows to read, spread over the file (default: 64)"
     )
@@ -74,6 +74,8 @@ def check_conversation(args: argparse.Namespace, takes_rows: bool) -> None:
         path = part.get("path")
         if path is not None and not path.startswith(("http://", "https://", "data:")) and not Path(path).is_file():
             raise ValueError(f"There is no file '{path}' for --{part['type']}; check the path.")
+    if args.parts and not any((part.get("text") or part.get("path") or "").strip() for part in args.parts):
+        raise ValueError("The text is empty; say or ask something.")
     if args.parts and args.data:
         raise ValueError("Both a conversation and --data were given; give one of the two.")
     if not args.parts and not args.data:
@@ -97,14 +99,10 @@ def load_config(checkpoint: str) -> "UniMoEConfig":
     Raises:
         ValueError: there is no such checkpoint, or it is of another kind.
     """
-    from transformers import AutoConfig
-
     register()
-    if not Path(checkpoint).exists() and (checkpoint.count("/") != 1 or checkpoint.startswith((".", "/", "~"))):
-        raise ValueError(f"There is no checkpoint '{checkpoint}'; give a folder or a Hub id.")
-    if (Path(checkpoint) / "adapter_config.json").is_file():
-        raise ValueError(f"'{checkpoint}' holds an adapter, not a model; merge it into its base, or name that.")
-    config = AutoConfig.from_pretrained(checkpoint)
+    from ..mixtures.loading import load_part_config
+
+    config = load_part_config(checkpoint, "CHECKPOINT")
     if config.model_type != "uni_moe":
         raise ValueError(f"'{checkpoint}' is a model of type '{config.model_type}', not 'uni_moe'.")
     return config
@@ -117,14 +115,16 @@ def load_checkpoint(args: argparse.Namespace) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoProcessor
     from transformers.utils import logging
 
+    from ..mixtures.loading import load_whole, loaded
+
     has_gpu = torch.cuda.is_available()
     device = ("cuda" if has_gpu else "cpu") if args.device == "auto" else args.device
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"There is no device '{device}' here; leave out --device, or use cpu.") from error
-    processor = AutoProcessor.from_pretrained(args.checkpoint)
-    model = AutoModel.from_pretrained(args.checkpoint, dtype=args.dtype).eval().to(device)
+    processor = loaded(AutoProcessor.from_pretrained, args.checkpoint)
+    model = load_whole(AutoModel, args.checkpoint, dtype=args.dtype).eval().to(device)
     logging.set_verbosity_warning()  # what is said from here on is about the user's data
     return model, processor
 
@@ -148,7 +148,7 @@ def batches(args: argparse.Namespace, batch_size: int, model: Any, processor: An
 
     rows = load_rows(args.data)
     rows = rows.select(range(0, len(rows), -(-len(rows) // args.limit)))  # spread over the file, which may be sorted
-    collate = UniMoEDataCollator(processor, media_root=Path(args.data).parent)
+    collate = UniMoEDataCollator(processor)
     for start in range(0, len(rows), batch_size):
         batch = collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
         yield BatchFeature({name: batch[name] for name in batch if name != "labels"}).to(model.device, model.dtype)

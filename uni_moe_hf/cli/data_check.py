@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections import Counter
 from typing import Any
 
 from .common import load_config
@@ -14,7 +15,11 @@ def add_command(commands: Any) -> None:
         "check", help="List the rows that training could not use.", description="List the rows training could not use."
     )
     parser.set_defaults(run=run)
-    parser.add_argument("file", metavar="FILE", help="rows as .json, .jsonl or .parquet; media relative to it")
+    parser.add_argument("source", metavar="SOURCE", nargs="+", help="files, a folder or a data set of rows")
+    parser.add_argument("--split", default="train", help="of a data set (default: train)")
+    parser.add_argument("--config", metavar="NAME", help="of a data set that has several")
+    parser.add_argument("--columns", nargs="+", metavar="NAME=WHAT", help="such as photo=image label=answer")
+    parser.add_argument("--question", nargs="+", metavar="TEXT", help="what is asked about plain media")
     parser.add_argument("--model", metavar="CHECKPOINT", help="whose towers they are for (default: all)")
     parser.add_argument("--voice", choices=["speech", "audio"], default="speech", help="what `voice` files are")
     parser.add_argument("--no-decode", action="store_true", help="look for media files without opening them")
@@ -25,9 +30,14 @@ def run(args: argparse.Namespace) -> int:
     from ..training.data import MODALITIES, check_rows
 
     modalities = load_config(args.model).modalities if args.model else MODALITIES
-    count = 0
-    for number, reason in check_rows(args.file, modalities, args.voice, not args.no_decode):
+    source = args.source[0] if len(args.source) == 1 else args.source
+    reading = {name: getattr(args, name) for name in ("split", "config", "columns", "question")}
+    count, unread = 0, Counter()
+    for number, reason in check_rows(source, modalities, args.voice, not args.no_decode, unread, **reading):
         sys.stdout.write(f"row {number}: {reason}\n")
         count += 1
-    sys.stdout.write(f"{args.file}: {f'{count} rows cannot be used' if count else 'every row can be used'}\n")
+    for name, rows in unread.items():
+        sys.stdout.write(f"nothing is made of the field '{name}' ({rows} row{'s' * (rows != 1)})\n")
+    named = " ".join(args.source)
+    sys.stdout.write(f"{named}: {f'{count} rows cannot be used' if count else 'every row can be used'}\n")
     return int(count > 0)

@@ -52,10 +52,11 @@ def describe(checkpoint: str) -> dict[str, Any]:
     import torch
 
     from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
+    from ..mixtures.loading import loaded
     from ..training.stages import part_of
 
     with torch.device("meta"):
-        model = UniMoEForConditionalGeneration(config)
+        model = loaded(lambda _: UniMoEForConditionalGeneration(config), checkpoint)
     text, parts, active = config.text_config, {}, 0.0
     for name, parameter in model.named_parameters():
         part = part_of(name)

@@ -6,7 +6,10 @@ done, 1 failed with one sentence on stderr (of `data check`: bad rows were liste
 """
 
 import argparse
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from . import connectors, convert, data_check, generate, info, merge_modalities, routing
@@ -30,20 +33,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_command(commands)
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # of no use to whom asked a question
+    warnings.filterwarnings("ignore", module=r"(torchao|bitsandbytes)\b")
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if not _is_expected(error):
+        if os.environ.get("UNI_MOE_DEBUG"):
             raise
-        cause = error.__cause__ if type(error).__name__.startswith("StrictDataclass") and error.__cause__ else error
-        sys.stderr.write(f"uni-moe: {' '.join(str(cause).split())}\n")
+        wrapped = type(error).__name__.startswith("StrictDataclass")
+        cause = error.__cause__ if wrapped and error.__cause__ else error
+        text = " ".join(str(cause).split())
+        if not _is_expected(error):
+            text = f"{type(error).__name__}: {text} (UNI_MOE_DEBUG=1 shows where it comes from)"
+        sys.stderr.write(f"uni-moe: {text}\n")
         return 1
 
 
 def _is_expected(error: Exception) -> bool:
-    """What users, files and missing libraries cause; anything else is ours, and shows where it comes from."""
+    """What says in its own words what a user, a file or a missing library causes."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return isinstance(error, ValueError | OSError | ImportError) or bool(
         names & {"StrictDataclassError", "SafetensorError", "OutOfMemoryError"}

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,45 @@ def can_return_tuple(forward: Callable) -> Callable:
 
 
 try:
+    # What servers answer requests with.
+    from starlette.exceptions import HTTPException
+except ImportError:
+    HTTPException = None
+
+
+def answers_requests(function: Callable) -> Callable:
+    """Lets a `ValueError` be one that `transformers serve` answers with 400 and its sentence, in place of 500."""
+    if HTTPException is None:
+        return function
+
+    @wraps(function)
+    def wrapped(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except RequestError:
+            raise
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+
+    return wrapped
+
+
+if HTTPException is not None:
+
+    class RequestError(ValueError, HTTPException):
+        """A `ValueError` in every way, and what FastAPI makes of one that a client caused."""
+
+        status_code = 400
+        __str__ = BaseException.__str__
+
+        def __init__(self, detail: str = ""):
+            ValueError.__init__(self, detail)
+            self.detail = detail.encode("utf-8", "replace").decode()  # JSON takes no half characters
+            header = "".join(character if character.isprintable() else " " for character in detail)
+            self.headers = {"X-Error-Message": header.encode("latin-1", "replace").decode("latin-1")}
+
+
+try:
     # Since 5.23: keeps the one hidden state that is read instead of those of all layers.
     from transformers.utils.output_capturing import select_hidden_states
 except ImportError:
@@ -120,6 +160,15 @@ try:
     from transformers import GradientCheckpointingLayer
 except ImportError:
     GradientCheckpointingLayer = torch.nn.Module
+
+
+def same_permissions(folder: str | Path) -> None:
+    """Weights may be read by whom the files beside them may be read: safetensors writes them for their owner alone."""
+    files = [path for path in Path(folder).iterdir() if path.is_file()]
+    usual = [path for path in files if path.suffix == ".json"]
+    for path in files:
+        if path.suffix == ".safetensors" and usual:
+            path.chmod(usual[0].stat().st_mode & 0o777)
 
 
 def missing(name: str, needed_for: str) -> type:

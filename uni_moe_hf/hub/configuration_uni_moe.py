@@ -16,6 +16,7 @@ MODALITIES = ("image", "video", "audio", "speech")
 AUTO_MAP = {
     "AutoConfig": "configuration_uni_moe.UniMoEConfig",
     "AutoModel": "modeling_uni_moe.UniMoEForConditionalGeneration",
+    "AutoModelForCausalLM": "modeling_uni_moe.UniMoEForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_uni_moe.UniMoEForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_uni_moe.UniMoEForConditionalGeneration",
 }
@@ -39,6 +40,34 @@ DEFAULT_VISION = {
     "patch_size": 14,
     "image_size": 336,
 }
+
+
+# What no model has more of, and a damaged config.json may say; a model of such numbers would fill any memory.
+MAX_DEPTH, MAX_EXPERTS, MAX_WIDTH = 1024, 4096, 1 << 24
+DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers")
+WIDTHS = (
+    "hidden_size intermediate_size vocab_size num_attention_heads num_key_value_heads head_dim d_model encoder_ffn_dim "
+    "decoder_ffn_dim encoder_attention_heads decoder_attention_heads num_mel_bins patch_size max_source_positions "
+    "max_target_positions encoder_hidden_size patch_embedding_size num_conv_pos_embeddings num_buckets num_channels "
+    "num_conv_pos_embedding_groups image_seq_length num_speech_query_tokens num_audio_query_tokens "
+    "max_position_embeddings"
+).split()
+
+
+def check_sizes(config: PreTrainedConfig) -> None:
+    """
+    Raises:
+        ValueError: a size of a model is no whole number within bounds.
+    """
+    limits = dict.fromkeys(DEPTHS, MAX_DEPTH) | {"num_experts": MAX_EXPERTS} | dict.fromkeys(WIDTHS, MAX_WIDTH)
+    for name, limit in limits.items():
+        value = getattr(config, name, None)
+        if value is None or (isinstance(value, list | tuple) and name == "patch_size"):
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+            raise ValueError(
+                f"`{name}={value!r}` of a '{config.model_type}' must be a whole number from 1 to {limit}."
+            )
 
 
 @strict
@@ -93,6 +122,7 @@ class BeatsConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Checked by `@strict` when a config is made."""
+        check_sizes(self)
         for whole, part in (("hidden_size", "num_attention_heads"), ("num_mel_bins", "patch_size")):
             if getattr(self, whole) % getattr(self, part) != 0:
                 raise ValueError(
@@ -149,6 +179,7 @@ class UniMoETextConfig(LlamaConfig):
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs):
+        check_sizes(self)
         if self.mlp_layer_types is None:
             self.mlp_layer_types = ["sparse"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
@@ -226,8 +257,11 @@ class UniMoETextConfig(LlamaConfig):
             )
         if self.router_dtype not in ("float32", "float64", "bfloat16", "float16"):
             raise ValueError(f"`router_dtype={self.router_dtype!r}` is no floating point type; use 'float32'.")
-        if self.expert_lora_rank < 0:
-            raise ValueError(f"`expert_lora_rank={self.expert_lora_rank}` is negative; 0 means experts without LoRA.")
+        if not 0 <= self.expert_lora_rank <= MAX_WIDTH:
+            raise ValueError(
+                f"`expert_lora_rank={self.expert_lora_rank}` must lie between 0, which means experts without LoRA, "
+                f"and {MAX_WIDTH}."
+            )
         if not 0 <= self.expert_lora_dropout <= 1:
             raise ValueError(f"`expert_lora_dropout={self.expert_lora_dropout}` must lie between 0 and 1.")
         if self.is_sparse and self.shared_expert_base and self.num_experts > 1 and self.expert_lora_rank == 0:
@@ -391,6 +425,9 @@ class UniMoEConfig(PreTrainedConfig):
                 f"`text_config` is a {type(self.text_config).__name__}, but the decoder needs a UniMoETextConfig; "
                 "pass `text_config.to_dict()` without its 'model_type', or use `uni_moe_hf.from_pretrained_parts`."
             )
+        for part in (self, *(getattr(self, name) for name in self.sub_configs)):
+            if part is not None:
+                check_sizes(part)
         ids = {m: getattr(self, f"{m}_token_id") for m in MODALITIES}
         vocab_size = self.base_vocab_size
         if len(set(ids.values())) < len(ids):

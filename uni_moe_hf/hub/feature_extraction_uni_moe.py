@@ -5,7 +5,7 @@ Speech windows become Whisper's log-mel (`input_features`), sound windows BEATs'
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +32,16 @@ def _mel_energies(
         power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)  # `abs` would take a root first
         torch.mm(power, filters, out=out)
     return energies
+
+
+def _stacked(features: Iterator[np.ndarray], count: int) -> np.ndarray:
+    """`(count, ...)`, each written where it stays: an hour of windows is not held twice."""
+    stacked = np.empty(0, np.float32)
+    for index, each in enumerate(features):
+        if not index:
+            stacked = np.empty((count, *each.shape), np.float32)
+        stacked[index] = each
+    return stacked
 
 
 class UniMoEFeatureExtractor(WhisperFeatureExtractor):
@@ -120,7 +130,7 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
         data = {}
         if audio is not None:
             windows = self._windows(audio, "audio", self.max_audio_windows)
-            data["input_values"] = np.stack([self._fbank(window) for window in windows])
+            data["input_values"] = _stacked(map(self._fbank, windows), len(windows))
             data["input_values_mask"] = np.stack([self._frame_mask(window) for window in windows])
         if speech is not None:
             windows = self._windows(speech, "speech", self.max_speech_windows)
@@ -128,7 +138,7 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
                 features = super().__call__(windows, sampling_rate=self.sampling_rate, return_tensors="np")
                 data["input_features"] = features["input_features"]
             else:
-                data["input_features"] = np.stack([self._log_mel(window) for window in windows])
+                data["input_features"] = _stacked(map(self._log_mel, windows), len(windows))
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _windows(self, clips: np.ndarray | list[np.ndarray], kind: str, max_windows: int | None) -> list[np.ndarray]:

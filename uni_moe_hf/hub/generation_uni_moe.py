@@ -1,11 +1,13 @@
 """
-How `generate` treats media: every clip is encoded once, before the first step, and stays with its row.
+How `generate` treats media: every clip is encoded once, before the first step, and stays with its row. What a forward
+pass returns.
 
 Letters: B batch, T sequence, H hidden.
 """
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,17 +24,60 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation import BaseStreamer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+)
+from transformers.utils import logging
 
 from .compat_uni_moe import CACHE, CACHE_NAMES, CHUNKS_GO_ON, SCORES_BEAR_PLACEHOLDERS, cache_of, named_cache
 from .configuration_uni_moe import MODALITIES
 
 
+logger = logging.get_logger(__name__)
+
 # What `encode_media` takes.
-MEDIA_INPUTS = ("pixel_values", "pixel_values_videos", "input_values", "input_values_mask", "input_features")
+MEDIA_INPUTS = (
+    "pixel_values",
+    "pixel_values_videos",
+    "pixel_values_videos_mask",
+    "input_values",
+    "input_values_mask",
+    "input_features",
+)
 
 # Modality -> features of its clips, in `pooler_output` `(clips, tokens, H)`.
 EncoderOutputs = dict[str, BaseModelOutputWithPooling]
+
+
+@dataclass
+class UniMoEModelOutputWithPast(MoeModelOutputWithPast):
+    r"""
+    The library's own fields, the cache under the name that the installed release gives it, and:
+
+    Args:
+        image_hidden_states, video_hidden_states, audio_hidden_states, speech_hidden_states (`torch.Tensor`):
+            Connector outputs, `(clips or windows, tokens, H)`; `None` where there was no input.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+    video_hidden_states: torch.Tensor | None = None
+    audio_hidden_states: torch.Tensor | None = None
+    speech_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class UniMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    r"""
+    The library's own fields (`loss` is the next-token loss plus the weighted `aux_loss`), and those of
+    [`UniMoEModelOutputWithPast`].
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+    video_hidden_states: torch.Tensor | None = None
+    audio_hidden_states: torch.Tensor | None = None
+    speech_hidden_states: torch.Tensor | None = None
 
 
 class PromptClips:
@@ -294,6 +339,18 @@ def joined(given: EncoderOutputs | None, encoded: EncoderOutputs) -> EncoderOutp
             f"Got {', '.join(sorted(both))} inputs as well as their `mm_encoder_outputs`; pass one of the two."
         )
     return {**(given or {}), **encoded}
+
+
+def warn_of_positions(text_config: Any, num_new: int, cache: Any) -> None:
+    """Of a conversation that is longer than any that the decoder has seen, once."""
+    if torch.compiler.is_compiling() or (limit := getattr(text_config, "max_position_embeddings", None)) is None:
+        return
+    cached = 0 if cache is None or not hasattr(cache, "get_seq_length") else cache.get_seq_length()
+    if isinstance(cached, int) and num_new + cached > limit:
+        logger.warning_once(
+            f"The conversation has {num_new + cached} tokens, media included, and the decoder was made for {limit} "
+            "positions (`max_position_embeddings`); what follows may be nonsense."
+        )
 
 
 def mismatch(modality: str, num_tokens: int, num_features: int) -> str:

@@ -7,7 +7,6 @@ Letters: B batch, T sequence, H hidden, N images, V videos, F frames, P patch to
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,14 +15,11 @@ import transformers
 from torch import nn
 from torch.nn import init
 from transformers import AutoModel, Cache, LlamaModel, LlamaPreTrainedModel, PreTrainedModel
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPooling,
-    MoeCausalLMOutputWithPast,
-    MoeModelOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .beats_uni_moe import BeatsModel
 from .compat_uni_moe import (
+    CACHE,
     CACHE_NAMES,
     LlamaAttention,
     LlamaDecoderLayer,
@@ -33,6 +29,7 @@ from .compat_uni_moe import (
     WhisperEncoder,
     can_return_tuple,
     named_cache,
+    same_permissions,
     select_hidden_states,
     torch_compilable_check,
 )
@@ -46,38 +43,16 @@ from .experts_uni_moe import (
     UniMoETopKRouter,
     load_balancing_loss,
 )
-from .generation_uni_moe import UniMoEGenerationMixin, joined, mismatch
+from .generation_uni_moe import (
+    UniMoECausalLMOutputWithPast,
+    UniMoEGenerationMixin,
+    UniMoEModelOutputWithPast,
+    joined,
+    mismatch,
+    warn_of_positions,
+)
 from .pipeline_uni_moe import AnyToTextPipeline  # noqa: F401  saving a model ships every file imported here
 from .quantization_uni_moe import QuantizationMixin
-
-
-@dataclass
-class UniMoEModelOutputWithPast(MoeModelOutputWithPast):
-    r"""
-    The library's own fields, the cache under the name that the installed release gives it, and:
-
-    Args:
-        image_hidden_states, video_hidden_states, audio_hidden_states, speech_hidden_states (`torch.Tensor`):
-            Connector outputs, `(clips or windows, tokens, H)`; `None` where there was no input.
-    """
-
-    image_hidden_states: torch.Tensor | None = None
-    video_hidden_states: torch.Tensor | None = None
-    audio_hidden_states: torch.Tensor | None = None
-    speech_hidden_states: torch.Tensor | None = None
-
-
-@dataclass
-class UniMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    r"""
-    The library's own fields (`loss` is the next-token loss plus the weighted `aux_loss`), and those of
-    [`UniMoEModelOutputWithPast`].
-    """
-
-    image_hidden_states: torch.Tensor | None = None
-    video_hidden_states: torch.Tensor | None = None
-    audio_hidden_states: torch.Tensor | None = None
-    speech_hidden_states: torch.Tensor | None = None
 
 
 class UniMoEDecoderLayer(LlamaDecoderLayer):
@@ -154,6 +129,11 @@ class UniMoEPreTrainedModel(ExpertsRouteMixin, QuantizationMixin, PreTrainedMode
         if isinstance(module, SpeechConnector | AudioConnector):
             # Not zeros as in the original: the Q-Former has no positions, so equal queries would stay equal for ever.
             init.normal_(module.query_tokens, mean=0.0, std=self.config.initializer_range)
+
+    def save_pretrained(self, save_directory: str, *args, **kwargs) -> None:
+        """As in the library; weights get the permissions of the other files."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        same_permissions(save_directory)
 
     def _experts(self) -> Iterator[UniMoELoraExperts]:
         return (module for module in self.modules() if isinstance(module, UniMoELoraExperts))
@@ -252,15 +232,20 @@ class UniMoEModel(UniMoEPreTrainedModel):
         return outputs
 
     @can_return_tuple
-    def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, pixel_values_videos_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
         r"""
         Args:
             pixel_values_videos (`torch.Tensor` of shape `(num_videos, frames, 3, height, width)`): Normalised frames.
+            pixel_values_videos_mask (`torch.Tensor` of shape `(num_videos, frames)`, *optional*): 1 = valid, where
+                videos have different numbers of frames.
 
         Returns:
             [`BaseModelOutputWithPooling`] of the tower, frames of all videos in one row; `pooler_output`
             `(num_videos, tokens, hidden_size)`, where tokens are those of one picture with `video_pooling="mean"`
-            (frames are averaged *after* the projector, as in the original) and of all frames with `"none"`.
+            (frames are averaged *after* the projector, as in the original) and of all frames with `"none"`; with a
+            mask and `"none"` the tokens of all videos follow each other, `(1, tokens, hidden_size)`.
 
         Raises:
             ValueError: the model has no vision tower.
@@ -274,7 +259,14 @@ class UniMoEModel(UniMoEPreTrainedModel):
         num_videos = pixel_values_videos.shape[0]
         outputs = self.get_image_features(pixel_values_videos.flatten(0, 1), return_dict=True, **kwargs)
         frames = outputs.pooler_output.unflatten(0, (num_videos, -1))  # (V, F, P, H)
-        outputs.pooler_output = frames.mean(dim=1) if self.config.video_pooling == "mean" else frames.flatten(1, 2)
+        is_mean = self.config.video_pooling == "mean"
+        if pixel_values_videos_mask is None:
+            outputs.pooler_output = frames.mean(dim=1) if is_mean else frames.flatten(1, 2)
+        elif is_mean:
+            mask = pixel_values_videos_mask.to(frames)[..., None, None]  # (V, F, 1, 1)
+            outputs.pooler_output = (frames * mask).sum(dim=1) / mask.sum(dim=1)
+        else:
+            outputs.pooler_output = frames[pixel_values_videos_mask.bool()].flatten(0, 1).unsqueeze(0)
         return outputs
 
     @can_return_tuple
@@ -321,15 +313,17 @@ class UniMoEModel(UniMoEPreTrainedModel):
         input_values: torch.Tensor | None = None,
         input_values_mask: torch.Tensor | None = None,
         input_features: torch.Tensor | None = None,
+        pixel_values_videos_mask: torch.Tensor | None = None,
     ) -> dict[str, BaseModelOutputWithPooling]:
         """
         Args:
-            pixel_values, pixel_values_videos, input_values, input_values_mask, input_features: As in [`forward`].
+            pixel_values, pixel_values_videos, input_values, input_values_mask, input_features,
+                pixel_values_videos_mask: As in [`forward`].
 
         Returns:
             `dict`: modality -> what `get_<modality>_features` returns, for those given; a `mm_encoder_outputs`.
         """
-        given = {"image": (pixel_values,), "video": (pixel_values_videos,)}
+        given = {"image": (pixel_values,), "video": (pixel_values_videos, pixel_values_videos_mask)}
         given |= {"audio": (input_values, input_values_mask), "speech": (input_features,)}
         return {
             modality: getattr(self, f"get_{modality}_features")(*inputs, return_dict=True)
@@ -375,6 +369,7 @@ class UniMoEModel(UniMoEPreTrainedModel):
         input_features: torch.Tensor | None = None,
         input_values: torch.Tensor | None = None,
         input_values_mask: torch.Tensor | None = None,
+        pixel_values_videos_mask: torch.Tensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         use_cache: bool | None = None,
@@ -396,6 +391,8 @@ class UniMoEModel(UniMoEPreTrainedModel):
             input_features (`torch.Tensor` of shape `(num_windows, mel_bins, mel_frames)`, *optional*): Speech.
             input_values (`torch.Tensor` of shape `(num_windows, frames, 128)`, *optional*): Sound.
             input_values_mask (`torch.Tensor` of shape `(num_windows, frames)`, *optional*): 1 = valid frame of sound.
+            pixel_values_videos_mask (`torch.Tensor` of shape `(num_videos, frames)`, *optional*): 1 = valid, where
+                videos have different numbers of frames.
             mm_token_type_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): 0 text, 1 image, 2 video, 3 audio, 4
                 speech. Has no influence on the result: placeholders are found by their ids.
             mm_encoder_outputs (`dict`, *optional*): What [`encode_media`] returned, in place of the media themselves.
@@ -411,7 +408,8 @@ class UniMoEModel(UniMoEPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either `input_ids` or `inputs_embeds`, not both and not neither.")
 
-        encoded = self.encode_media(pixel_values, pixel_values_videos, input_values, input_values_mask, input_features)
+        media = (input_values, input_values_mask, input_features, pixel_values_videos_mask)
+        encoded = self.encode_media(pixel_values, pixel_values_videos, *media)
         features = {m: outputs.pooler_output for m, outputs in joined(mm_encoder_outputs, encoded).items()}
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids, features)
@@ -421,13 +419,15 @@ class UniMoEModel(UniMoEPreTrainedModel):
                 "`input_ids`, so pass those."
             )
 
+        cache = named_cache(cache, past_key_values)
+        warn_of_positions(self.config.text_config, inputs_embeds.shape[1], cache[CACHE])
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             return_dict=True,
-            **named_cache(cache, past_key_values),
+            **cache,
             **kwargs,
         )
         outputs = {name: value for name, value in outputs.items() if name != "router_logits" or value}
@@ -501,6 +501,20 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
         """See [`UniMoEModel.get_speech_features`]."""
         return self.model.get_speech_features(*args, **kwargs)
 
+    def __call__(self, *args, **kwargs) -> Any:
+        """As in the library. Trainers put another `forward` into the model; labels are cleared before any of them."""
+        for name in ("labels", "shift_labels"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = self._learnable(kwargs[name])
+        return super().__call__(*args, **kwargs)
+
+    def _learnable(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels with -100 for placeholders, and for whatever has no score because its id lies behind the table."""
+        hidden = labels >= self.config.text_config.vocab_size
+        for modality in MODALITIES:
+            hidden = hidden | (labels == getattr(self.config, f"{modality}_token_id"))
+        return labels.masked_fill(hidden, -100)
+
     @can_return_tuple
     def forward(
         self,
@@ -514,6 +528,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
         input_features: torch.Tensor | None = None,
         input_values: torch.Tensor | None = None,
         input_values_mask: torch.Tensor | None = None,
+        pixel_values_videos_mask: torch.Tensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: torch.LongTensor | None = None,
@@ -527,7 +542,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
         r"""
         Args:
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): Target ids, -100 where nothing is learned;
-                shifted inside.
+                shifted inside. Placeholders are never learned.
             output_router_logits (`bool`, *optional*): Whether to return router logits and the load-balancing loss;
                 the config's by default.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): How many last positions, or which, get
@@ -557,6 +572,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
             input_features=input_features,
             input_values=input_values,
             input_values_mask=input_values_mask,
+            pixel_values_videos_mask=pixel_values_videos_mask,
             mm_token_type_ids=mm_token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
             use_cache=use_cache,
@@ -570,6 +586,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
 
         loss = aux_loss = None
         if labels is not None:
+            labels = self._learnable(labels)  # for who calls `forward` itself
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
         if outputs.router_logits:
             # With a filled cache the mask also covers earlier tokens, whose router logits are not here.

@@ -8,7 +8,8 @@ and repeats every placeholder as often as its clip has tokens.
 import inspect
 import re
 from collections.abc import Iterator
-from itertools import chain
+from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any
 
 
@@ -20,7 +21,7 @@ from transformers.processing_utils import MultiModalData
 from transformers.utils import logging
 
 from .conversations_uni_moe import VICUNA_CHAT_TEMPLATE, ConversationMixin, remove_literal_marks
-from .media_uni_moe import load_frames, load_image, load_waveform
+from .media_uni_moe import check_num_frames, is_waveform_with_rate, iter_frames, load_image, load_waveform
 
 
 logger = logging.get_logger(__name__)
@@ -36,6 +37,23 @@ OWN_KWARGS = {
 
 # Pictures longer or larger than this lose what they would lose anyway before they are resized.
 MAX_ASPECT, MAX_PADDED_SIDE = 64, 4096
+# Frames of a video that are in memory at once.
+FRAMES_AT_ONCE = 4
+
+
+class Batch(BatchFeature):
+    """
+    Model inputs. Collators that know nothing of placeholders put labels into it: the placeholders among them become
+    -100 at once, so that losses are divided by what is learned.
+    """
+
+    placeholder_ids: tuple[int, ...] = ()
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name == "labels" and hasattr(value, "masked_fill"):
+            for token_id in self.placeholder_ids:
+                value = value.masked_fill(value == token_id, -100)
+        super().__setitem__(name, value)
 
 
 class UniMoEProcessor(ConversationMixin, ProcessorMixin):
@@ -57,6 +75,9 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
             padded to squares in the mean colour.
         num_speech_query_tokens, num_audio_query_tokens (`int`, *optional*, defaults to 50): Tokens of a window.
         default_ear (`str`, *optional*, defaults to `"audio"`): Where plain `audio` parts go in a model with both ears.
+        uploads_only (`bool`, *optional*, defaults to `False`): Whether media may only be sent, as data URLs, bytes or
+            arrays, and neither paths nor addresses are read: for servers that strangers reach. The environment
+            variable `UNI_MOE_UPLOADS_ONLY=1` says the same of every processor.
 
     Source: the prompt is that of `*/conversation.py@f5e82dd`, the order of tokens that of `llava_arch.py`.
 
@@ -85,6 +106,7 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
         num_speech_query_tokens: int = 50,
         num_audio_query_tokens: int = 50,
         default_ear: str = "audio",
+        uploads_only: bool = False,
     ):
         self.modalities = list(MODALITIES if modalities is None else modalities)
         self.image_seq_length = image_seq_length
@@ -94,6 +116,8 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
         self.num_speech_query_tokens = num_speech_query_tokens
         self.num_audio_query_tokens = num_audio_query_tokens
         self.default_ear = default_ear
+        self.uploads_only = uploads_only
+        check_num_frames(video_frames)
         for name, allowed in (
             ("video_pooling", ("mean", "none")),
             ("image_mode", ("crop", "pad")),
@@ -112,6 +136,7 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
             setattr(self, f"{modality}_token", token)
             setattr(self, f"{modality}_token_id", token_id)
         remove_literal_marks(tokenizer)
+        self._tokenizer_as_made = _tokenizer_state(tokenizer)
         if hasattr(tokenizer, "legacy"):
             tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # the library forgets it when saving
         super().__init__(
@@ -125,28 +150,38 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
         videos: Any = None,
         audio: Any = None,
         speech: Any = None,
+        audios: Any = None,
         **kwargs,
     ) -> BatchFeature:
         r"""
         Args:
-            images (path, URL, PIL image, array, or a list of these per batch or per row, *optional*): Pictures.
+            images (path, URL, bytes, open file, PIL image, array, or a list of these per batch or per row,
+                *optional*): Pictures.
             text (`str` or `list[str]`, *optional*): Prompts with one `<image>`, `<video>`, `<audio>` or `<speech>` per
                 clip; clips are taken in reading order.
             videos (path, URL, array `(frames, height, width, 3)`, or a list of these, *optional*): Videos.
             audio (path, URL, waveform, `{"array", "sampling_rate"}`, or a list of these, *optional*): Sound.
             speech (as `audio`, *optional*): Spoken language.
+            audios (*optional*): Another name of `audio`.
             kwargs: For tokenizer and image processor (`padding`, `return_tensors`, ...), as they are or in
                 `text_kwargs`, `images_kwargs`, `videos_kwargs`, `audio_kwargs`; `return_mm_token_type_ids=True` adds 0
-                text, 1 image, 2 video, 3 audio, 4 speech for each token.
+                text, 1 image, 2 video, 3 audio, 4 speech for each token. Rows are padded on the left, as generation
+                needs it, unless `padding_side` says otherwise.
 
         Returns:
             [`BatchFeature`] with `input_ids` and `attention_mask` `(B, T)`; `pixel_values` `(num_images, 3, height,
-            width)`; `pixel_values_videos` `(num_videos, frames, 3, height, width)`; `input_values` `(num_windows,
-            frames, 128)` and `input_values_mask`; `input_features` `(num_windows, mel_bins, mel_frames)`.
+            width)`; `pixel_values_videos` `(num_videos, frames, 3, height, width)`, with `pixel_values_videos_mask`
+            `(num_videos, frames)`, 1 = valid, where videos have different numbers of frames; `input_values`
+            `(num_windows, frames, 128)` and `input_values_mask`; `input_features` `(num_windows, mel_bins,
+            mel_frames)`.
 
         Raises:
             ValueError: a file cannot be read; placeholders and clips differ in number; the model lacks a tower.
         """
+        if audios is not None:
+            if audio is not None:
+                raise ValueError("Got both `audio` and `audios`, which are two names of one thing; pass one.")
+            audio = audios
         clips = {"image": images, "video": videos, "audio": audio, "speech": speech}
         clips = {modality: _listed(value, modality) for modality, value in clips.items() if value is not None}
         if text is None and not clips:
@@ -170,14 +205,19 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
         data, num_tokens = self._features(clips, grouped)
         if prompts is not None:
             prompts, offsets = self._expand(prompts, num_tokens)
-            encoded = self.tokenizer(prompts, return_tensors=return_tensors, **text_kwargs)
+            with _left_as_it_was(self.tokenizer):
+                encoded = self.tokenizer(
+                    prompts, return_tensors=return_tensors, **{"padding_side": "left", **text_kwargs}
+                )
             self._check_placeholders(prompts, encoded["input_ids"])
             if return_offsets:
                 encoded["text_replacement_offsets"] = offsets
             if return_type_ids:
                 encoded["mm_token_type_ids"] = self.create_mm_token_type_ids(encoded["input_ids"])
             data = {**encoded, **data}
-        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["text_replacement_offsets"])
+        batch = Batch(data, tensor_type=return_tensors, skip_tensor_conversion=["text_replacement_offsets"])
+        batch.placeholder_ids = tuple(getattr(self, f"{modality}_token_id") for modality in MODALITIES)
+        return batch
 
     def _grouped_kwargs(self, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Keyword arguments of `__call__` by what they are for."""
@@ -237,18 +277,24 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
         """`list[str]`: what [`__call__`] may return, for the modalities that the model takes."""
         names = {
             "image": ["pixel_values"],
-            "video": ["pixel_values_videos"],
+            "video": ["pixel_values_videos", "pixel_values_videos_mask"],
             "audio": ["input_values", "input_values_mask"],
             "speech": ["input_features"],
         }
         return [*self.tokenizer.model_input_names, *chain.from_iterable(names[m] for m in self.modalities)]
 
     def save_pretrained(self, *args, **kwargs) -> list[str]:
-        """As in the library, which leaves an `auto_map` behind on the saved object."""
+        """
+        As in the library; the tokenizer is saved as the processor was made with it, whatever calls, collators or
+        trainers have set since.
+        """
+        state = _tokenizer_state(self.tokenizer)
+        _set_tokenizer_state(self.tokenizer, self._tokenizer_as_made)
         try:
             return super().save_pretrained(*args, **kwargs)
         finally:
-            self.__dict__.pop("auto_map", None)
+            _set_tokenizer_state(self.tokenizer, state)
+            self.__dict__.pop("auto_map", None)  # the library leaves it behind
 
     def _get_num_multimodal_tokens(
         self,
@@ -278,24 +324,31 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
         image_kwargs = {**kwargs["images_kwargs"], "return_tensors": "np"}
         rate = self.feature_extractor.sampling_rate
         if clips.get("image"):
-            images = [self._framed(load_image(image)) for image in clips["image"]]
+            images = (self._framed(load_image(image, self.uploads_only)) for image in clips["image"])
             data["pixel_values"] = self._pixels(images, image_kwargs)
-            num_tokens["image"] = [self.image_seq_length] * len(images)
+            num_tokens["image"] = [self.image_seq_length] * len(clips["image"])
         if clips.get("video"):
             video_kwargs = {**image_kwargs, **kwargs["videos_kwargs"], "return_tensors": "np"}
-            num_frames = video_kwargs.pop("num_frames", None) or self.video_frames
+            num_frames = video_kwargs.pop("num_frames", None)
+            num_frames = self.video_frames if num_frames is None else check_num_frames(num_frames)
             for name in video_kwargs.keys() - self._image_settings - {"return_tensors"}:
                 logger.warning_once(f"The processor knows no setting `{name}` of videos, so it is ignored.")
                 del video_kwargs[name]
-            videos = [load_frames(video, num_frames) for video in clips["video"]]
-            frames = [self._framed(frame) for frame in chain.from_iterable(videos)]
-            pixel_values = self._pixels(frames, video_kwargs)
-            data["pixel_values_videos"] = pixel_values.reshape(len(videos), num_frames, *pixel_values.shape[1:])
-            num_tokens["video"] = [self._num_video_tokens(num_frames)] * len(videos)
+            videos = [
+                self._pixels(map(self._framed, iter_frames(video, num_frames, self.uploads_only)), video_kwargs)
+                for video in clips["video"]
+            ]
+            counts = np.array([len(frames) for frames in videos])
+            data["pixel_values_videos"] = np.zeros((len(videos), counts.max(), *videos[0].shape[1:]), np.float32)
+            for frames, row in zip(videos, data["pixel_values_videos"], strict=True):
+                row[: len(frames)] = frames
+            if counts.min() < counts.max():
+                data["pixel_values_videos_mask"] = (np.arange(counts.max()) < counts[:, None]).astype(np.int64)
+            num_tokens["video"] = [self._num_video_tokens(int(count)) for count in counts]
         for modality, per_window in (("audio", self.num_audio_query_tokens), ("speech", self.num_speech_query_tokens)):
             if clips.get(modality):
                 given = kwargs["audio_kwargs"].get("sampling_rate") or rate
-                waveforms = [load_waveform(clip, rate) for clip in clips[modality]]
+                waveforms = [load_waveform(clip, rate, self.uploads_only) for clip in clips[modality]]
                 data |= self.feature_extractor(**{modality: waveforms}, sampling_rate=given)
                 num_tokens[modality] = [self.feature_extractor.num_windows(wave) * per_window for wave in waveforms]
         return data, num_tokens
@@ -325,9 +378,16 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return canvas
 
-    def _pixels(self, images: list, kwargs: dict) -> np.ndarray:
+    def _pixels(self, images: Iterator, kwargs: dict) -> np.ndarray:
+        """`(num_images, 3, height, width)` as the image processor gives them, a few at a time."""
+        blocks, images = [], iter(images)
+        while block := list(islice(images, FRAMES_AT_ONCE)):
+            blocks.append(self._block_of_pixels(block, kwargs))
+        return np.concatenate(blocks)
+
+    def _block_of_pixels(self, images: list, kwargs: dict) -> np.ndarray:
         """
-        `(num_images, 3, height, width)` as the image processor gives them.
+        `(num_images, 3, height, width)`.
 
         CLIP's usual way passes over every pixel six times; here resizing and one affine map give the same.
         """
@@ -453,13 +513,40 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
         return [[types.get(token, 0) for token in row] for row in rows]
 
 
+def _tokenizer_state(tokenizer) -> tuple:
+    """What calls change in a tokenizer and saving writes: its sides, and the backend's padding and truncation."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    sides = (getattr(tokenizer, "padding_side", None), getattr(tokenizer, "truncation_side", None))
+    return (*sides, backend and backend.padding, backend and backend.truncation)
+
+
+def _set_tokenizer_state(tokenizer, state: tuple) -> None:
+    padding_side, truncation_side, padding, truncation = state
+    if padding_side is not None:
+        tokenizer.padding_side, tokenizer.truncation_side = padding_side, truncation_side
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        backend.no_padding() if padding is None else backend.enable_padding(**padding)
+        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+
+
+@contextmanager
+def _left_as_it_was(tokenizer) -> Iterator[None]:
+    """A call leaves no trace in the tokenizer."""
+    state = _tokenizer_state(tokenizer)
+    try:
+        yield
+    finally:
+        _set_tokenizer_state(tokenizer, state)
+
+
 def _listed(value: Any, modality: str) -> list:
     """One clip, a list of clips, or a list of rows of clips, as a list."""
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, list | tuple) or (modality in ("audio", "speech") and is_waveform_with_rate(value)):
         return [value]
     if modality in ("audio", "speech") and value and all(isinstance(item, int | float) for item in value):
         return [np.asarray(value, dtype=np.float32)]  # one waveform as a plain list
-    return [list(row) if isinstance(row, tuple) else row for row in value]
+    is_clip = is_waveform_with_rate if modality in ("audio", "speech") else (lambda row: False)
+    return [list(row) if isinstance(row, tuple) and not is_clip(row) else row for row in value]
 
 
 def _flat(rows: list) -> Iterator[Any]:

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPImageProcessorPil,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     WhisperModel,
@@ -28,9 +29,11 @@ from ..hub.beats_uni_moe import BeatsModel
 from ..hub.configuration_uni_moe import MODALITIES, UniMoEConfig, UniMoETextConfig
 from ..hub.experts_uni_moe import UniMoESparseMoeBlock
 from ..hub.feature_extraction_uni_moe import UniMoEFeatureExtractor
+from ..hub.files_uni_moe import reason
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 from ..hub.processing_uni_moe import UniMoEProcessor
 from .expert_adapters import ExpertAdapter, check_is_ours, choose_projectors, read_expert
+from .loading import load_part_config, load_whole
 
 
 def from_pretrained_parts(
@@ -38,6 +41,8 @@ def from_pretrained_parts(
     vision_tower: str | PreTrainedModel | None = None,
     speech_tower: str | PreTrainedModel | None = None,
     audio_tower: str | BeatsModel | None = None,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
     **config,
 ) -> UniMoEForConditionalGeneration:
     r"""
@@ -50,19 +55,37 @@ def from_pretrained_parts(
         speech_tower (`str` or [`PreTrainedModel`], *optional*): A Whisper model. Its encoder becomes the tower; its
             decoder, where there is one, the start of the speech connector, as in the original.
         audio_tower (`str` or [`BeatsModel`], *optional*): A BEATs saved by this package.
+        dtype (`str` or `torch.dtype`, *optional*): Of the parts that are loaded here; as saved by default.
+        attn_implementation (`str`, *optional*): Of the model, as in the library.
         config: Further fields of [`UniMoEConfig`], for example `video_pooling`.
 
     Returns:
         [`UniMoEForConditionalGeneration`] with dense layers only, in the dtype of `language_model`.
 
     Raises:
-        ValueError: `language_model` is not a Llama, or a part is not of the expected kind.
+        ValueError: `language_model` is not a Llama, a part is not of the expected kind, which is looked at before its
+            weights are read, or its weights are not all there.
 
     Source: Uni-MoE (https://huggingface.co/papers/2405.11273), figure 3.
     """
+    loading = {} if dtype is None else {"dtype": dtype}
+    kinds = {
+        name: _kind_of_part(part, name)
+        for name, part in (
+            ("language_model", language_model),
+            ("vision_tower", vision_tower),
+            ("speech_tower", speech_tower),
+            ("audio_tower", audio_tower),
+        )
+    }
+    for name, wanted in (("language_model", "llama"), ("speech_tower", "whisper"), ("audio_tower", "beats")):
+        if kinds[name] is not None and kinds[name].model_type != wanted:
+            raise ValueError(f"`{name}` is a '{kinds[name].model_type}' model, but a '{wanted}' is needed.")
+    if kinds["vision_tower"] is not None:
+        config = _patch_settings(kinds["vision_tower"], config) | config
     llm = language_model
     if isinstance(llm, str | Path):
-        llm = AutoModelForCausalLM.from_pretrained(llm)
+        llm = load_whole(AutoModelForCausalLM, llm, **loading)
     if not isinstance(llm, LlamaForCausalLM):
         kind = getattr(getattr(llm, "config", None), "model_type", "nothing known")
         raise ValueError(
@@ -70,11 +93,10 @@ def from_pretrained_parts(
         )
     if getattr(llm, "is_quantized", False):
         raise ValueError("`language_model` is quantised; build from unquantised parts and quantise what was saved.")
-    vision = _vision_part(vision_tower)
-    speech_encoder, speech_decoder = _speech_parts(speech_tower)
-    audio = BeatsModel.from_pretrained(audio_tower) if isinstance(audio_tower, str | Path) else audio_tower
-    if vision is not None:
-        config = _patch_settings(vision, config) | config
+    vision = load_whole(AutoModel, vision_tower, True, **loading) if is_named(vision_tower) else vision_tower
+    vision = getattr(vision, "vision_model", vision)
+    speech_encoder, speech_decoder = _speech_parts(speech_tower, loading)
+    audio = load_whole(BeatsModel, audio_tower, **loading) if is_named(audio_tower) else audio_tower
 
     text = {k: v for k, v in llm.config.to_dict().items() if k not in ("model_type", "architectures", "dtype")}
     text["mlp_layer_types"] = ["dense"] * llm.config.num_hidden_layers
@@ -82,7 +104,10 @@ def from_pretrained_parts(
         if part is not None:
             config[name] = part.config.to_dict()
     # Built in the LLM's dtype, not cast to it: that would round the rotary embedding's frequencies as well.
-    model = UniMoEForConditionalGeneration._from_config(UniMoEConfig(text_config=text, **config), dtype=llm.dtype)
+    settings = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    model = UniMoEForConditionalGeneration._from_config(
+        UniMoEConfig(text_config=text, **config), dtype=llm.dtype, **settings
+    )
 
     model.model.language_model.load_state_dict(llm.model.state_dict())
     model.lm_head.load_state_dict(llm.lm_head.state_dict())
@@ -99,34 +124,60 @@ def from_pretrained_parts(
     return model
 
 
-def _vision_part(tower: str | PreTrainedModel | None) -> PreTrainedModel | None:
-    """A vision backbone; of a model with a text half (CLIP) the vision half."""
-    tower = AutoModel.from_pretrained(tower) if isinstance(tower, str | Path) else tower
-    tower = getattr(tower, "vision_model", tower)
-    if tower is not None and not isinstance(getattr(tower.config, "image_size", None), int):
-        raise ValueError(f"`vision_tower` is a {type(tower).__name__}, but a backbone for square pictures is needed.")
-    return tower
+def is_named(part: Any) -> bool:
+    """Whether a part is given as a Hub id or folder."""
+    return isinstance(part, str | Path)
+
+
+def _kind_of_part(part: Any, argument: str) -> PreTrainedConfig | None:
+    """What a part is, by its config: of a vision tower that of the half with the pictures."""
+    if part is None:
+        return None
+    kind = load_part_config(part, f"`{argument}`") if is_named(part) else getattr(part, "config", None)
+    if kind is None:
+        raise ValueError(f"`{argument}` is a {type(part).__name__}; give a model, a folder or a Hub id.")
+    return getattr(kind, "vision_config", kind) if argument == "vision_tower" else kind
 
 
 @torch.no_grad()
-def _patch_settings(tower: PreTrainedModel, config: Mapping[str, Any]) -> dict[str, Any]:
-    """How many tokens the tower makes of a picture, and whether the first of them is one of its patches."""
-    side, weight = tower.config.image_size, next(tower.parameters())
-    picture = torch.zeros(1, getattr(tower.config, "num_channels", 3), side, side, dtype=weight.dtype)
-    outputs = tower(pixel_values=picture.to(weight.device), output_hidden_states=True)
-    count = outputs.hidden_states[config.get("vision_feature_layer", -2)].shape[1]
-    only_patches = count == (side // tower.config.patch_size) ** 2
-    strategy = config.get("vision_feature_select_strategy", "full" if only_patches else "default")
+def _patch_settings(kind: PreTrainedConfig, config: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    How many tokens a vision tower makes of a picture, and whether the first of them stands for all of it. Asked of an
+    empty one, before weights are read.
+    """
+    side, patch = (getattr(kind, name, None) for name in ("image_size", "patch_size"))
+    if not isinstance(side, int) or not isinstance(patch, int):
+        raise ValueError(
+            f"`vision_tower` is a '{kind.model_type}' model, but a backbone for square pictures is needed."
+        )
+    try:
+        with torch.device("meta"):
+            tower = AutoModel.from_config(kind)
+            picture = torch.zeros(1, getattr(kind, "num_channels", 3), side, side)
+        hidden = tower(pixel_values=picture, output_hidden_states=True).hidden_states
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"`vision_tower` is a '{kind.model_type}' model, which gives no tokens of a picture ({reason(error)})."
+        ) from error
+    count, patches = hidden[config.get("vision_feature_layer", -2)].shape[1], (side // patch) ** 2
+    registers = getattr(kind, "num_register_tokens", 0)
+    if count not in (patches, patches + 1 + registers) and "vision_feature_select_strategy" not in config:
+        raise ValueError(
+            f"`vision_tower` is a '{kind.model_type}' model that makes {count} tokens of {patches} patches, so which of "
+            "them are patches is unknown; say it with `vision_feature_select_strategy` ('full' keeps all, 'default' "
+            "drops the first)."
+        )
+    strategy = config.get("vision_feature_select_strategy", "full" if count == patches else "default")
     return {"vision_feature_select_strategy": strategy, "image_seq_length": count - (strategy == "default")}
 
 
-def _speech_parts(tower: str | PreTrainedModel | None) -> tuple[PreTrainedModel | None, nn.Module | None]:
+def _speech_parts(
+    tower: str | PreTrainedModel | None, loading: Mapping[str, Any]
+) -> tuple[PreTrainedModel | None, nn.Module | None]:
     """Encoder and, where there is one, decoder of a Whisper model."""
     if tower is None:
         return None, None
-    tower = WhisperModel.from_pretrained(tower) if isinstance(tower, str | Path) else tower
-    if tower.config.model_type != "whisper":
-        raise ValueError(f"`speech_tower` is a '{tower.config.model_type}' model, but a 'whisper' is needed.")
+    tower = load_whole(WhisperModel, tower, True, **loading) if is_named(tower) else tower
     if type(tower).__name__ == "WhisperEncoder":
         return tower, None
     return tower.get_encoder(), tower.get_decoder()
@@ -154,7 +205,8 @@ def build_processor(
             take any: fewer pixels are fewer tokens.
         chunk_length (`int`, *optional*, defaults to 30): Seconds of a window of sound, in a model without a speech
             tower; with one its `max_source_positions` decides.
-        settings: Further arguments of [`UniMoEProcessor`], for example `video_frames`.
+        settings: Further arguments of [`UniMoEProcessor`], for example `video_frames`. The `chat_template` is the
+            tokenizer's own where it has one, else Vicuna's.
 
     Returns:
         [`UniMoEProcessor`].
@@ -173,6 +225,8 @@ def build_processor(
                 "of seconds at 50 positions per second; use a multiple of 50."
             )
     mel_bins = config.audio_config.num_mel_bins if config.audio_config is not None else 128
+    if settings.get("chat_template") is None:
+        settings["chat_template"] = getattr(tokenizer, "chat_template", None)
     return UniMoEProcessor(
         _image_processor(config, image_processor, image_size),
         UniMoEFeatureExtractor(feature_size=feature_size, chunk_length=chunk_length, num_audio_mel_bins=mel_bins),

@@ -1,6 +1,7 @@
 """Experts as PEFT adapters: read and checked, written for the plain LLM, or for the whole stack."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..hub.compat_uni_moe import same_permissions
 from ..hub.configuration_uni_moe import UniMoETextConfig
 from ..hub.experts_uni_moe import UniMoEExpertLora
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
@@ -154,6 +156,7 @@ def _write_adapter(
         save_file(projectors, folder / PROJECTOR_FILE, metadata={"format": "pt"})
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(peft_config, indent=2))
+    same_permissions(folder)
 
 
 def _plain_lora(folder: Path, who: str) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -167,9 +170,19 @@ def _plain_lora(folder: Path, who: str) -> tuple[dict, dict[str, torch.Tensor]]:
     except ValueError as error:
         raise ValueError(f"{who}'{config_file}' cannot be read: {error}") from error
     check_plain_lora(config, f"{who}'{folder}'")
-    if not (config.get("r") and config.get("lora_alpha")):
-        raise ValueError(f"{who}'{config_file}' needs `r` and `lora_alpha` above 0.")
-    return config, _tensors(weights_file, who)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not (is_positive(rank) and rank == int(rank) and is_positive(alpha)):
+        raise ValueError(f"{who}'{config_file}' needs `r` and `lora_alpha` above 0, got {rank!r} and {alpha!r}.")
+    tensors = _tensors(weights_file, who)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{who}'{weights_file}' holds NaN or infinite values in '{name}'; train it again.")
+    return config, tensors
+
+
+def is_positive(number: Any) -> bool:
+    """Whether something read from a file is a finite number above 0."""
+    return isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf
 
 
 def check_plain_lora(config: Mapping[str, Any], where: str, also_refused: tuple[str, ...] = ()) -> None:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock, local
 from typing import Any
 
 import torch
@@ -130,8 +131,9 @@ class RoutingRecorder:
         names = text_config.expert_names or [str(expert) for expert in range(self.num_experts)]
         self.expert_names = tuple(names)
         self._counts = dict.fromkeys(self.layers)  # layer -> (M, E) on its router's device
-        self._types: torch.Tensor | None = None  # (B * T,) of the tokens that are under way; M for those not counted
-        self._waiting: set[int] = set()
+        # Of each thread: `types` (B * T,) of the tokens that are under way, M for those not counted; `waiting` layers.
+        self._pass = local()
+        self._lock = Lock()
         self.paused = False  # while it is True, nothing is counted
 
     def report(self) -> RoutingReport:
@@ -140,12 +142,14 @@ class RoutingRecorder:
             [`RoutingReport`] of all that was counted so far.
         """
         empty = torch.zeros(len(TOKEN_TYPES), self.num_experts, dtype=torch.long)
-        counts = [empty if counted is None else counted[:-1].cpu() for counted in self._counts.values()]
+        with self._lock:
+            counts = [empty if counted is None else counted[:-1].cpu().clone() for counted in self._counts.values()]
         return RoutingReport(torch.stack(counts), self.layers, self.expert_names, self.top_k)
 
     def reset(self) -> None:
         """Forgets what was counted."""
-        self._counts = dict.fromkeys(self.layers)
+        with self._lock:
+            self._counts = dict.fromkeys(self.layers)
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Notes the types of the tokens that come, and that every router is to count them once."""
@@ -153,7 +157,7 @@ class RoutingRecorder:
             kwargs = {**dict(zip(("input_ids", "attention_mask"), args, strict=False)), **kwargs}
         ids, embeds, cache = kwargs.get("input_ids"), kwargs.get("inputs_embeds"), cache_of(kwargs)
         tokens = ids if ids is not None else embeds
-        self._waiting = set()
+        self._pass.waiting = set()
         if tokens is None or self.paused:  # without tokens the model itself will complain
             return
         types = torch.zeros(tokens.shape[:2], dtype=torch.long, device=tokens.device)  # (B, T)
@@ -168,24 +172,25 @@ class RoutingRecorder:
             types = types.masked_fill(~is_real.to(types.device), len(TOKEN_TYPES))
         if ids is not None and types.shape[1] == 1 and int(past) > 0:
             # Rows of a batch that have ended get a token in every step until all have.
-            self._end_ids = self._end_ids.to(ids.device)
-            types = types.masked_fill(torch.isin(ids, self._end_ids), len(TOKEN_TYPES))
-        self._types = types.flatten()
-        self._waiting = set(self.layers)
+            types = types.masked_fill(torch.isin(ids, self._end_ids.to(ids.device)), len(TOKEN_TYPES))
+        self._pass.types = types.flatten()
+        self._pass.waiting = set(self.layers)
 
     def _after_router(self, layer: int, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
         """Adds a router's choices. Gradient checkpointing runs it a second time, without the model around it."""
-        if layer not in self._waiting or self._types is None:
+        waiting = getattr(self._pass, "waiting", ())
+        if layer not in waiting:
             return
-        self._waiting.discard(layer)
+        waiting.discard(layer)
         chosen = output[2].detach()  # (N, K)
-        types = self._types.to(chosen.device)  # (N,)
-        if self._counts[layer] is None:
-            # One row more for padding, so that nothing has to be picked out, which would wait for the device.
-            shape = (len(TOKEN_TYPES) + 1, self.num_experts)
-            self._counts[layer] = torch.zeros(shape, dtype=torch.long, device=chosen.device)
+        types = self._pass.types.to(chosen.device)  # (N,)
         cells = (types.unsqueeze(-1) * self.num_experts + chosen).flatten()  # (N * K,)
-        self._counts[layer].view(-1).scatter_add_(0, cells, torch.ones_like(cells))
+        with self._lock:
+            if self._counts[layer] is None:
+                # One row more for padding, so that nothing has to be picked out, which would wait for the device.
+                shape = (len(TOKEN_TYPES) + 1, self.num_experts)
+                self._counts[layer] = torch.zeros(shape, dtype=torch.long, device=chosen.device)
+            self._counts[layer].view(-1).scatter_add_(0, cells, torch.ones_like(cells))
 
 
 def _real_tokens(mask: Any, shape: torch.Size, past: int) -> torch.Tensor | None:
@@ -208,7 +213,7 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
 
     Every real token counts once per layer: padding does not, nor what gradient checkpointing computes again, nor the
     filling of rows that have ended, by the ids in the model's configs. Beams and an assistant's rejected guesses are
-    tokens like any other; padding in a flex attention mask that was made beforehand cannot be told from the rest.
+    tokens like any other; the model may run in several threads; padding in a flex attention mask that was made beforehand cannot be told from the rest.
 
     Args:
         model (`nn.Module`): A Uni-MoE with sparse layers, bare or inside PEFT, a trainer or DDP.

@@ -4,6 +4,7 @@ Checkpoint files, a tensor at a time: converting a model never needs the memory 
 Pickles are read with `weights_only=True`, and through a memory map where their format allows it.
 """
 
+import glob
 import json
 import os
 import pickle
@@ -119,7 +120,7 @@ def load_pickle(file: str | Path) -> dict:
             f"'{file}' is refused: {f'it would run {what.group(1)}' if what else 'it holds more than tensors'}; only "
             "pure tensors are read."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle fails in any way
         raise ValueError(
             f"'{file}' is truncated or no checkpoint ({_first_line(error)}); download it again."
         ) from error
@@ -387,7 +388,8 @@ def _header(tensors: Mapping[str, TensorInfo], metadata: dict[str, str]) -> byte
 @contextmanager
 def new_folder(output: str | Path) -> Iterator[Path]:
     """
-    A folder that appears whole or not at all: written beside under another name, then renamed.
+    A folder that appears whole or not at all: written beside under another name, then renamed. What a process that
+    was killed left of the same folder goes away.
 
     Args:
         output (`str` or `Path`): Must not exist, or be empty.
@@ -400,7 +402,10 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     parents = [folder for folder in output.parents if not folder.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
+        for left in output.parent.glob(f".{glob.escape(output.name)}.*.partial"):
+            if not _is_running(left.name.split(".")[-2].partition("-")[0]):
+                shutil.rmtree(left, ignore_errors=True)
+        partial = output.with_name(f".{output.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
         partial.mkdir()
     except OSError as error:
         raise ValueError(f"'{output}' cannot be written ({error.strerror}); choose another --output.") from error
@@ -412,6 +417,17 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         for parent in parents:
             with suppress(OSError):  # not empty: all went well
                 parent.rmdir()
+
+
+def _is_running(process: str) -> bool:
+    """Whether there is a process of that number."""
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OSError):  # no number; somebody else's
+        return True
+    return True
 
 
 def check_new(output: str | Path) -> None:

@@ -24,6 +24,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from ..hub.configuration_uni_moe import UniMoEConfig
+from ..hub.conversations_uni_moe import VICUNA_CHAT_TEMPLATE
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 from ..mixtures.composition import build_processor
 from .checkpoints import (
@@ -228,7 +229,7 @@ def _processor(config: UniMoEConfig, base: Path, tokenizer: str | Path | None, v
     pictures = None
     if (vision / "preprocessor_config.json").is_file():
         pictures = CLIPImageProcessorPil.from_pretrained(vision)
-    return build_processor(config, words, image_processor=pictures), ""
+    return build_processor(config, words, image_processor=pictures, chat_template=VICUNA_CHAT_TEMPLATE), ""
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:

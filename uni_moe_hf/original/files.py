@@ -240,9 +240,10 @@ class OriginalFiles:
 
         dropped: dict[str, list[str]] = {}
         for role, files in self.files.items():
-            superseded = [
-                other for other in ("projector", "aligner", "gates") if role == "base" and other in self.files
-            ]
+            # As in the original, what is loaded later counts; a dump during training holds all that was trained.
+            order = ("base", "projector", "aligner", "gates")
+            later = order[order.index(role) + 1 :] if role in order else ()
+            superseded = [other for other in later if other in self.files]
             rest = [key for key in files.info if key not in used[role]]
             dropped[role] = [
                 key

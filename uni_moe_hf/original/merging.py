@@ -284,6 +284,7 @@ def _processor(config: UniMoEConfig, sides: Mapping[str, _Side]) -> UniMoEProces
             f"{len(speech.tokenizer)} in '{sides['speech'].folder}', or other words; both must be the LLM's."
         )
     settings = {"video_frames": audio.video_frames, "image_mode": audio.image_mode}
+    settings["chat_template"] = audio.chat_template
     return build_processor(config, audio.tokenizer, image_processor=audio.image_processor, **settings)
 
 

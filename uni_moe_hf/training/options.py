@@ -1,12 +1,15 @@
-"""Options of the scripts: what all three stages share, and what each has besides."""
+"""Options of the scripts: what all three stages share, what each has besides, and how they are read."""
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from trl import ScriptArguments
+import torch
+from datasets import Dataset, IterableDataset
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import ScriptArguments, SFTConfig, TrlParser
 
 from ..hub.processing_uni_moe import UniMoEProcessor
 from .data import UniMoEDataCollator
@@ -19,6 +22,13 @@ class StageArguments(ScriptArguments):
     TRL's `ScriptArguments`, and what training on rows with media needs besides.
 
     Args:
+        dataset_name, dataset_config, dataset_streaming, dataset_train_split: As in [`load_rows`].
+        dataset_test_split (`str`, *optional*, defaults to `"test"`): With an `eval_strategy`: a split of the same, or
+            a file of its own.
+        columns (`list[str]`, *optional*): Which column is what: `photo=image label=answer`.
+        question (`list[str]`, *optional*): What is asked about plain media; of several each row draws one.
+        dtype (`str`, *optional*): In which models are loaded; as saved by default.
+        attn_implementation (`str`, *optional*): As in the library.
         media_root (`str`, *optional*): Folder that relative paths in the data start from.
         max_tokens (`int`, *optional*, defaults to 2048): Longest row, media included; `None` for no limit.
         skip_bad_rows (`bool`, *optional*, defaults to `False`): As in [`UniMoEDataCollator`].
@@ -26,8 +36,13 @@ class StageArguments(ScriptArguments):
         learning_rates (`dict[str, float]` or `str`, *optional*): As in [`UniMoESFTTrainer`]; text is read as JSON.
 
     Raises:
-        ValueError: `learning_rates` is text that is not a JSON object.
+        ValueError: `learning_rates` is text that is not a JSON object, or an option is not known here.
     """
+
+    columns: list[str] | None = field(default=None, metadata={"help": "Which column is what: photo=image."})
+    question: list[str] | None = field(default=None, metadata={"help": "What is asked about plain media."})
+    dtype: str | None = field(default=None, metadata={"help": "Of loaded models: float32, bfloat16, float16."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
 
     media_root: str | None = field(default=None, metadata={"help": "Folder that paths in the data start from."})
     max_tokens: int | None = field(default=2048, metadata={"help": "Longest row, media included."})
@@ -41,15 +56,56 @@ class StageArguments(ScriptArguments):
 
     def __post_init__(self) -> None:
         self.learning_rates = json_object("learning_rates", self.learning_rates)
+        if self.dtype not in (None, "auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"`dtype` is {self.dtype!r}; it must be float32, bfloat16, float16 or auto.")
+        if self.ignore_bias_buffers:
+            raise ValueError("`ignore_bias_buffers` is for models with boolean masks as buffers; this one has none.")
 
-    def rows(self) -> Dataset:
+    def rows(self) -> Dataset | IterableDataset:
         """The rows to train on."""
-        return load_rows(self.dataset_name, self.dataset_train_split)
+        return self._load(self.dataset_name, self.dataset_train_split)
 
-    def sample(self, processor: UniMoEProcessor, count: int, batch_size: int = 8) -> Iterator[dict[str, Any]]:
-        """Batches of `count` rows from all over the data, which may be sorted."""
-        rows, collator = self.rows(), self.collator(processor)
-        rows = rows.select(range(0, len(rows), -(-len(rows) // count)))
+    def eval_rows(self, training_args: SFTConfig) -> Dataset | IterableDataset | None:
+        """
+        The rows to evaluate on, where that is wanted.
+
+        Raises:
+            ValueError: a split is named and never evaluated.
+        """
+        if str(getattr(training_args.eval_strategy, "value", training_args.eval_strategy)) == "no":
+            if self.dataset_test_split != "test":
+                raise ValueError("`dataset_test_split` is given, but nothing is evaluated; add `--eval_strategy`.")
+            return None
+        if Path(self.dataset_test_split).is_file():
+            return self._load(self.dataset_test_split, "train")
+        return self._load(self.dataset_name, self.dataset_test_split)
+
+    def _load(self, source: str | None, split: str) -> Dataset | IterableDataset:
+        if source is None:
+            raise ValueError("There are no data; name a file, a folder or a data set with --dataset_name.")
+        return load_rows(
+            source,
+            split,
+            self.dataset_streaming,
+            config=self.dataset_config,
+            columns=self.columns,
+            question=self.question,
+        )
+
+    def loading(self) -> dict[str, Any]:
+        """What is said about loading models."""
+        given = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def sample(
+        self, rows: Dataset | IterableDataset, processor: UniMoEProcessor, count: int, batch_size: int = 8
+    ) -> Iterator[dict[str, Any]]:
+        """Batches of `count` rows: from all over the data, which may be sorted; of a stream the first."""
+        collator = self.collator(processor)
+        if isinstance(rows, IterableDataset):
+            rows = list(rows.take(count))
+        else:
+            rows = rows.select(range(0, len(rows), -(-len(rows) // count)))
         for start in range(0, len(rows), batch_size):
             yield collator([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
 
@@ -102,6 +158,24 @@ class MixtureArguments:
     expert_activations: str = field(default="save", metadata={"help": "Kept for backward: save, or recompute."})
 
 
+def parse_options(kinds: tuple[type, ...], args: list[str] | None = None) -> tuple:
+    """
+    TRL's parser, with defaults that suit the machine: without a GPU a run takes the CPU and float32.
+
+    Args:
+        kinds (`tuple[type]`): Dataclasses of options.
+        args (`list[str]`, *optional*): Arguments; those of the process by default.
+
+    Returns:
+        `tuple`: one of each.
+    """
+    parser = TrlParser(kinds)
+    parser.set_defaults(
+        use_cpu=not torch.accelerator.is_available(), bf16=None if is_torch_bf16_gpu_available() else False
+    )
+    return parser.parse_args_and_config(args)
+
+
 def json_object(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
     """
     An option that is an object, or its JSON.
@@ -120,4 +194,11 @@ def json_object(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]
     return found
 
 
-__all__ = ["ExpertArguments", "MixtureArguments", "PartsArguments", "StageArguments", "json_object"]
+__all__ = [
+    "ExpertArguments",
+    "MixtureArguments",
+    "PartsArguments",
+    "StageArguments",
+    "json_object",
+    "parse_options",
+]

@@ -5,27 +5,27 @@ Plain `SFTTrainer` runs every stage with [`sft_config`]'s settings; [`UniMoESFTT
 writes the same checkpoints.
 """
 
-import json
 import math
 import os
-import re
 import shutil
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Sampler
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
+from ..hub.compat_uni_moe import same_permissions
 from ..mixtures.routing import record_routing
-from .data import UniMoEDataCollator, row_modalities
+from .data import UniMoEDataCollator
 from .model_card import trained_card
+from .resuming import last_complete_checkpoint, only_run_in, write_digests
+from .rows import row_modalities
 from .stages import PARTS, STAGES, part_of
 
 
@@ -85,7 +85,7 @@ class UniMoESFTTrainer(SFTTrainer):
     `rows_skipped` so far, where bad rows may be. They are counted on the device and read when the trainer logs.
 
     Args:
-        args: As `SFTTrainer`.
+        args: As `SFTTrainer`; without a `data_collator` rows of any form are read by a [`UniMoEDataCollator`].
         learning_rates (`dict[str, float]`, *optional*): Part of the model, a key of [`~stages.PARTS`] -> its rate.
         group_by_modality (`bool`, *optional*, defaults to `False`): Whether the rows of an optimiser step have the
             same modalities and similar lengths where possible; no row is dropped (the paper's modality-level data
@@ -113,6 +113,11 @@ class UniMoESFTTrainer(SFTTrainer):
         data = kwargs.get("train_dataset", args[3] if len(args) > 3 else None)
         if hasattr(data, "__len__") and not len(data):
             raise ValueError("The training data hold no rows.")
+        if len(args) < 3 and kwargs.get("data_collator") is None:
+            # TRL's own would read pictures alone, and learn placeholders.
+            if not hasattr(kwargs.get("processing_class"), "image_token_id"):
+                raise ValueError("Pass the model's processor as `processing_class`, or a `data_collator`.")
+            kwargs["data_collator"] = UniMoEDataCollator(kwargs["processing_class"])
         super().__init__(*args, **kwargs)
         if wrong := [name for name in ("remove_unused_columns", "logging_nan_inf_filter") if getattr(self.args, name)]:
             raise ValueError(f"Training on media needs `{wrong[0]}=False`; make the config with `sft_config`.")
@@ -168,12 +173,13 @@ class UniMoESFTTrainer(SFTTrainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*): As in the library; `"last"` is the last checkpoint
-                that was saved whole, or the beginning where there is none.
+                that was saved whole, or the beginning where none was ever begun.
             kwargs: As in the library.
         """
         if resume_from_checkpoint == "last":
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         with ExitStack() as stack:
+            stack.enter_context(only_run_in(self.args.output_dir, self.args.should_save))
             stack.enter_context(self._losses)
             if self.model.config.get_text_config().is_sparse:
                 self._routing = stack.enter_context(record_routing(self.model))
@@ -216,17 +222,31 @@ class UniMoESFTTrainer(SFTTrainer):
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As in TRL; where that fails, says what is left to go on from."""
+        """As in TRL, with digests of the files; where that fails, says what is left to go on from."""
         try:
             super()._save_checkpoint(*args, **kwargs)
+            self.accelerator.wait_for_everyone()
+            saved = Path(self._get_output_dir(trial=None), f"checkpoint-{self.state.global_step}")
+            if self.args.should_save and saved.is_dir():
+                same_permissions(saved)
+                write_digests(saved)
         except (OSError, RuntimeError, SafetensorError) as error:
             folder = self.args.output_dir
-            whole = last_complete_checkpoint(folder)
+            try:
+                whole = last_complete_checkpoint(folder)
+            except ValueError:
+                whole = None
             remedy = f"resume from '{whole}'" if whole else "start again"
             raise OSError(
                 f"The checkpoint of step {self.state.global_step} could not be written: {error} ('{folder}' has "
                 f"{shutil.disk_usage(folder).free / 1e9:.2f} GB left). Make room, then {remedy}."
             ) from error
+
+    def save_model(self, output_dir: str | None = None, **kwargs: Any) -> None:
+        """As in TRL; weights get the permissions of the other files."""
+        super().save_model(output_dir, **kwargs)
+        if self.args.should_save:
+            same_permissions(output_dir or self.args.output_dir)
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **kwargs: Any) -> None:
         """Ours: TRL's tells of a text model."""
@@ -351,66 +371,9 @@ class ModalityGroupedSampler(Sampler[int]):
         yield from shuffled(rest)
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    r"""
-    The checkpoint to resume from. A process that is killed while it saves leaves a torn folder, which the library's
-    own helper would take.
-
-    Args:
-        output_dir (`str` or `Path`): Of the trainer.
-
-    Returns:
-        `str`: the folder with the highest step of which every file is there and can be read; `None` without one.
-    """
-    found = {}
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        if folder.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)):
-            found[int(match[1])] = folder
-    for step in sorted(found, reverse=True):
-        if reason := _what_is_torn(found[step], step):
-            logger.warning("Passing over '%s': %s.", found[step], reason)
-        else:
-            return str(found[step])
-    return None
-
-
-def _what_is_torn(folder: Path, step: int) -> str:
-    """Why a checkpoint cannot be resumed from; empty if it can."""
-    names = {path.name for path in folder.iterdir()}
-    weights = [name for name in names if name.endswith(".safetensors")]
-    for name in ("trainer_state.json", "scheduler.pt", "training_args.bin"):
-        if name not in names:
-            return f"{name} is missing"
-    if not weights or not any(name.startswith("rng_state") for name in names):
-        return "weights or random states are missing"
-    if not any(name.startswith("optimizer") for name in names):
-        return "optimizer.pt is missing"
-    try:
-        for name in names:
-            file = folder / name
-            if name.endswith(".json"):
-                content = json.loads(file.read_text(encoding="utf-8"))
-                if name == "trainer_state.json" and dict(content).get("global_step") != step:
-                    return f"trainer_state.json is of step {dict(content).get('global_step')}"
-                if name.endswith(".safetensors.index.json"):
-                    if missing := set(content["weight_map"].values()) - names:
-                        return f"{sorted(missing)[0]} is missing"
-            elif name.endswith(".safetensors"):
-                with safe_open(file, "pt") as opened:
-                    opened.keys()
-            elif name.endswith((".pt", ".pth", ".bin")):
-                with zipfile.ZipFile(file) as archive:
-                    if broken := archive.testzip():
-                        return f"{name} is damaged at {broken}"
-    except (ValueError, TypeError, OSError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
-        return f"{name} cannot be read ({error})"
-    return ""
-
-
 __all__ = [
     "ModalityGroupedSampler",
     "ModalityLosses",
     "UniMoESFTTrainer",
-    "last_complete_checkpoint",
     "sft_config",
 ]

@@ -1,0 +1,154 @@
+"""
+Loading pretrained weights: all of them or none. The library reports weights that are missing and goes on with random
+ones; here that is an error. What a folder holds is looked at before a weight is read.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ..hub.files_uni_moe import reason
+from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
+
+
+# What a backbone's checkpoint may lack, since nothing of it is read here: poolers and heads behind the last layer.
+UNREAD = r"(^|\.)(pooler|head|classifier|layernorm|visual_projection|text_projection|logit_scale)(\.|$)"
+
+
+def load_whole(kind: Any, checkpoint: str | Path, is_part: bool = False, **kwargs: Any) -> PreTrainedModel:
+    """
+    Args:
+        kind (`type`): A model class or Auto class with `from_pretrained`.
+        checkpoint (`str` or `Path`): A folder or Hub id.
+        is_part (`bool`, *optional*, defaults to `False`): Whether it may be one half of a larger model, whose other
+            weights are left, and lack the heads that are not read.
+        kwargs: For `from_pretrained`.
+
+    Returns:
+        [`PreTrainedModel`], with every weight from the checkpoint.
+
+    Raises:
+        ValueError: there is no such checkpoint, it cannot be read, or weights are missing, unexpected or of another
+            shape.
+    """
+    check_there(checkpoint)
+    if not is_part:
+        _check_weights(checkpoint)
+    model, report = loaded(kind.from_pretrained, checkpoint, output_loading_info=True, **kwargs)
+    missing = [name for name in report["missing_keys"] if not (is_part and re.search(UNREAD, name))]
+    unexpected = [] if is_part else list(report["unexpected_keys"])
+    shapes = [entry[0] if isinstance(entry, tuple) else entry for entry in report.get("mismatched_keys") or ()]
+    _refuse(checkpoint, missing, "are missing from its weights")
+    _refuse(checkpoint, unexpected, "are in its weights and in no place of the model")
+    _refuse(checkpoint, shapes, "have another shape in its weights than in the model")
+    return model
+
+
+def loaded(load: Callable, checkpoint: str | Path, **kwargs: Any) -> Any:
+    """
+    Args:
+        load (`Callable`): A `from_pretrained`.
+        checkpoint, kwargs: For it.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        ValueError: what a damaged folder makes it raise, of whatever kind.
+    """
+    try:
+        return load(checkpoint, **kwargs)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise ValueError(f"'{checkpoint}' could not be loaded ({reason(cause_of(error))}).") from error
+
+
+def _check_weights(checkpoint: str | Path) -> None:
+    """
+    Whether a folder's weights are those that its config describes, by names and shapes alone: the library would make
+    room for whatever is missing, however large a damaged config says that it is.
+    """
+    files = sorted(Path(checkpoint).glob("*.safetensors")) if Path(checkpoint).is_dir() else []
+    config = loaded(AutoConfig.from_pretrained, checkpoint)
+    if not files or config.model_type != "uni_moe" or getattr(config, "quantization_config", None) is not None:
+        return
+    with torch.device("meta"):
+        model = loaded(lambda _: UniMoEForConditionalGeneration(config), checkpoint)
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"'{file}' is truncated or no safetensors file ({reason(error)}).") from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    lost = sorted(name for name in wanted.keys() - found.keys() - tied)
+    wrong = sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])
+    _refuse(checkpoint, lost, "are missing from its weights")
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"'{checkpoint}' holds '{name}' of shape {found[name]}, but its config.json describes {wanted[name]}"
+            f"{f', and {len(wrong) - 1} more like it' if len(wrong) > 1 else ''}; do the two belong together?"
+        )
+
+
+def _refuse(checkpoint: str | Path, names: list[str], what: str) -> None:
+    if names:
+        raise ValueError(
+            f"'{checkpoint}' does not hold the model that its config.json describes: {len(names)} tensors {what}, such "
+            f"as '{sorted(names)[0]}'; save it again, or download it anew."
+        )
+
+
+def load_part_config(checkpoint: str | Path, argument: str) -> PreTrainedConfig:
+    """
+    Args:
+        checkpoint (`str` or `Path`): A folder or Hub id.
+        argument (`str`): That named it, for messages.
+
+    Returns:
+        [`PreTrainedConfig`]: what it is, without its weights.
+
+    Raises:
+        ValueError: there is no such checkpoint, or nothing that the library knows.
+    """
+    check_there(checkpoint)
+    try:
+        return AutoConfig.from_pretrained(checkpoint)
+    except Exception as error:
+        cause = reason(cause_of(error))
+        raise ValueError(f"{argument} '{checkpoint}' is no model that is known here ({cause}).") from error
+
+
+def check_there(checkpoint: str | Path) -> None:
+    """
+    Raises:
+        ValueError: it looks like a folder and is none, so that asking the Hub for it would be in vain.
+    """
+    name = str(checkpoint)
+    if not Path(name).exists() and (name.count("/") > 1 or name.startswith((".", "/", "~")) or not name):
+        raise ValueError(f"There is no checkpoint '{name}'; give a folder or a Hub id.")
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        hint = (
+            ", but an adapter: merge it into its base, or name that" * (Path(name) / "adapter_config.json").is_file()
+        )
+        raise ValueError(f"The folder '{name}' holds no model (config.json is missing){hint}.")
+
+
+def cause_of(error: Exception) -> Exception:
+    """The error that says most: the library wraps what a config's own checks say."""
+    wrapped = type(error).__name__.startswith("StrictDataclass")
+    return error.__cause__ if wrapped and isinstance(error.__cause__, Exception) else error
+
+
+__all__ = ["cause_of", "check_there", "load_part_config", "load_whole"]
