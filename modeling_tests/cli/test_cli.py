@@ -248,7 +248,7 @@ def test_a_model_of_another_kind_an_adapter_and_a_broken_config_are_refused(chec
     (tmp_path / "broken/config.json").write_text(json.dumps(config))
     for name, message in (
         ("llama", "of type 'llama', not 'uni_moe'"),
-        ("adapter", "holds an adapter"),
+        ("adapter", "no model but an adapter"),
         ("broken", "`num_experts_per_tok=9` must lie between 1 and `num_experts=4`"),
     ):
         code, _, err = run(capsys, "info", tmp_path / name)
@@ -282,8 +282,11 @@ def test_an_interrupt_has_exit_code_130(checkpoint, monkeypatch):
     assert main(["generate", str(checkpoint), "--text", "hi"]) == 130
 
 
-def test_a_fault_of_ours_is_not_hidden_behind_a_sentence(checkpoint, monkeypatch):
+def test_a_fault_of_ours_is_not_hidden_behind_a_sentence(checkpoint, monkeypatch, capsys):
     monkeypatch.setattr("uni_moe_hf.cli.generate.load_checkpoint", lambda *_: 1 / 0)
+    assert main(["generate", str(checkpoint), "--text", "hi"]) == 1
+    assert capsys.readouterr().err.startswith("uni-moe: ZeroDivisionError: division by zero (UNI_MOE_DEBUG=1 shows")
+    monkeypatch.setenv("UNI_MOE_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         main(["generate", str(checkpoint), "--text", "hi"])
 

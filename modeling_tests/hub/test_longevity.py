@@ -249,8 +249,8 @@ def test_without_the_librarys_renderer_answers_are_found_turn_by_turn(without):
         for row, mask in zip(turns["input_ids"], turns["assistant_masks"], strict=True)
     ]
     assert said == ["a bird</s> yes</s>", "no</s>"]
-    changing = "{% for m in messages %}{{ loop.length ~ m['content'] }}{% endfor %}"
-    with pytest.raises(ValueError, match="writes message 2 differently when others follow it"):
+    changing = "{% for m in messages %}{{ m['content']|length ~ m['content'] ~ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="writes around message 2 what depends on its text"):
         texts = [[{"role": m["role"], "content": "hi"} for m in chats[0]]]
         processor.apply_chat_template(
             texts, chat_template=changing, return_assistant_tokens_mask=True, tokenize=True, return_dict=True

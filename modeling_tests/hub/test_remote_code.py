@@ -383,7 +383,7 @@ def test_a_missing_optional_library_is_named_in_one_sentence(folder, tmp_path):
     cases = {
         ("soundfile,av", "speech"): "Reading audio files needs soundfile or PyAV: `pip install soundfile soxr`",
         ("soundfile,av", "audio"): "Reading audio files needs soundfile or PyAV",
-        ("decord,av", "video"): "Reading video files needs decord or PyAV: `pip install decord`",
+        ("decord,av", "video"): "Reading video files needs PyAV or decord: `pip install av`",
         ("soxr", "speech"): "resampling needs `pip install soxr`",
     }
     said = run_alone(WITHOUT, folder, tmp_path / "clip.wav", *(word for case in cases for word in case)).splitlines()

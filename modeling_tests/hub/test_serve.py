@@ -211,12 +211,20 @@ def test_a_stop_string_ends_an_answer(server):
 
 
 def test_bad_media_is_an_error_and_the_server_lives_on(server):
-    broken = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
-    body = {"messages": [{"role": "user", "content": [broken, TEXT]}], "max_tokens": 4}
-    assert server.post("/v1/chat/completions", body)[0] >= 400
+    def refusal(messages: list[dict], **more) -> str:
+        status, body = server.post("/v1/chat/completions", {"messages": messages, "max_tokens": 4, **more})
+        assert status == 400
+        return json.loads(body)["detail"]
+
+    for stream in (False, True):
+        broken = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+        told = refusal([{"role": "user", "content": [broken, TEXT]}], stream=stream)
+        assert told.startswith("Picture in the given bytes could not be read")
+        missing = {"type": "image_url", "image_url": {"url": "/nowhere/ä.png"}}
+        assert "'/nowhere/ä.png' does not exist" in refusal([{"role": "user", "content": [missing]}], stream=stream)
+        roles = [{"role": "tool", "content": "x"}]
+        assert "Roles must alternate" in refusal(roles, stream=stream)
     assert server.ask(TEXT) == server.expected("what is it?")
-    log = (server.root / "log.txt").read_text()
-    assert "Picture in the given bytes could not be read" in log
 
 
 def test_transformers_chat_talks_to_it(server):

@@ -130,7 +130,7 @@ def test_a_decoder_that_is_no_llama_is_refused():
     config = MistralConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
     )
-    with pytest.raises(ValueError, match="'mistral'.*takes a LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="'mistral'.*but a 'llama' is needed"):
         from_pretrained_parts(MistralForCausalLM(config))
 
 

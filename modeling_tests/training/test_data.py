@@ -218,8 +218,8 @@ def test_the_caller_says_what_voice_files_are(processor, files):
         (original("what", image="a.png"), "0 <image> in its conversation but 1 such files"),
         (original("<audio>\n<audio>", voice=["a.wav"]), "2 <audio> in its conversation but 1 such files"),
         (original("<video> <video>", video=["0.png", "1.png"]), "2 <video> in its conversation but 1 such files"),
-        ({"text": "hello"}, r"needs 'messages' or 'conversations', got the keys \['text'\]"),
-        ({"messages": None, "conversations": None}, "needs 'messages' or 'conversations'"),
+        ({"text": "hello"}, r"fields \['text'\], which is no known form: it needs 'messages'"),
+        ({"messages": None, "conversations": None}, "which is no known form"),
     ],
 )
 def test_records_that_do_not_add_up_are_refused(record, message):
@@ -555,7 +555,7 @@ def test_a_stream_is_dealt_out_evenly_and_parses_no_line_twice(tmp_path, monkeyp
         ({"rows.jsonl": float("nan")}, "positive weights"),
         ({"rows.jsonl": float("inf")}, "positive weights"),
         ({"rows.jsonl": 0.1}, "leave no row"),
-        ({"me/captions": 1}, "'me/captions' is no .json, .jsonl, .parquet file"),
+        ({"me/captions": 1}, "'me/captions' is no .json, .*only files can be mixed"),
         ({"other.jsonl": 1}, "'other.jsonl' does not exist"),
     ],
 )
@@ -566,11 +566,11 @@ def test_weights_that_mean_nothing_are_refused(weights, message, tmp_path, monke
         load_rows(weights)
 
 
-def test_half_a_character_is_named_before_training_and_by_the_checker(tmp_path):
+def test_half_a_character_is_named_by_collator_and_checker(processor, tmp_path):
     text = json.dumps(row("hello")) + "\n" + json.dumps(row("cut \ud83d"))
     (tmp_path / "rows.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=r"^Row 2 of '.*' holds half a character"):
-        load_rows(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match=r"^Row 2 of '.*' cannot be used: a text holds half a character"):
+        UniMoEDataCollator(processor)(list(load_rows(tmp_path / "rows.jsonl")))
     assert [number for number, _ in check_rows(tmp_path / "rows.jsonl")] == [2]
 
 
@@ -581,17 +581,17 @@ def test_a_file_in_another_encoding_is_named(tmp_path):
 
 
 BAD_ROWS = {
-    "a file that is not there": (row({"type": "image", "path": "no.png"}), r"no file '.*no\.png'"),
+    "a file that is not there": (row({"type": "image", "path": "no.png"}), r"'.*no\.png' does not exist"),
     "a file that is no picture": (row({"type": "image", "path": "text.png"}), r"text\.png"),
     "a part without source": (row({"type": "audio"}), "has no source"),
     "an unknown part": (row({"type": "smell", "path": "x"}), "type 'smell'"),
     "no answer": (row("hello", answer=" "), "no assistant text"),
-    "roles": ({"messages": [{"role": "assistant", "content": "x"}]}, "roles must alternate"),
-    "neither format": ({"text": "x"}, "needs 'messages' or 'conversations'"),
+    "roles": ({"messages": [{"role": "tool", "content": "x"}, *row("x")["messages"]]}, "roles must alternate"),
+    "no known form": ({"text": "x"}, r"the fields \['text'\], which is no known form"),
     "more tags than files": (original("<image><image>what", image="picture.png"), "has 2 <image> .* but 1 such files"),
-    "a missing frame": (original("<video>what", video=["0.png", "9.png"]), r"no file '.*9\.png'"),
+    "a missing frame": (original("<video>what", video=["0.png", "9.png"]), r"'.*9\.png' does not exist"),
     "content": ({"messages": [{"role": "user", "content": 5}, {"role": "assistant", "content": "x"}]}, "neither text"),
-    "no content": ({"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}, "neither text"),
+    "no role": ({"messages": [{"content": "x"}, {"role": "assistant", "content": "x"}]}, "needs 'role'"),
     "a text that is a number": (row({"type": "text", "text": 5}), "a text is a int: 5"),
     "messages that are text": ({"messages": "hello"}, "'messages' is not a list of objects"),
     "messages that are one": ({"messages": {"role": "user", "content": "x"}}, "'messages' is not a list of objects"),
@@ -599,11 +599,11 @@ BAD_ROWS = {
     "turns of text": ({"conversations": ["hello", "yes"]}, "'conversations' is not a list of objects"),
     "a turn that is a list": (original(["hello"]), "a text is a list"),
     "another speaker": (
-        {"conversations": [{"from": "human", "value": "q"}, {"from": "user", "value": "and?"}]},
-        "by 'user'; known are",
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "bot", "value": "and?"}]},
+        "by 'bot'; known are",
     ),
     "two sources": (row({"type": "image", "path": "picture.png", "image": "picture.png"}), "2 sources"),
-    "a name too long": (row({"type": "image", "path": "x" * 300}), "no file|too long"),
+    "a name too long": (row({"type": "image", "path": "x" * 300}), "no valid base64"),
     "a late broken frame": (row({"type": "video", "video": ["0.png", "1.png", "2.png", "text.png"]}), r"text\.png"),
     "a system message in the middle": (
         {"messages": row("hello")["messages"] + [{"role": "system", "content": "x"}]},
@@ -627,7 +627,7 @@ def test_the_checker_lists_every_bad_row_and_why(files, tmp_path, capsys):
         assert re.search(message, reason), (name, reason)
     assert main(["data", "check", str(tmp_path / "rows.jsonl")]) == 1
     out = capsys.readouterr().out
-    assert "row 2: there is no file" in out and f"{len(BAD_ROWS)} rows cannot be used" in out
+    assert "no.png' does not exist" in out and f"{len(BAD_ROWS)} rows cannot be used" in out
     (tmp_path / "good.jsonl").write_text("\n".join(map(json.dumps, good)))
     assert main(["data", "check", str(tmp_path / "good.jsonl")]) == 0
     assert "every row can be used" in capsys.readouterr().out

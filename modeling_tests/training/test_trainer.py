@@ -190,7 +190,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_rows(trainer):
 
 
 def kinds_of(data: Dataset, order: list[int]) -> list[tuple]:
-    from uni_moe_hf.training.data import row_modalities
+    from uni_moe_hf.training.rows import row_modalities
 
     return [row_modalities(data[index])[0] for index in order]
 

@@ -46,11 +46,11 @@ DEFAULT_VISION = {
 MAX_DEPTH, MAX_EXPERTS, MAX_WIDTH = 1024, 4096, 1 << 24
 DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers")
 WIDTHS = (
-    "hidden_size intermediate_size vocab_size num_attention_heads num_key_value_heads head_dim d_model encoder_ffn_dim "
-    "decoder_ffn_dim encoder_attention_heads decoder_attention_heads num_mel_bins patch_size max_source_positions "
-    "max_target_positions encoder_hidden_size patch_embedding_size num_conv_pos_embeddings num_buckets num_channels "
-    "num_conv_pos_embedding_groups image_seq_length num_speech_query_tokens num_audio_query_tokens "
-    "max_position_embeddings"
+    "hidden_size intermediate_size vocab_size num_attention_heads num_key_value_heads head_dim d_model "
+    "encoder_ffn_dim decoder_ffn_dim encoder_attention_heads decoder_attention_heads num_mel_bins patch_size "
+    "max_source_positions max_target_positions encoder_hidden_size patch_embedding_size num_conv_pos_embeddings "
+    "num_conv_pos_embedding_groups num_buckets num_channels image_seq_length num_speech_query_tokens "
+    "num_audio_query_tokens max_position_embeddings"
 ).split()
 
 
@@ -65,9 +65,7 @@ def check_sizes(config: PreTrainedConfig) -> None:
         if value is None or (isinstance(value, list | tuple) and name == "patch_size"):
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-            raise ValueError(
-                f"`{name}={value!r}` of a '{config.model_type}' must be a whole number from 1 to {limit}."
-            )
+            raise ValueError(f"`{name}={value!r}` of a '{config.model_type}' must be a whole number up to {limit}.")
 
 
 @strict

@@ -339,7 +339,10 @@ class ConversationMixin:
                 message = self._message(message, template)
                 last = conversations[-1][-1] if conversations[-1] else None
                 if last is not None and last["role"] == message["role"] in ("user", "system"):
-                    last["content"] = self._joined_parts([*last["content"], *message["content"]])
+                    break_line = [{"type": "text", "text": "\n"}] if last["content"] and message["content"] else []
+                    kinds = {part["type"] for part in (*last["content"][-1:], *message["content"][:1])}
+                    break_line = break_line if kinds == {"text"} else []  # media have one anyway
+                    last["content"] = self._joined_parts([*last["content"], *break_line, *message["content"]])
                 else:
                     conversations[-1].append(message)
         return conversations, is_batched
@@ -522,7 +525,8 @@ def _learned_spans(messages: list[dict], spans: list[tuple[int, int]], prompt: s
             place = prompt.find(text.strip(), start, stop)
             if place < 0:
                 raise ValueError("The chat template changes a text that is not to be learned; mark the whole message.")
-            learned.append((start, place))
+            # A space before a word is part of the word's token.
+            learned.append((start, start + len(prompt[start:place].rstrip())))
             start = place + len(text.strip())
         learned.append((start, stop))
     return learned

@@ -502,7 +502,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
         return self.model.get_speech_features(*args, **kwargs)
 
     def __call__(self, *args, **kwargs) -> Any:
-        """As in the library. Trainers put another `forward` into the model; labels are cleared before any of them."""
+        """As in the library. Trainers put a `forward` of their own into the model; labels are cleared before it."""
         for name in ("labels", "shift_labels"):
             if kwargs.get(name) is not None:
                 kwargs[name] = self._learnable(kwargs[name])
@@ -510,10 +510,8 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
 
     def _learnable(self, labels: torch.Tensor) -> torch.Tensor:
         """Labels with -100 for placeholders, and for whatever has no score because its id lies behind the table."""
-        hidden = labels >= self.config.text_config.vocab_size
-        for modality in MODALITIES:
-            hidden = hidden | (labels == getattr(self.config, f"{modality}_token_id"))
-        return labels.masked_fill(hidden, -100)
+        ids = torch.tensor([getattr(self.config, f"{m}_token_id") for m in MODALITIES], device=labels.device)
+        return labels.masked_fill((labels >= self.config.text_config.vocab_size) | torch.isin(labels, ids), -100)
 
     @can_return_tuple
     def forward(

@@ -163,8 +163,8 @@ def _patch_settings(kind: PreTrainedConfig, config: Mapping[str, Any]) -> dict[s
     registers = getattr(kind, "num_register_tokens", 0)
     if count not in (patches, patches + 1 + registers) and "vision_feature_select_strategy" not in config:
         raise ValueError(
-            f"`vision_tower` is a '{kind.model_type}' model that makes {count} tokens of {patches} patches, so which of "
-            "them are patches is unknown; say it with `vision_feature_select_strategy` ('full' keeps all, 'default' "
+            f"`vision_tower` is a '{kind.model_type}' model that makes {count} tokens of {patches} patches, so which "
+            "are patches is unknown; say it with `vision_feature_select_strategy` ('full' keeps all, 'default' "
             "drops the first)."
         )
     strategy = config.get("vision_feature_select_strategy", "full" if count == patches else "default")

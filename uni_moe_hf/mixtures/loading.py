@@ -105,8 +105,8 @@ def _check_weights(checkpoint: str | Path) -> None:
 def _refuse(checkpoint: str | Path, names: list[str], what: str) -> None:
     if names:
         raise ValueError(
-            f"'{checkpoint}' does not hold the model that its config.json describes: {len(names)} tensors {what}, such "
-            f"as '{sorted(names)[0]}'; save it again, or download it anew."
+            f"'{checkpoint}' does not hold the model that its config.json describes: {len(names)} tensors {what}, "
+            f"such as '{sorted(names)[0]}'; save it again, or download it anew."
         )
 
 
@@ -139,10 +139,11 @@ def check_there(checkpoint: str | Path) -> None:
     if not Path(name).exists() and (name.count("/") > 1 or name.startswith((".", "/", "~")) or not name):
         raise ValueError(f"There is no checkpoint '{name}'; give a folder or a Hub id.")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        hint = (
-            ", but an adapter: merge it into its base, or name that" * (Path(name) / "adapter_config.json").is_file()
+        is_adapter = (Path(name) / "adapter_config.json").is_file()
+        found = (
+            "an adapter: merge it into its base, or name that" if is_adapter else "only other files (no config.json)"
         )
-        raise ValueError(f"The folder '{name}' holds no model (config.json is missing){hint}.")
+        raise ValueError(f"The folder '{name}' holds no model but {found}.")
 
 
 def cause_of(error: Exception) -> Exception:

@@ -213,7 +213,8 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
 
     Every real token counts once per layer: padding does not, nor what gradient checkpointing computes again, nor the
     filling of rows that have ended, by the ids in the model's configs. Beams and an assistant's rejected guesses are
-    tokens like any other; the model may run in several threads; padding in a flex attention mask that was made beforehand cannot be told from the rest.
+    tokens like any other; padding in a flex attention mask that was made beforehand cannot be told from the rest. The
+    model may run in several threads.
 
     Args:
         model (`nn.Module`): A Uni-MoE with sparse layers, bare or inside PEFT, a trainer or DDP.

@@ -107,10 +107,10 @@ def iter_rows(
             yield {**row, "_row": number, "_source": str(source)}
         return
     for name in files:
-        number = 0
-        for number, row in enumerate(numbered_rows(Path(name), change=change), start=1):
+        row = None
+        for row in numbered_rows(Path(name), change=change):
             yield row
-        if not number:
+        if row is None:
             raise ValueError(f"Data file '{name}' holds no rows.")
 
 
@@ -294,10 +294,15 @@ def _features(datasets: Any, columns: Iterable[str]) -> Any:
 def _encoded_rows(path: str, change: Callable, stamp: Any = None) -> Iterator[dict[str, Any]]:
     """Rows as `datasets` keeps them: every field as its JSON. `stamp` tells a file from what it was before."""
     for row in numbered_rows(Path(path), change=change):
-        yield {
-            name: value if name in PLACE else None if value is None else json.dumps(value)
-            for name, value in row.items()
-        }
+        place = {name: row[name] for name in PLACE if name in row}
+        fields = {name: value for name, value in row.items() if name not in PLACE and value is not None}
+        try:
+            encoded = {name: json.dumps(value, ensure_ascii=False) for name, value in fields.items()}
+            "".join(encoded.values()).encode()
+        except (UnicodeEncodeError, RecursionError) as error:
+            what = "it is nested too deep" if isinstance(error, RecursionError) else "a text holds half a character"
+            encoded = {"_unreadable": what}
+        yield {**encoded, **place}
 
 
 def numbered_rows(

@@ -78,7 +78,7 @@ def row_to_messages(row: Mapping[str, Any], voice: str = "speech") -> list[dict[
         kind: [name for name in names if name in fields and name not in used] for kind, names in MEDIA_COLUMNS.items()
     }
     _refuse_unread_media(fields, [*used, *chain.from_iterable(columns.values())], messages)
-    for kind, names in columns.items():
+    for names in columns.values():
         if len(names) > 1:
             raise ValueError(f"a row has both '{names[0]}' and '{names[1]}'; put all of them into one")
     if columns["audio"] and columns["voice"]:
@@ -478,7 +478,7 @@ def rooted(messages: list[dict], root: Path | None) -> list[dict]:
 
 
 def shortened_json(value: Any) -> str:
-    """How a value begins, piece by piece: some hold a whole waveform. Objects go by their type, bytes by their size."""
+    """How a value begins, piece by piece: some hold a whole waveform. Objects are told by their type."""
 
     def plain(each: Any) -> str:
         return f"{len(each)} bytes" if isinstance(each, bytes) else f"a {type(each).__name__}"
