@@ -294,8 +294,24 @@ def opened(source: str | bytes) -> Iterator[Any]:
         file.seek(0)
         # From an open file, so that no name inside it can open another.
         bounds = {"format_whitelist": DEMUXERS, "protocol_whitelist": "none"}
-        with av.open(file, container_options=bounds, options={"max_pixels": str(MAX_FRAME_BYTES)}) as container:
+        with av.open(
+            _Reader(file), container_options=bounds, options={"max_pixels": str(MAX_FRAME_BYTES)}
+        ) as container:
             yield container
+
+
+class _Reader:
+    """An open file whose seeks may fail: PyAV would print what they raise."""
+
+    def __init__(self, file: BinaryIO):
+        self.read, self.tell, self._seek = file.read, file.tell, file.seek
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """The new position, or -1."""
+        try:
+            return self._seek(offset, whence)
+        except (OSError, ValueError):
+            return -1
 
 
 def audio_blocks(source: str | bytes) -> tuple[int, Iterator[np.ndarray]]:
@@ -442,6 +458,8 @@ def _decord_frames(source: str | bytes, choose: Choice) -> Iterator[np.ndarray]:
             child.stdin.flush()
             for _, group in groupby(wanted):
                 frame = received(child.stdout)
+                if frame.ndim != 3 or frame.shape[2] != 3:  # what decord makes of widths that FFmpeg pads
+                    raise ValueError("decord cannot read frames of this width; `pip install av` reads more")
                 yield from (frame for _ in group)
         except (EOFError, OSError, IndexError) as error:
             raise ValueError("decord cannot read it") from error

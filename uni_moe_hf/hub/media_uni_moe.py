@@ -340,12 +340,10 @@ def _chooser(clip: Clip, num_frames: int) -> Choice:
         span = int(times[-2] - times[0])
         even = np.arange(total) * (span / max(1, total - 1)) + float(times[0])
         if np.abs(times[:-1] - even).max() * 2 * max(1, total - 1) <= span or total == 1:
-            step = (
-                (finish - begin) / total
-                if total == 1 or clip.start is clip.end is None
-                else (Fraction(span, total - 1) * base)
-            )
-            return [min(total - 1, int((moment - begin) / step)) for moment in moments]
+            if clip.start is clip.end is None:
+                return [index * total // count for index in range(count)]
+            step, early = Fraction(max(span, 1), max(1, total - 1)) * base, Fraction(1, 20)
+            return [min(total - 1, int((moment - begin) / step + early)) for moment in moments]
         ticks = [moment / base for moment in moments]
         return [int(np.searchsorted(times[:-1], math.floor(tick), side="right")) - 1 for tick in ticks]
 
