@@ -49,10 +49,11 @@ MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
 MP4_PARENTS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"moof", b"traf")
 MP4_TABLES = {b"stts": 8, b"ctts": 8, b"stsc": 12, b"stco": 4, b"co64": 8, b"stss": 4, b"stsz": 4, b"stps": 4}
 MP4_TABLES |= {b"sdtp": 0, b"elst": 12, b"trun": 4}
-MAX_MP4_BOXES, MAX_MP4_DEPTH = 200_000, 12
+MAX_MP4_BOXES, MAX_MP4_TRACKS, MAX_MP4_DEPTH = 200_000, 64, 12
 
-# Of one decoded frame, in bytes: 24 million pixels of ordinary video. A decoder may hold 17 of them.
-MAX_FRAME_BYTES = 34 << 20
+# Of one decoded frame, in bytes: 16 million pixels of ordinary video. A decoder may hold 17 of them.
+MAX_FRAME_BYTES = 24 << 20
+MAX_FRAME_PIXELS = str(MAX_FRAME_BYTES * 2 // 3)
 # Of one file: frames, and seconds of computing that reading a clip may take.
 MAX_FILE_FRAMES, MAX_DECODE_SECONDS = 2_000_000, 15
 # Of a process that decord runs in, in bytes.
@@ -294,9 +295,7 @@ def opened(source: str | bytes) -> Iterator[Any]:
         file.seek(0)
         # From an open file, so that no name inside it can open another.
         bounds = {"format_whitelist": DEMUXERS, "protocol_whitelist": "none"}
-        with av.open(
-            _Reader(file), container_options=bounds, options={"max_pixels": str(MAX_FRAME_BYTES)}
-        ) as container:
+        with av.open(_Reader(file), container_options=bounds) as container:
             yield container
 
 
@@ -359,6 +358,7 @@ def _video_stream(container: Any) -> Any:
     if stream is None:
         raise ValueError("it has no pictures")
     _check_frame(stream.codec_context)
+    stream.codec_context.options = {"max_pixels": MAX_FRAME_PIXELS}  # what the header said may be another number
     stream.thread_count = 1
     return stream
 
@@ -479,7 +479,7 @@ def check_mp4_tables(file: BinaryIO) -> None:
     Raises:
         LimitError: a table promises more entries than it holds, or boxes are nested or many beyond reason.
     """
-    size, left = file.seek(0, 2), MAX_MP4_BOXES
+    size, left, tracks = file.seek(0, 2), MAX_MP4_BOXES, MAX_MP4_TRACKS
     file.seek(0)
     if file.read(8)[4:] not in MP4_BOXES:
         return
@@ -493,11 +493,13 @@ def check_mp4_tables(file: BinaryIO) -> None:
             if length == 1 and len(header) == 16:
                 length, begin = int.from_bytes(header[8:], "big"), start + 16
             stop = min(end, start + length) if length else end
-            if stop <= begin:
+            if stop < begin or start == stop:
                 break
-            left -= 1
-            if left < 0 or depth > MAX_MP4_DEPTH:
+            left, tracks = left - 1, tracks - (kind == b"trak")
+            if left < 0 or tracks < 0 or depth > MAX_MP4_DEPTH:
                 raise LimitError("its boxes are nested too deep, or too many")
+            if kind == b"cmov":
+                raise LimitError("its tables are compressed, so what they hold is unknown")
             if kind in MP4_PARENTS:
                 open_boxes.append((begin, stop, depth + 1))
             elif kind in MP4_TABLES:

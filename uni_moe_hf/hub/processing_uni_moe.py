@@ -9,7 +9,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 
@@ -37,8 +37,6 @@ OWN_KWARGS = {
 
 # Pictures longer or larger than this lose what they would lose anyway before they are resized.
 MAX_ASPECT, MAX_PADDED_SIDE = 64, 4096
-# Frames of a video that are in memory at once.
-FRAMES_AT_ONCE = 4
 
 
 class Batch(BatchFeature):
@@ -379,15 +377,12 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
         return canvas
 
     def _pixels(self, images: Iterator, kwargs: dict) -> np.ndarray:
-        """`(num_images, 3, height, width)` as the image processor gives them, a few at a time."""
-        blocks, images = [], iter(images)
-        while block := list(islice(images, FRAMES_AT_ONCE)):
-            blocks.append(self._block_of_pixels(block, kwargs))
-        return np.concatenate(blocks)
+        """`(num_images, 3, height, width)`; one large picture or frame is in memory at a time."""
+        return np.concatenate([self._pixels_of(image, kwargs) for image in images])
 
-    def _block_of_pixels(self, images: list, kwargs: dict) -> np.ndarray:
+    def _pixels_of(self, image: Any, kwargs: dict) -> np.ndarray:
         """
-        `(num_images, 3, height, width)`.
+        `(1, 3, height, width)` as the image processor gives it.
 
         CLIP's usual way passes over every pixel six times; here resizing and one affine map give the same.
         """
@@ -402,20 +397,16 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
             and max(processor.crop_size.height, processor.crop_size.width) <= processor.size.shortest_edge
         )
         if not usual:
-            return np.asarray(processor(images, **kwargs)["pixel_values"])
+            return np.asarray(processor([image], **kwargs)["pixel_values"])
         height, width, side = processor.crop_size.height, processor.crop_size.width, processor.size.shortest_edge
         mean, std = (np.asarray(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
         scale, shift = (processor.rescale_factor / std).astype(np.float32), (-mean / std).astype(np.float32)
-        pixels = np.empty((len(images), 3, height, width), dtype=np.float32)
-        for image, out in zip(images, pixels, strict=True):
-            long_side = int(side * max(image.size) / min(image.size))
-            new_width, new_height = (side, long_side) if image.width <= image.height else (long_side, side)
-            left, top = (new_width - width) // 2, (new_height - height) // 2
-            centre = image.resize((new_width, new_height), processor.resample)
-            centre = np.asarray(centre.crop((left, top, left + width, top + height)))
-            np.multiply(centre.transpose(2, 0, 1), scale, out=out)
-            out += shift
-        return pixels
+        long_side = int(side * max(image.size) / min(image.size))
+        new_width, new_height = (side, long_side) if image.width <= image.height else (long_side, side)
+        left, top = (new_width - width) // 2, (new_height - height) // 2
+        centre = image.resize((new_width, new_height), processor.resample)
+        centre = np.asarray(centre.crop((left, top, left + width, top + height)))
+        return (centre.transpose(2, 0, 1) * scale + shift)[None]
 
     def _check_modality(self, modality: str, count: int) -> None:
         if modality not in self.modalities:

@@ -203,7 +203,8 @@ def _plain_columns(fields: Mapping[str, Any]) -> tuple[list[dict[str, Any]], lis
 
 def _nearest(fields: Mapping[str, Any], media: list[str], questions: list[str], answers: list[str]) -> str:
     """What would make a known form of a row."""
-    texts = [name for name, value in fields.items() if isinstance(value, str) and name not in (*questions, *answers)]
+    known = (*questions, *answers, *media)
+    texts = [name for name, value in fields.items() if isinstance(value, str) and name not in known]
     if not media and (files := [name for name, value in fields.items() if looks_like_media(value)]):
         kind = _kind_of_file(fields[files[0]]) or "image"
         return f"; if '{files[0]}' is a file, say so with columns ({files[0]}={kind})"
@@ -229,8 +230,10 @@ def renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     if lost := [name for name in columns if name not in row]:
         own = sorted(name for name in row if name not in PLACE)
         return {**row, "_unreadable": f"there is no column '{lost[0]}'; a row has the fields {own}"}
-    # Whatever had that name otherwise is not what is meant.
+    # Whatever else could be that is not what is meant.
     taken = set(columns.values())
+    for role, names in (("question", QUESTIONS), ("answer", ANSWERS)):
+        taken |= {*names} if role in taken else set()
     kept = {name: value for name, value in row.items() if name not in columns and name not in taken}
     return {**kept, **{role: row[name] for name, role in columns.items()}}
 
