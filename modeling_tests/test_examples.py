@@ -24,8 +24,8 @@ from uni_moe_hf.training.trainer import REQUIRED
 
 
 EXAMPLES = ROOT / "examples"
-TINY = (
-    "--use_cpu --bf16 false --gradient_checkpointing false --max_steps 2 --per_device_train_batch_size 2 "
+TINY = (  # neither `--use_cpu` nor `--bf16 false`: the scripts see that there is no GPU
+    "--gradient_checkpointing false --max_steps 2 --per_device_train_batch_size 2 "
     "--gradient_accumulation_steps 1 --save_strategy no --report_to none --disable_tqdm true"
 ).split()
 

@@ -12,6 +12,7 @@ Writes the digest of the final weights to `digest` in each folder.
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -94,7 +95,11 @@ def train(stage: str, folder: Path, media: Path, moment: str, number: float) -> 
         peft_config=prepare_stage(model, stage),
     )
     arm(trainer, moment, number)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+    try:
+        last = last_complete_checkpoint(folder)
+    except ValueError:  # the first checkpoint was torn; what the message asks for
+        last = [shutil.rmtree(torn) for torn in folder.glob("checkpoint-*")] and None
+    trainer.train(resume_from_checkpoint=last)
     digest = hashlib.sha256()
     for name, tensor in sorted(trainer.model.state_dict().items()):
         digest.update(name.encode() + tensor.numpy().tobytes())

@@ -1,16 +1,20 @@
 """`UniMoESFTTrainer`: rates by part, grouped batches, logs that add up, checkpoints like the plain trainer's."""
 
 import json
+import os
 import resource
 import shutil
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from PIL import Image
 from test_stages import trainable
-from tiny import DENSE, MODALITIES, ROUNDING, tiny_model, tiny_processor, user
+from tiny import DENSE, MODALITIES, ROOT, ROUNDING, child_environment, picture, tiny_model, tiny_processor, user
 from tiny_training import make_own_trainer, rows, write_media
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -18,13 +22,16 @@ from trl import SFTConfig, SFTTrainer
 from uni_moe_hf import (
     UniMoEDataCollator,
     UniMoESFTTrainer,
+    export_expert,
     last_complete_checkpoint,
     moe_lora_config,
     prepare_stage,
     record_routing,
+    row_to_messages,
     sft_config,
 )
 from uni_moe_hf.mixtures.expert_adapters import read_expert
+from uni_moe_hf.training.resuming import only_run_in
 from uni_moe_hf.training.trainer import ModalityGroupedSampler
 
 
@@ -310,11 +317,23 @@ TEARS = {
     "no random state": lambda f: (f / "rng_state.pth").unlink(),
     "half a config": lambda f: (f / "adapter_config.json").write_text("{"),
     "damaged optimiser": lambda f: flip(f / "optimizer.pt"),
+    "flipped weights": lambda f: flip(f / "adapter_model.safetensors"),
+    "zeroed weights": lambda f: zero(f / "adapter_model.safetensors"),
+    "a state of one field": lambda f: (f / "trainer_state.json").write_text('{"global_step": 4}'),
+    "a state nested without end": lambda f: (f / "trainer_state.json").write_text("[" * 100_000),
+    "another config": lambda f: (f / "adapter_config.json").write_text("{}"),
 }
 
 
 def cut(file) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def zero(file) -> None:
+    """The header stays whole."""
+    content = file.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    file.write_bytes(content[:begin] + bytes(len(content) - begin))
 
 
 def flip(file) -> None:
@@ -342,6 +361,145 @@ def test_a_torn_checkpoint_is_passed_over(tear, saved, tmp_path):
 def test_without_a_checkpoint_there_is_none(tmp_path):
     assert last_complete_checkpoint(tmp_path) is None
     assert last_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_where_all_checkpoints_are_torn_nothing_starts_over(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        cut(folder / "optimizer.pt")
+    with pytest.raises(ValueError, match=r"None of the 2 checkpoints in .* \(the last: optimizer\.pt .*remove them"):
+        last_complete_checkpoint(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("layout", "change"),
+    [
+        ("a checkpoint of DeepSpeed", lambda f: [(f / "global_step4").mkdir(), (f / "optimizer.pt").unlink()]),
+        (
+            "a sharded checkpoint of FSDP",
+            lambda f: [(f / "pytorch_model_fsdp_0").mkdir(), (f / "optimizer_0").mkdir()],
+        ),
+        ("weights alone", lambda f: [(f / n).unlink() for n in ("optimizer.pt", "scheduler.pt", "rng_state.pth")]),
+    ],
+)
+def test_layouts_that_cannot_be_judged_are_named(layout, change, saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    change(tmp_path / "run" / "checkpoint-4")
+    with pytest.raises(ValueError, match=rf"checkpoint-4' holds {layout}.*name it in `resume_from_checkpoint`"):
+        last_complete_checkpoint(tmp_path / "run")
+
+
+def test_files_may_be_read_by_whom_the_umask_allows(trainer, tmp_path):
+    old = os.umask(0o022)
+    try:
+        sft = trainer(tiny_model(DENSE), "experts", save_strategy="steps", save_steps=4)
+        sft.train()
+        sft.save_model(str(tmp_path / "end"))
+        export_expert(tmp_path / "end", tmp_path / "expert")
+        tiny_model().save_pretrained(tmp_path / "model")
+    finally:
+        os.umask(old)
+    for folder in ("checkpoint-4", "end", "expert", "model"):
+        modes = {file.name: oct(file.stat().st_mode & 0o777) for file in (tmp_path / folder).iterdir()}
+        assert set(modes.values()) == {"0o644"}, modes
+
+
+def test_two_runs_in_one_folder_are_one_too_many(trainer, tmp_path):
+    waiting = "from uni_moe_hf.training.resuming import only_run_in; import sys\n"
+    waiting += "with only_run_in(sys.argv[1]): print('in', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", waiting, str(tmp_path)]
+    environment = child_environment(PYTHONPATH=str(ROOT))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as other:
+        assert other.stdout.readline() == "in\n"
+        sft = trainer(tiny_model(), "moe", max_steps=1)
+        with pytest.raises(ValueError, match=f"Another run is training in '{tmp_path}'"):
+            sft.train()
+        other.kill()
+    sft.train()  # a run that was killed holds nothing
+    with only_run_in(tmp_path), only_run_in(tmp_path):
+        assert sft.state.global_step == 1
+
+
+# ---- whose collator ----
+
+
+def beside() -> list[dict]:
+    """Rows in TRL's own form."""
+    row = {"messages": [*user({"type": "image"}, "what is it"), {"role": "assistant", "content": [ANSWER]}]}
+    return [{**row, "images": [Image.fromarray(picture(index))]} for index in range(4)]
+
+
+ANSWER = {"type": "text", "text": "a bird"}
+
+
+def first_loss(model, collator, media, tmp_path, peft_config=None, **settings) -> float:
+    args = sft_config(
+        "moe", tmp_path, use_cpu=True, bf16=False, max_steps=1, per_device_train_batch_size=2, report_to="none",
+        disable_tqdm=True, save_strategy="no", logging_steps=1, gradient_checkpointing=False, **settings,
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(beside()),
+        processing_class=tiny_processor(model.config),
+        data_collator=collator,
+        peft_config=peft_config,
+    )
+    trainer.train()
+    return trainer.state.log_history[0]["loss"]
+
+
+class Everything:
+    """Labels of all tokens but the padding, as TRL's own collator makes them; placeholders hidden, or not."""
+
+    def __init__(self, processor, hidden: bool):
+        self.processor, self.hidden = processor, hidden
+
+    def __call__(self, rows: list) -> dict:
+        chats = [row_to_messages(row) for row in rows]
+        settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        more = {"padding": True, "add_special_tokens": False}  # TRL leaves `<s>` to templates
+        batch = dict(self.processor.apply_chat_template(chats, processor_kwargs=more, **settings))
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        batch["labels"] = labels.masked_fill(labels == self.processor.image_token_id, -100) if self.hidden else labels
+        return batch
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_trls_own_collator_learns_no_placeholder(media, tmp_path, with_lora, smoothing):
+    """Its losses are those of a collator that hides them: 1e-4, as the two pad on other sides."""
+    losses = []
+    for own in (True, False):
+        model = tiny_model()
+        lora = moe_lora_config(model, lora_dropout=0.0) if with_lora else None
+        collator = None if own else Everything(tiny_processor(model.config), hidden=True)
+        losses.append(first_loss(model, collator, media, tmp_path, lora, label_smoothing_factor=smoothing))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_a_model_learns_no_placeholder_whatever_the_labels_say():
+    model, processor = tiny_model(), tiny_processor()
+    everything = Everything(processor, hidden=False)(beside()[:2])
+    hidden = Everything(processor, hidden=True)(beside()[:2])
+    expected = model(**hidden).loss
+    for forward in (model, model.forward):
+        assert torch.equal(forward(**everything).loss, expected)
+    behind = {**everything, "labels": everything["labels"].masked_fill(everything["labels"] >= 380, 5000)}
+    assert torch.equal(model(**behind).loss, expected)
+
+
+def test_our_trainer_brings_our_collator(media, tmp_path):
+    model = tiny_model()
+    args = sft_config("moe", tmp_path, use_cpu=True, bf16=False, max_steps=1, report_to="none", disable_tqdm=True)
+    parts = {"model": model, "args": args, "train_dataset": Dataset.from_list(beside())}
+    parts["peft_config"] = moe_lora_config(model)
+    trainer = UniMoESFTTrainer(**parts, processing_class=tiny_processor(model.config))
+    assert isinstance(trainer.data_collator, UniMoEDataCollator)
+    trainer.train()
+    with pytest.raises(ValueError, match="Pass the model's processor"):
+        UniMoESFTTrainer(**parts, processing_class=tiny_processor(model.config).tokenizer)
 
 
 @pytest.mark.parametrize("before", [0, 1], ids=["first", "second"])
