@@ -100,5 +100,5 @@ def __dir__() -> list[str]:
 
 
 # The command `uni-moe` answers `--help` before anything heavy is imported, and registers when it has work to do.
-if [Path(name).stem for name in sys.argv[:1]] != ["uni-moe"]:
+if [Path(name).stem for name in sys.argv[:1]] != ["uni-moe"] and "uni_moe_hf.cli" not in sys.orig_argv[:4]:
     register()

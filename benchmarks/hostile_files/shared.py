@@ -1,9 +1,10 @@
-"""What pictures, sounds and films share: bytes and damage to them, RIFF, playlists, and what is no media file at all."""
+"""What pictures, sounds and films share: bytes, damage to them, RIFF, playlists, and what is no media at all."""
 
 import contextlib
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
 
 import av
 import numpy as np
@@ -14,6 +15,8 @@ from av.codec.codec import UnknownCodecError
 # Something to call needs an encoder, which not every build of the libraries has.
 Data = bytes | Callable[[], bytes]
 Items = Iterator[tuple[str, Data]]
+Size = tuple[int, int]
+MEGABYTE = bytes(2**20)
 
 # How the libraries say that they were built without an encoder.
 UNAVAILABLE = (av.FFmpegError, UnknownCodecError, soundfile.SoundFileError, KeyError, OSError)
@@ -26,13 +29,9 @@ def attempt(make: Callable[..., bytes], *args, **options) -> bytes:
     return b""
 
 
-# Many files out of one
-
-
-def named(start: str, extension: str, files: dict[str | int, Data]) -> Items:
+def named(pattern: str, files: dict[str | int, Data]) -> Items:
     """Files whose names start and end alike."""
-    for name, data in files.items():
-        yield f"{start}-{name}.{extension}", data
+    yield from ((pattern.format(name), data) for name, data in files.items())
 
 
 def patched(data: bytes, mark: bytes, offset: int, new: bytes) -> bytes:
@@ -41,10 +40,10 @@ def patched(data: bytes, mark: bytes, offset: int, new: bytes) -> bytes:
     return data[:start] + new + data[start + len(new) :]
 
 
-def lying(start: str, extension: str, data: bytes, lies: dict[str | int, tuple[bytes, int, bytes]]) -> Items:
+def lying(pattern: str, data: bytes, lies: dict[str | int, tuple[bytes, int, bytes]]) -> Items:
     """A file `patched` in one place after the other; none if there is no file."""
     if data:
-        yield from named(start, extension, {name: patched(data, *lie) for name, lie in lies.items()})
+        yield from named(pattern, {name: patched(data, *lie) for name, lie in lies.items()})
 
 
 def flipped(data: bytes, name: str, count: int) -> bytes:
@@ -66,63 +65,45 @@ def damaged(name: str, extension: str, data: bytes, cuts: Iterable[int] = (20, 6
             yield f"{made}.{extension}", flipped(data, made, count)
 
 
-# Bytes
-
-
 def packed(bits: str, order: str = "big", last: str = "0") -> bytes:
     """Bits, given as zeros and ones, in bytes; the last byte filled."""
     bits += last * (-len(bits) % 8)
     return np.packbits(np.frombuffer(bits.encode(), np.uint8) - ord("0"), bitorder=order).tobytes()
 
 
-def zlib_of(*parts: tuple[bytes, int]) -> bytes:
-    """A zlib stream of pieces, each so many times over, in the time and memory it takes to compress every one once."""
+def zlib_of(row: bytes, count: int) -> bytes:
+    """A zlib stream of equal rows, in the time and memory it takes to compress a megabyte."""
     stream = b"\x78\xda"
     low, high = 1, 0
-    for piece, count in parts:
+    group = max(1, min(count, 2**20 // len(row)))
+    for piece, times in ((row * group, count // group), (row, count % group)):
         compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
         # A full flush ends on a whole byte and forgets what came before: what it returns may be repeated.
-        stream += (compressor.compress(piece) + compressor.flush(zlib.Z_FULL_FLUSH)) * count
+        stream += (compressor.compress(piece) + compressor.flush(zlib.Z_FULL_FLUSH)) * times
         checksum = zlib.adler32(piece)
         rise, alone = (checksum & 0xFFFF) - 1, checksum >> 16
-        high += count * (len(piece) * (low - 1) + alone) + len(piece) * rise * count * (count - 1) // 2
-        low += count * rise
+        high += times * (len(piece) * (low - 1) + alone) + len(piece) * rise * times * (times - 1) // 2
+        low += times * rise
     return stream + b"\x03\x00" + struct.pack(">I", high % 65521 << 16 | low % 65521)
-
-
-def zlib_of_rows(row: bytes, count: int) -> bytes:
-    """A zlib stream of equal rows."""
-    group = max(1, min(count, 2**20 // len(row)))
-    return zlib_of((row * group, count // group), (row, count % group))
-
-
-def zlib_of_megabytes(count: int) -> bytes:
-    """A zlib stream of zeros."""
-    return zlib_of((bytes(2**20), count))
 
 
 def crc(polynomial: int, bits: int) -> Callable[..., int]:
     """A cyclic redundancy check of bytes, highest bit first, from zero or a given number."""
-    top, mask = 1 << (bits - 1), (1 << bits) - 1
-    table = []
-    for value in range(256):
-        value <<= bits - 8
-        for _ in range(8):
-            value = (value << 1 ^ (polynomial if value & top else 0)) & mask
-        table.append(value)
+
+    def shifted(value: int, _: int) -> int:
+        return (value << 1 ^ polynomial * (value >> bits - 1)) % 2**bits
+
+    table = [reduce(shifted, range(8), byte << bits - 8) for byte in range(256)]
 
     def check(data: bytes, value: int = 0) -> int:
         for byte in data:
-            value = (value << 8 & mask) ^ table[value >> (bits - 8) ^ byte]
+            value = (value << 8) % 2**bits ^ table[value >> (bits - 8) ^ byte]
         return value
 
     return check
 
 
 crc8, crc16, crc32 = crc(0x07, 8), crc(0x8005, 16), crc(0x04C11DB7, 32)
-
-
-# RIFF
 
 
 def riff_chunk(kind: bytes, data: bytes, size: int | None = None) -> bytes:
@@ -146,7 +127,29 @@ def wave(data: bytes, *, size: int | None = None, whole: int | None = None, befo
     return riff(riff_chunk(b"fmt ", wave_format(**fields)), before, riff_chunk(b"data", data, size), size=whole)
 
 
-# No media at all
+def numbers(*values: int) -> bytes:
+    return struct.pack(f">{len(values)}I", *values)
+
+
+def box(kind: bytes, *parts: bytes) -> bytes:
+    data = b"".join(parts)
+    return struct.pack(">I", len(data) + 8) + kind + data
+
+
+def with_box(data: bytes, kind: bytes, new: bytes | Callable[[bytes], bytes] | None) -> bytes:
+    """An MP4 file whose boxes of a kind have other contents, made of the old if need be; None leaves them out."""
+    made, start = b"", 0
+    while start < len(data):
+        size, found = struct.unpack_from(">I4s", data, start)
+        inner = data[start + 8 : start + size]
+        if found == kind:
+            made += b"" if new is None else box(kind, new(inner) if callable(new) else new)
+        elif found in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"dinf", b"mvex", b"moof", b"traf"):
+            made += box(found, with_box(inner, kind, new))
+        else:
+            made += data[start : start + size]
+        start += size
+    return made
 
 
 def everywhere(kind: str, extension: str) -> Items:
@@ -154,20 +157,12 @@ def everywhere(kind: str, extension: str) -> Items:
     generator = np.random.default_rng(0)
     page = "<!DOCTYPE html><html><head><title>404</title></head><body>" + "<p>Not found</p>" * 200 + "</body></html>"
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d7a' * 16}\nsize 12345\n"
-    files = {
-        "empty": b"",
-        "of-one-byte": b"\x89",
-        "of-zeros": bytes(100_000),
-        "of-ones": b"\xff" * 100_000,
-        "of-noise": generator.bytes(100_000),
-        "of-text": b"not a file of media\n" * 5000,
-        "of-one-long-line": b"a" * 1_000_000,
-        "error-page": page.encode(),
-        "git-lfs-pointer": pointer.encode(),
-        "of-json": b"[" * 100_000,
-        "of-utf-16": ("\ufeff" + "média 🙂\n" * 1000).encode("utf-16-le"),
-    }
-    yield from named(kind, extension, files)
+    yield from named(f"{kind}-{{}}.{extension}", {
+        "empty": b"", "of-one-byte": b"\x89", "of-zeros": bytes(100_000), "of-ones": b"\xff" * 100_000,
+        "of-noise": generator.bytes(100_000), "of-text": b"not a file of media\n" * 5000,
+        "of-one-long-line": b"a" * 1_000_000, "error-page": page.encode(), "git-lfs-pointer": pointer.encode(),
+        "of-json": b"[" * 100_000, "of-utf-16": ("\ufeff" + "média 🙂\n" * 1000).encode("utf-16-le"),
+    })  # fmt: skip
     yield f"{kind}-without-extension", generator.bytes(3000)
 
 

@@ -1,6 +1,7 @@
 """`uni-moe`: what it prints, its exit codes, and one sentence for whatever goes wrong."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
-from tiny import picture, tiny_model, tiny_processor, tone
+from safetensors.torch import load_file, save_file
+from tiny import ROOT, picture, tiny_model, tiny_processor, tone
 
 from uni_moe_hf import record_routing
 from uni_moe_hf.cli import main
@@ -303,3 +305,73 @@ def test_routing_of_the_command_equals_the_functions(checkpoint, media, capsys):
         model(**inputs)
     out = run(capsys, "routing", checkpoint, "--speech", media / "bell.wav", "--json")[1]
     assert json.loads(out) == routing.report().to_dict()
+
+
+# ---- what a file can cause ----
+
+BROKEN = {
+    "a lost connector": lambda f: lose(f, "model.vision_connector.projector.0.weight"),
+    "a config of another size": lambda f: edited(f / "config.json", lambda c: c["text_config"].update(hidden_size=64)),
+    "a thousand million experts": lambda f: edited(
+        f / "config.json", lambda c: c["text_config"].update(num_experts=10**9)
+    ),
+    "a million layers": lambda f: edited(
+        f / "config.json", lambda c: c["text_config"].update(num_hidden_layers=10**6)
+    ),
+    "a negative size": lambda f: edited(f / "config.json", lambda c: c["audio_config"].update(hidden_size=-4)),
+    "a text for a number": lambda f: edited(f / "config.json", lambda c: c["text_config"].update(rms_norm_eps="x")),
+    "a config that is a list": lambda f: (f / "config.json").write_text("[]"),
+    "a config that is cut": lambda f: (f / "config.json").write_text((f / "config.json").read_text()[:500]),
+    "no processor": lambda f: (f / "processor_config.json").unlink(),
+    "half a processor": lambda f: edited(f / "processor_config.json", lambda c: c.pop("feature_extractor")),
+    "a setting out of range": lambda f: edited(f / "processor_config.json", lambda c: c.update(video_frames=10**9)),
+    "a damaged template": lambda f: (f / "chat_template.jinja").write_text("{% for x in %}{{ y"),
+    "a template that fails": lambda f: (f / "chat_template.jinja").write_text("{{ messages[9].role.x.y }}"),
+    "a damaged tokenizer": lambda f: (f / "tokenizer.json").write_text('{"model": {}}'),
+    "a tokenizer that is binary": lambda f: (f / "tokenizer.json").write_bytes(bytes(range(256))),
+    "generation settings that are none": lambda f: (f / "generation_config.json").write_text('{"eos_token_id": "x"}'),
+    "weights that are text": lambda f: (f / "model.safetensors").write_text("hello"),
+    "no weights": lambda f: (f / "model.safetensors").unlink(),
+}
+
+
+def edited(file: Path, change) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def lose(folder: Path, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint_is_one_sentence(checkpoint, tmp_path, capsys, name):
+    shutil.copytree(checkpoint, tmp_path / "broken")
+    BROKEN[name](tmp_path / "broken")
+    code, out, err = run(capsys, "generate", tmp_path / "broken", "--text", "hi", "--max-new-tokens", 2)
+    assert (code, out) == (1, "") and err.startswith("uni-moe: ") and err.count("\n") == 1, (code, out, err)
+    assert len(err) < 700 and "Traceback" not in err and " at 0x" not in err
+
+
+def test_a_person_who_asks_hears_nothing_of_optional_libraries(checkpoint):
+    command = [
+        sys.executable,
+        "-m",
+        "uni_moe_hf.cli",
+        "generate",
+        str(checkpoint),
+        "--text",
+        "hi",
+        "--max-new-tokens",
+        "2",
+    ]
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHAO_FORCE_SKIP_LOADING_SO_FILES"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_empty_question_is_no_question(checkpoint, capsys):
+    assert "The text is empty" in run(capsys, "generate", checkpoint, "--text", " ")[2]

@@ -692,3 +692,26 @@ def test_model_loads_from_a_file_without_its_queries(tmp_path):
             assert torch.equal(parameter, weights[name]), name
     for connector in (loaded.model.speech_connector, loaded.model.audio_connector):
         assert len(connector.query_tokens[0].unique(dim=0)) == connector.query_tokens.shape[1]
+
+
+def test_videos_of_different_lengths_are_those_alone():
+    """Frames that only fill a row up count for nothing, in both ways of pooling (1e-5: another order of sums)."""
+    for pooling in ("mean", "none"):
+        model = tiny_model(video_pooling=pooling)
+        videos = torch.randn(2, 4, 3, 16, 16)
+        mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+        found = model.get_video_features(videos, mask).pooler_output.flatten(0, 1)
+        alone = [model.get_video_features(videos[row : row + 1, : mask[row].sum()]).pooler_output for row in (0, 1)]
+        torch.testing.assert_close(found, torch.cat([each.flatten(0, 1) for each in alone]), atol=1e-5, rtol=1e-5)
+
+
+def test_a_conversation_beyond_the_decoders_positions_is_told_once(caplog):
+    model = tiny_model({"max_position_embeddings": 12})
+    inputs = make_inputs(model.config, (13,))
+    for _ in range(2):
+        with torch.no_grad():
+            model(**inputs)
+    assert caplog.text.count("The conversation has 14 tokens, media included, and the decoder was made for 12") == 1
+    caplog.clear()
+    model.generate(**make_inputs(model.config, (8,)), max_new_tokens=8, min_new_tokens=8)
+    assert "has 13 tokens" in caplog.text

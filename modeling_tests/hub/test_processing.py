@@ -25,7 +25,7 @@ from tiny import ROUNDING, film, picture, tiny_config, tiny_model, tiny_processo
 from transformers import AutoProcessor, LlamaTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from uni_moe_hf import UniMoEProcessor
+from uni_moe_hf import UniMoEDataCollator, UniMoEProcessor
 from uni_moe_hf.hub.media_uni_moe import load_waveform
 from uni_moe_hf.mixtures.composition import build_processor
 
@@ -1082,3 +1082,39 @@ def test_an_assistant_may_speak_first_in_a_template_without_marks(processor):
     )
     ids, mask = np.array(inputs["input_ids"]).reshape(-1), np.array(inputs["assistant_masks"]).reshape(-1)
     assert processor.tokenizer.decode(ids[mask == 1]).strip() == "a bird"
+
+
+# ---- a call leaves no trace ----
+
+
+def test_what_calls_and_collators_set_is_neither_kept_nor_saved(tmp_path):
+    processor = tiny_processor()
+    processor.save_pretrained(tmp_path / "made")
+    for _ in range(2):
+        UniMoEDataCollator(processor)([{"messages": [*user("hello"), turn("yes")]}] * 2)
+        processor(text=["hello", "what is it"], padding="max_length", max_length=9, truncation=True)
+        assert processor(text="what is it what is it")["input_ids"][0][-1] == processor(text="it")["input_ids"][0][-1]
+    tokenizer = processor.tokenizer  # as other libraries call it, past the processor
+    tokenizer(["hello", "what is it"], padding=True, padding_side="right", truncation=True, max_length=4)
+    tokenizer.padding_side = "right"
+    processor.save_pretrained(tmp_path / "used")
+    assert tokenizer.padding_side == "right"  # of the caller's object
+    for file in (tmp_path / "made").iterdir():
+        assert file.read_bytes() == (tmp_path / "used" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_raw_prompts_are_padded_on_the_left_whatever_the_tokenizer_says(side):
+    processor = tiny_processor()
+    processor.tokenizer.padding_side = side
+    mask = processor(text=["hello", "what is it what"], padding=True, return_tensors="pt")["attention_mask"]
+    assert mask[0, 0] == 0 and mask[:, -1].all()
+    mask = processor(text=["hello", "what is it"], padding=True, padding_side="right", return_tensors="pt")
+    assert mask["attention_mask"][0, -1] == 0
+
+
+def test_labels_put_into_a_batch_name_no_placeholder(processor):
+    batch = processor(text="<image> what", images=picture(), return_tensors="pt")
+    batch["labels"] = batch["input_ids"].clone()
+    assert (batch["labels"] == -100).sum() == 4
+    assert torch.equal(batch["labels"] == -100, batch["input_ids"] == processor.image_token_id)

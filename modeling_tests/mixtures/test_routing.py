@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -246,3 +247,16 @@ def test_a_dense_model_and_a_foreign_one_are_refused():
 
 
 # Connectors
+
+
+def test_a_model_that_runs_in_several_threads_is_counted_whole():
+    model = tiny_model()
+    batches = [make_inputs(model.config, (5 + index, "image"), (3,), seed=index) for index in range(6)]
+    with record_routing(model) as routing, torch.no_grad():
+        for inputs in batches:
+            model(**inputs)
+    expected = routing.report().counts
+    for _ in range(5):
+        with record_routing(model) as routing, ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda inputs: torch.no_grad()(lambda: model(**inputs))(), batches))
+        assert torch.equal(routing.report().counts, expected)

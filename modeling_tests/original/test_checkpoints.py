@@ -1,6 +1,8 @@
 """Reading and writing checkpoints a tensor at a time: the library reads what is written, memory stays small."""
 
 import json
+import os
+import random
 import subprocess
 import sys
 import textwrap
@@ -10,7 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from uni_moe_hf.original.checkpoints import TensorFiles, TensorInfo, new_folder, weight_files, write_safetensors
+from uni_moe_hf.original.checkpoints import (
+    TensorFiles,
+    TensorInfo,
+    load_pickle,
+    new_folder,
+    weight_files,
+    write_safetensors,
+)
 
 
 DTYPES = [
@@ -121,7 +130,7 @@ def test_memory_does_not_grow_with_the_files(new_format, limit, tmp_path):
     script = f"""
         import re, torch
         from pathlib import Path
-        from uni_moe_hf.original.checkpoints import TensorFiles, write_safetensors
+        from uni_moe_hf.original.checkpoints import TensorFiles, load_pickle, write_safetensors
         # Not `getrusage`: a child begins with its parent's peak.
         peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
         folder = Path({str(tmp_path)!r})
@@ -138,3 +147,43 @@ def test_memory_does_not_grow_with_the_files(new_format, limit, tmp_path):
     assert 0 < int(run.stdout) < limit  # MB
     state = load_file(tmp_path / "model.safetensors")
     assert all((state[str(index)] == index + 1).all() for index in range(64))
+
+
+def damaged(data: bytes, seed: int) -> bytes:
+    """A few bytes of a file changed, or its end lost."""
+    draw = random.Random(seed)
+    changed = bytearray(data)
+    for _ in range(draw.randint(1, 6)):
+        changed[draw.randrange(min(len(data), 1500))] = draw.randrange(256)
+    return bytes(changed[: draw.randrange(len(data)) if seed % 4 == 0 else None])
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_a_damaged_pickle_is_read_or_refused_by_one_sentence(new_format, tmp_path):
+    torch.save(
+        {"a": some(torch.float32, 4, 4), "b": {"c": [1, 2]}},
+        tmp_path / "whole",
+        _use_new_zipfile_serialization=new_format,
+    )
+    data, refused = (tmp_path / "whole").read_bytes(), 0
+    for seed in range(300):
+        (tmp_path / "x").write_bytes(damaged(data, seed))
+        try:
+            load_pickle(tmp_path / "x")
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error).strip() and " at 0x" not in str(error)
+    assert refused > 50
+
+
+def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, others = tmp_path / f".new.{dead.pid}-abc.partial", tmp_path / f".other.{dead.pid}-abc.partial"
+    living = tmp_path / f".new.{os.getpid()}-abc.partial"
+    for folder in (left, others, living):
+        folder.mkdir()
+        (folder / "half").write_text("")
+    with new_folder(tmp_path / "new"):
+        pass
+    assert not left.exists() and living.exists() and others.exists()

@@ -1042,3 +1042,34 @@ def test_the_command_goes_back(converted, tmp_path, capsys):
     assert main(["convert", "--reverse", str(converted["audio", "keep"]), "--output", str(tmp_path / "back")]) == 0
     assert "in the original's layout" in capsys.readouterr().out
     assert_same_files(tmp_path / "back", FIXTURES / "audio")
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_dump_of_all_that_was_trained_counts_less_than_the_files_of_its_parts(variant, same, tmp_path):
+    """As the original writes it during training: routers and the audio projector stand in it as well."""
+    arguments = write_original(tmp_path / "in", variant=variant, layers=2)
+    convert_checkpoint(output=tmp_path / "plain", **arguments)
+    folder = arguments["finetuned"]
+
+    def dump(tensors: dict) -> dict:
+        for name in ("mm_audio_aligner", "mlp_gates"):
+            for key, value in read(folder / f"{name}.bin").items():
+                key = key if key.startswith("base_model.model.") else f"base_model.model.{key}"
+                tensors[key] = value.clone() if same else value + 1
+        return tensors
+
+    edit(folder / "non_lora_trainables.bin", dump)
+    convert_checkpoint(output=tmp_path / "dumped", **arguments)
+    plain, dumped = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "dumped"))
+    assert plain.keys() == dumped.keys() and all(torch.equal(plain[name], dumped[name]) for name in plain)
+
+
+@pytest.mark.parametrize("layers", [10**9, 10**6, -1, 0])
+def test_an_absurd_number_of_layers_is_refused_at_once(layers, tmp_path, capsys):
+    arguments = copy_fixture("speech", tmp_path / "in")
+    for file in (tmp_path / "in").glob("*/config.json"):
+        if "num_hidden_layers" in file.read_text() and file.parent.name in ("base", "finetuned"):
+            set_config(file, num_hidden_layers=layers)
+    message = convert_by_command(arguments, tmp_path / "out", capsys)
+    assert "num_hidden_layers" in message or "layers but layer" in message

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from transformers import WhisperConfig
 
-from ..hub.configuration_uni_moe import BeatsConfig
+from ..hub.configuration_uni_moe import MAX_DEPTH, BeatsConfig
 from .checkpoints import TensorInfo
 
 
@@ -323,6 +323,9 @@ def text_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "num_experts_per_tok"):
         if config.get(field) is None:
             raise ValueError(f"'{source}' does not state `{field}`; use the config.json that came with the weights.")
+    depth = config["num_hidden_layers"]
+    if not isinstance(depth, int) or not 1 <= depth <= MAX_DEPTH:
+        raise ValueError(f"'{source}' states `num_hidden_layers={depth!r}`, which must lie between 1 and {MAX_DEPTH}.")
     for field, known in (("mm_projector_type", "mlp2x_gelu"), ("audio_projector_type", "linear")):
         if config.get(field, known) != known:
             raise ValueError(f"'{source}' has `{field}={config[field]!r}`, but only {known!r} was ever released.")

@@ -1,0 +1,88 @@
+"""Options of the scripts: what they say is done, or refused."""
+
+import json
+
+import pytest
+from tiny import tiny_processor
+from tiny_training import rows, write_media
+from trl import SFTConfig
+
+from uni_moe_hf import StageArguments
+from uni_moe_hf.training.options import PartsArguments, parse_options
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = write_media(tmp_path_factory.mktemp("data"))
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows(8))))
+    (folder / "held_out.jsonl").write_text("\n".join(map(json.dumps, rows(3))))
+    return folder
+
+
+def parsed(tmp_path, *args: str) -> tuple[StageArguments, SFTConfig]:
+    return parse_options((StageArguments, SFTConfig), ["--output_dir", str(tmp_path), "--report_to", "none", *args])
+
+
+def test_without_a_gpu_a_run_takes_the_cpu_and_float32(tmp_path):
+    _, training = parsed(tmp_path)
+    assert training.use_cpu and not training.bf16
+    assert parsed(tmp_path, "--bf16", "true")[1].bf16
+    (tmp_path / "x.yaml").write_text("bf16: true\n")
+    assert parsed(tmp_path, "--config", str(tmp_path / "x.yaml"))[1].bf16
+
+
+def test_rows_are_streamed_and_sampled_as_the_options_say(data, tmp_path):
+    name = ["--dataset_name", str(data / "rows.jsonl")]
+    whole, _ = parsed(tmp_path, *name)
+    streamed, _ = parsed(tmp_path, *name, "--dataset_streaming", "--question", "a", "b", "--columns", "x=image")
+    assert len(whole.rows()) == 8 and not hasattr(streamed.rows(), "__len__")
+    assert streamed.question == ["a", "b"]
+    processor = tiny_processor()
+    for args in (whole, parsed(tmp_path, *name, "--dataset_streaming")[0]):
+        sizes = [len(batch["input_ids"]) for batch in args.sample(args.rows(), processor, 4, batch_size=3)]
+        assert sizes == [3, 1]
+
+
+def test_a_split_to_evaluate_on_is_read_or_refused(data, tmp_path):
+    name = ["--dataset_name", str(data / "rows.jsonl")]
+    args, training = parsed(tmp_path, *name)
+    assert args.eval_rows(training) is None
+    args, training = parsed(tmp_path, *name, "--dataset_test_split", "held_out")
+    with pytest.raises(ValueError, match="nothing is evaluated; add `--eval_strategy`"):
+        args.eval_rows(training)
+    evaluated = [*name, "--eval_strategy", "steps", "--eval_steps", "1"]
+    args, training = parsed(tmp_path, *evaluated)
+    with pytest.raises(ValueError, match="has no splits; there is no 'test'"):
+        args.eval_rows(training)
+    args, training = parsed(tmp_path, *evaluated, "--dataset_test_split", str(data / "held_out.jsonl"))
+    assert len(args.eval_rows(training)) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--dtype", "float8"], "`dtype` is 'float8'"),
+        (["--ignore_bias_buffers"], "`ignore_bias_buffers` is for models with boolean masks"),
+    ],
+)
+def test_options_that_cannot_be_honoured_are_refused(options, reason, tmp_path):
+    with pytest.raises(ValueError, match=reason):
+        parsed(tmp_path, *options)
+
+
+def test_options_of_data_that_mean_nothing_are_refused(data, tmp_path):
+    args, _ = parsed(tmp_path, "--dataset_name", str(data / "rows.jsonl"), "--dataset_config", "en")
+    with pytest.raises(ValueError, match="no configurations; leave out 'en'"):
+        args.rows()
+    with pytest.raises(ValueError, match="There are no data"):
+        parsed(tmp_path)[0].rows()
+
+
+def test_loading_is_told_the_dtype_and_the_attention(tmp_path):
+    args, *_ = parse_options(
+        (StageArguments, SFTConfig, PartsArguments),
+        ["--llm", "x", "--output_dir", str(tmp_path), "--dtype", "bfloat16", "--attn_implementation", "eager"],
+    )
+    assert (
+        args.loading() == {"dtype": "bfloat16", "attn_implementation": "eager"} and parsed(tmp_path)[0].loading() == {}
+    )
