@@ -12,6 +12,7 @@ SMALLEST = {
     "bench_conversion.py": ["--layers", "2", "--hidden", "512", "--inner", "1376", "--shards", "1", "--repeats", "1"],
     "bench_experts.py": ["--only", "tiny E4", "--repeats", "2"],
     "bench_frontends.py": ["--repeats", "2"],
+    "bench_hostile_files.py": ["--limit", "60"],
     "bench_parity.py": [],
     "bench_routing.py": ["--repeats", "2"],
     "bench_training_logs.py": ["--repeats", "2", "--steps", "2"],

@@ -32,6 +32,7 @@ PROCESSOR_FILES = {
     "configuration_uni_moe.py",
     "conversations_uni_moe.py",
     "feature_extraction_uni_moe.py",
+    "files_uni_moe.py",
     "media_uni_moe.py",
     "processing_uni_moe.py",
 }
@@ -263,6 +264,7 @@ def test_a_saved_model_brings_all_its_code(child):
     assert set(config["auto_map"]) == {
         "AutoConfig",
         "AutoModel",
+        "AutoModelForCausalLM",
         "AutoModelForImageTextToText",
         "AutoModelForMultimodalLM",
     }

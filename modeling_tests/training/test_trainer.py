@@ -11,16 +11,30 @@ from functools import partial
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from PIL import Image
 from test_stages import trainable
-from tiny import DENSE, MODALITIES, ROOT, ROUNDING, child_environment, picture, tiny_model, tiny_processor, user
+from tiny import (
+    DENSE,
+    MIXED,
+    MODALITIES,
+    ROOT,
+    ROUNDING,
+    assert_logits_equal,
+    child_environment,
+    make_inputs,
+    picture,
+    tiny_model,
+    tiny_processor,
+    user,
+)
 from tiny_training import make_own_trainer, rows, write_media
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from uni_moe_hf import (
     UniMoEDataCollator,
+    UniMoEForConditionalGeneration,
     UniMoESFTTrainer,
     export_expert,
     last_complete_checkpoint,
@@ -528,6 +542,17 @@ def test_an_unwritable_folder_is_refused_before_anything_is_trained(trainer, tmp
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(PermissionError, match=f"'{tmp_path}' cannot be written to"):
         trainer(tiny_model(), "moe")
+
+
+def test_an_adapter_loads_with_its_base_by_its_own_name(trainer, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = UniMoEForConditionalGeneration.from_pretrained(tmp_path / "base")
+    sft = trainer(model, "moe", max_steps=1, output_dir=tmp_path / "run")
+    sft.train()
+    sft.save_model(str(tmp_path / "adapter"))
+    loaded, inputs = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"), make_inputs(model.config, MIXED)
+    with torch.no_grad():
+        assert_logits_equal(loaded.eval()(**inputs).logits, sft.model.eval()(**inputs).logits, ROUNDING)
 
 
 def test_an_adapter_of_another_model_is_refused_by_peft(saved):

@@ -295,20 +295,25 @@ def opened(source: str | bytes) -> Iterator[Any]:
         file.seek(0)
         # From an open file, so that no name inside it can open another.
         bounds = {"format_whitelist": DEMUXERS, "protocol_whitelist": "none"}
-        with av.open(_Reader(file), container_options=bounds) as container:
+        with av.open(Reader(file), container_options=bounds) as container:
             yield container
 
 
-class _Reader:
-    """An open file whose seeks may fail: PyAV would print what they raise."""
+class Reader:
+    """
+    An open file whose seeks may fail: PyAV would print what they raise.
+
+    Args:
+        file (`BinaryIO`): It.
+    """
 
     def __init__(self, file: BinaryIO):
-        self.read, self.tell, self._seek = file.read, file.tell, file.seek
+        self.file, self.read, self.tell = file, file.read, file.tell
 
     def seek(self, offset: int, whence: int = 0) -> int:
         """The new position, or -1."""
         try:
-            return self._seek(offset, whence)
+            return self.file.seek(offset, whence)
         except (OSError, ValueError):
             return -1
 
