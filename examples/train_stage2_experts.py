@@ -29,8 +29,9 @@ from uni_moe_hf.training.stages import stage_table
 def main(script_args: StageArguments, training_args: SFTConfig, expert: ExpertArguments) -> None:
     set_seed(training_args.seed)  # before anything starts at random: the trainer's own call comes after that
     rows, eval_rows = script_args.rows(), script_args.eval_rows(training_args)
-    model = load_whole(UniMoEForConditionalGeneration, expert.model_name_or_path, **script_args.loading())
     processor = AutoProcessor.from_pretrained(expert.model_name_or_path)
+    script_args.check_modalities(rows, expert.modalities, processor._ear("audio"))
+    model = load_whole(UniMoEForConditionalGeneration, expert.model_name_or_path, **script_args.loading())
     lora = {"r": expert.lora_r, "lora_alpha": expert.lora_alpha}
     trainer = UniMoESFTTrainer(
         model=model,

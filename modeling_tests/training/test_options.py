@@ -34,7 +34,7 @@ def test_without_a_gpu_a_run_takes_the_cpu_and_float32(tmp_path):
 def test_rows_are_streamed_and_sampled_as_the_options_say(data, tmp_path):
     name = ["--dataset_name", str(data / "rows.jsonl")]
     whole, _ = parsed(tmp_path, *name)
-    streamed, _ = parsed(tmp_path, *name, "--dataset_streaming", "--question", "a", "b", "--columns", "x=image")
+    streamed, _ = parsed(tmp_path, *name, "--dataset_streaming", "--question", "a", "b")
     assert len(whole.rows()) == 8 and not hasattr(streamed.rows(), "__len__")
     assert streamed.question == ["a", "b"]
     processor = tiny_processor()
@@ -52,7 +52,7 @@ def test_a_split_to_evaluate_on_is_read_or_refused(data, tmp_path):
         args.eval_rows(training)
     evaluated = [*name, "--eval_strategy", "steps", "--eval_steps", "1"]
     args, training = parsed(tmp_path, *evaluated)
-    with pytest.raises(ValueError, match="has no splits; there is no 'test'"):
+    with pytest.raises(ValueError, match="a file without splits, so without 'test'; name another"):
         args.eval_rows(training)
     args, training = parsed(tmp_path, *evaluated, "--dataset_test_split", str(data / "held_out.jsonl"))
     assert len(args.eval_rows(training)) == 3
@@ -86,3 +86,16 @@ def test_loading_is_told_the_dtype_and_the_attention(tmp_path):
     assert (
         args.loading() == {"dtype": "bfloat16", "attn_implementation": "eager"} and parsed(tmp_path)[0].loading() == {}
     )
+
+
+def test_a_row_that_cannot_be_used_is_told_before_models_are_loaded(data, tmp_path):
+    (tmp_path / "rows.csv").write_text("photo,label\n0.png,a bird\n")
+    name = ["--dataset_name", str(tmp_path / "rows.csv")]
+    with pytest.raises(ValueError, match=r"Row 1 of '.*rows\.csv' cannot be used: .*photo=image"):
+        parsed(tmp_path, *name)[0].rows()
+    args, _ = parsed(tmp_path, *name, "--columns", "photo=image", "label=caption")
+    rows = args.rows()
+    assert rows[0]["answer"] == "a bird"
+    args.check_modalities(rows, ["image"], "audio")
+    with pytest.raises(ValueError, match="The expert is for speech, but of 1 rows none holds it; they hold image"):
+        args.check_modalities(rows, ["speech"], "audio")

@@ -8,6 +8,9 @@ from typing import Any
 from .common import load_config
 
 
+MAX_LISTED = 100  # rows that are named one by one
+
+
 def add_command(commands: Any) -> None:
     """Options of `uni-moe data check`."""
     data = commands.add_parser("data", help="Look at training data.", description="Look at training data.")
@@ -32,12 +35,17 @@ def run(args: argparse.Namespace) -> int:
     modalities = load_config(args.model).modalities if args.model else MODALITIES
     source = args.source[0] if len(args.source) == 1 else args.source
     reading = {name: getattr(args, name) for name in ("split", "config", "columns", "question")}
-    count, unread = 0, Counter()
-    for number, reason in check_rows(source, modalities, args.voice, not args.no_decode, unread, **reading):
-        sys.stdout.write(f"row {number}: {reason}\n")
+    count, unread, kinds = 0, Counter(), Counter()
+    for number, reason in check_rows(source, modalities, args.voice, not args.no_decode, unread, kinds, **reading):
+        if count < MAX_LISTED:
+            sys.stdout.write(f"row {number}: {reason}\n")
         count += 1
+    if count > MAX_LISTED:
+        sys.stdout.write(f"... and {count - MAX_LISTED} more\n")
     for name, rows in unread.items():
         sys.stdout.write(f"nothing is made of the field '{name}' ({rows} row{'s' * (rows != 1)})\n")
+    held = ", ".join(f"{rows} of {kind}" for kind, rows in kinds.most_common())
+    sys.stdout.write(f"rows that can be used: {held or 'none'}\n")
     named = " ".join(args.source)
     sys.stdout.write(f"{named}: {f'{count} rows cannot be used' if count else 'every row can be used'}\n")
     return int(count > 0)

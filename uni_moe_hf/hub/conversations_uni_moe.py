@@ -413,6 +413,9 @@ class ConversationMixin:
                 )
             if not isinstance(text := part.get("text") or "", str):
                 raise ValueError(f"The text of a message part is a {type(text).__name__}; it must be text.")
+            others = [name for name in part if name not in ("type", "text", *LEARNED_KEYS)]
+            if not text and others:
+                raise ValueError(f"A part of type 'text' has no 'text' but {others}; put what it says into 'text'.")
             self._warn_of(part, kind, ("text", *LEARNED_KEYS))
             return {"type": "text", "text": self._as_text(text), "learned": _is_learned(part)}
         if part.get("text"):

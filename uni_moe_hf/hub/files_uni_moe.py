@@ -55,7 +55,9 @@ MAX_MP4_BOXES, MAX_MP4_TRACKS, MAX_MP4_DEPTH = 200_000, 64, 12
 MAX_FRAME_BYTES = 24 << 20
 MAX_FRAME_PIXELS = str(MAX_FRAME_BYTES * 2 // 3)
 # Of one file: frames, and seconds of computing that reading a clip may take.
-MAX_FILE_FRAMES, MAX_DECODE_SECONDS = 2_000_000, 15
+MAX_FILE_FRAMES, MAX_DECODE_SECONDS = 2_000_000, 10
+# Codecs of still pictures, which make room for whatever size each of them says that it has.
+STILLS = ("png", "apng", "tiff", "webp", "jpeg2000", "libopenjpeg", "jpegls", "bmp", "exr", "dpx", "psd", "targa")
 # Of a process that decord runs in, in bytes.
 MAX_DECORD_BYTES = 4 << 30
 
@@ -233,9 +235,15 @@ def reason(error: BaseException) -> str:
     if getattr(error, "errno", None) and type(error).__module__.startswith("av."):
         if error.errno == 22:  # how FFmpeg says that a demuxer is not among those allowed
             return "it is no container of sound or pictures that holds its own data"
-        return str(error.strerror)
+        return str(error.strerror) if error.errno > 1000 else "it is damaged"  # small numbers are the system's
     if isinstance(error, MemoryError):
         return "there is not enough memory for it"
+    if isinstance(error, AssertionError) and not str(error):
+        return "it is damaged"
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "it is of no known kind"
+    if error.args and isinstance(error.args[0], bytes):
+        error = ValueError(error.args[0].decode("utf-8", "replace"))
     text = re.sub(r"<[\w.]+ object at 0x[0-9a-fA-F]+>", "it", str(error)) or type(error).__name__
     return " ".join(text.split())[:300].rstrip(".")
 
@@ -342,6 +350,8 @@ def audio_blocks(source: str | bytes) -> tuple[int, Iterator[np.ndarray]]:
     with opened(source) as container:
         if not container.streams.audio:
             raise ValueError("it has no sound track")
+        if container.streams.audio[0].codec_context is None:
+            raise ValueError("its sound is coded in an unknown way")
         return container.streams.audio[0].rate, blocks()
 
 
@@ -362,6 +372,8 @@ def _video_stream(container: Any) -> Any:
     stream = next(iter(container.streams.video), None)
     if stream is None:
         raise ValueError("it has no pictures")
+    if stream.codec_context is None or stream.codec_context.name in STILLS:
+        raise ValueError("its pictures are coded in a way that is not read")
     _check_frame(stream.codec_context)
     stream.codec_context.options = {"max_pixels": MAX_FRAME_PIXELS}  # what the header said may be another number
     stream.thread_count = 1

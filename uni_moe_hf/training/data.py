@@ -24,6 +24,7 @@ from .rows import describe_row, parts_of, rooted, row_to_messages, unread_fields
 logger = logging.get_logger(__name__)
 
 # What stands where every row of a batch was skipped, and how many such batches may follow each other.
+NO_ROW = "an empty row in place of"
 EMPTY_ROW = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
 MAX_BARREN = 100
 
@@ -97,7 +98,7 @@ class UniMoEDataCollator:
             raise ValueError(f"No row of the last {MAX_BARREN} batches could be used: {dict(self.skipped)}.")
         skipped = len(rows) - len(named)
         if not batch:
-            named = [(f"an empty row in place of {len(rows)} that were skipped", EMPTY_ROW)]
+            named = [(f"{NO_ROW} {len(rows)} that were skipped", EMPTY_ROW)]
             batch = self._encode([EMPTY_ROW], learned=False)
         if self.describe_rows:
             batch |= {"rows": [name for name, _ in named], "num_skipped": skipped}
@@ -187,6 +188,7 @@ def check_rows(
     voice: str = "speech",
     decode: bool = True,
     unread: Counter[str] | None = None,
+    kinds: Counter[str] | None = None,
     **reading: Any,
 ) -> Iterator[tuple[int, str]]:
     r"""
@@ -198,6 +200,7 @@ def check_rows(
         voice (`str`, *optional*, defaults to `"speech"`): What the original format's `voice` files are.
         decode (`bool`, *optional*, defaults to `True`): Whether media are decoded, and not only looked for.
         unread (`Counter`, *optional*): Gets the fields that nothing is made of, and in how many rows they stand.
+        kinds (`Counter`, *optional*): Gets how many of the rows that can be used hold which modalities.
         reading: `split`, `config`, `columns` and `question` as in [`~row_files.load_rows`].
 
     Yields:
@@ -213,12 +216,16 @@ def check_rows(
         try:
             root = row.get("_root")
             messages = rooted(_learnable(row_to_messages(row, voice)), None if root is None else Path(root))
-            _check_row(messages, allowed, decode)
+            held = _check_row(messages, allowed, decode)
+            if kinds is not None:
+                kinds["+".join(held) or "text"] += 1
         except Exception as error:  # whatever a row can cause is said of that row
-            yield row["_row"], reason(error)
+            several = f"'{row['_source']}': " if isinstance(source, list | tuple | Mapping) else ""
+            yield row["_row"], several + reason(error)
 
 
-def _check_row(messages: list[dict], allowed: set[str], decode: bool) -> None:
+def _check_row(messages: list[dict], allowed: set[str], decode: bool) -> list[str]:
+    """The modalities of a row that can be used."""
     checker = _Checker(allowed)
     conversations, _ = checker._conversations([messages], VICUNA_CHAT_TEMPLATE)
     roles = [message["role"] for message in conversations[0]]
@@ -229,6 +236,8 @@ def _check_row(messages: list[dict], allowed: set[str], decode: bool) -> None:
         for part in message["content"]:
             if part["type"] != "text":
                 _check_part(part["type"], part["source"], allowed, decode)
+    found = {part["type"] for message in conversations[0] for part in message["content"]}
+    return [modality for modality in MODALITIES if modality in found]
 
 
 class _Checker(ConversationMixin):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from trl import ScriptArguments, SFTConfig, TrlParser
 from ..hub.processing_uni_moe import UniMoEProcessor
 from .data import UniMoEDataCollator
 from .row_files import load_rows
+from .rows import describe_row, row_modalities, row_to_messages
+
+
+# Rows that are looked at to see what kinds of media there are.
+SAMPLE = 200
 
 
 @dataclass
@@ -83,7 +89,7 @@ class StageArguments(ScriptArguments):
     def _load(self, source: str | None, split: str) -> Dataset | IterableDataset:
         if source is None:
             raise ValueError("There are no data; name a file, a folder or a data set with --dataset_name.")
-        return load_rows(
+        rows = load_rows(
             source,
             split,
             self.dataset_streaming,
@@ -91,6 +97,37 @@ class StageArguments(ScriptArguments):
             columns=self.columns,
             question=self.question,
         )
+        if not self.skip_bad_rows:  # before models are loaded in vain
+            for row in rows.take(1):
+                try:
+                    row_to_messages(row)
+                except ValueError as error:
+                    raise ValueError(f"{describe_row(row)} cannot be used: {error}.") from error
+        return rows
+
+    def check_modalities(self, rows: Dataset | IterableDataset, modalities: list[str], ear: str) -> None:
+        """
+        Args:
+            rows (`Dataset` or `IterableDataset`): To train on.
+            modalities (`list[str]`): What an expert is for.
+            ear (`str`): Where plain `audio` goes, "audio" or "speech".
+
+        Raises:
+            ValueError: no row of a sample holds any of them.
+        """
+        if isinstance(rows, IterableDataset):
+            sample = list(rows.take(SAMPLE))
+        else:
+            sample = rows.select(range(0, len(rows), -(-len(rows) // SAMPLE)))
+        found = set()
+        for row in sample:
+            with suppress(ValueError):  # the collator will name it
+                found |= {ear if kind == "audio" else kind for kind in row_modalities(row)[0]}
+        if not found & set(modalities):
+            raise ValueError(
+                f"The expert is for {' and '.join(modalities)}, but of {len(sample)} rows none holds it; they hold "
+                f"{', '.join(sorted(found)) or 'text'} (speech in a plain column is said with --columns audio=speech)."
+            )
 
     def loading(self) -> dict[str, Any]:
         """What is said about loading models."""

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..hub.files_uni_moe import reason
 from .rows import PLACE, asked, named_files, parse_columns, renamed
 
 
@@ -63,11 +64,16 @@ def load_rows(
     """
     datasets = _datasets()
     change = _changes(columns, question)
+    if isinstance(source, datasets.Dataset | datasets.IterableDataset):
+        return _undecoded(datasets, source, change, None, seed)
     files = _files_of(source, split, config)
     if files is None:
-        return _undecoded(datasets, _data_set(datasets, source, split, config, streaming), change, Path(str(source)))
+        data = _data_set(datasets, source, split, config, streaming)
+        return _undecoded(datasets, data, change, Path(str(source)), seed)
     if streaming:
         counts = {name: _count(Path(name)) for name in files}
+        if not any(counts.values()):
+            raise ValueError(f"Data file '{next(iter(files))}' holds no rows.")
         # Every shard reads the lines and parses its own: cheap beside media.
         given = {"weights": files, "counts": counts, "seed": seed, "shard": list(range(NUM_SHARDS)), "change": change}
         return datasets.IterableDataset.from_generator(_stream, gen_kwargs=given)
@@ -102,7 +108,8 @@ def iter_rows(
     change, files = _changes(columns, question), _files_of(source, split, config)
     if files is None:
         datasets = _datasets()
-        data = _undecoded(datasets, _data_set(datasets, source, split, config, False), change, Path(str(source)))
+        data = _data_set(datasets, source, split, config, False)
+        data = _undecoded(datasets, data, change, Path(str(source)))
         for number, row in enumerate(data, start=1):
             yield {**row, "_row": number, "_source": str(source)}
         return
@@ -142,8 +149,8 @@ def _files_of(source: Any, split: str, config: str | None) -> dict[str, float] |
         if not files or not all(_is_weight(weight) for weight in files.values()):
             raise ValueError(f"Sources need positive weights, got {files}.")
     elif isinstance(source, list | tuple):
-        if not source:
-            raise ValueError("The list of data files is empty.")
+        if not source or not all(isinstance(name, str | Path) for name in source):
+            raise ValueError("A list of sources must name files; rows themselves go into a `datasets.Dataset`.")
         files = dict.fromkeys(map(str, source), 1)
     else:
         files = {str(source): 1}
@@ -158,7 +165,7 @@ def _files_of(source: Any, split: str, config: str | None) -> dict[str, float] |
     if config is not None:
         raise ValueError(f"'{next(iter(files))}' is a file, which has no configurations; leave out '{config}'.")
     if split != "train" and not all(Path(name).is_dir() for name in files):
-        raise ValueError(f"'{next(iter(files))}' is a file, which has no splits; there is no '{split}' in it.")
+        raise ValueError(f"'{next(iter(files))}' is a file without splits, so without '{split}'; name another file.")
     return found
 
 
@@ -206,7 +213,10 @@ def _data_set(datasets: Any, source: Any, split: str, config: str | None, stream
         data = datasets.load_from_disk(str(path))
     except Exception as error:  # of many kinds, and few of them told from another by their class
         where = f"'{source}'{f', configuration {config!r},' if config else ''} could not be loaded"
-        raise ValueError(f"{where} with the split '{split}' ({' '.join(str(error).split())[:300]}).") from error
+        while error.__cause__ is not None:  # the library wraps what says most
+            error = error.__cause__
+        hint = "; a folder of media needs a metadata.csv or metadata.jsonl" if path.is_dir() else ""
+        raise ValueError(f"{where} with the split '{split}' ({reason(error)}){hint}.") from error
     if config is not None:
         raise ValueError(f"'{source}' was saved to disk, and has no configurations; leave out '{config}'.")
     if hasattr(data, "keys"):
@@ -216,8 +226,8 @@ def _data_set(datasets: Any, source: Any, split: str, config: str | None, stream
     return data.to_iterable_dataset() if streaming else data
 
 
-def _undecoded(datasets: Any, data: Any, change: Callable, root: Path) -> Any:
-    """The same data set; pictures, sound and video as paths or bytes, classes by their names."""
+def _undecoded(datasets: Any, data: Any, change: Callable, root: Path | None, seed: int = 0) -> Any:
+    """The same data set; pictures, sound and video as paths or bytes, classes by their names; streams shuffled."""
     features = data.features
     names = {}
     for name, feature in (features or {}).items():
@@ -226,10 +236,10 @@ def _undecoded(datasets: Any, data: Any, change: Callable, root: Path) -> Any:
             data = data.cast_column(name, plain)
         if isinstance(feature, datasets.ClassLabel):
             names[name] = feature.names
-    place = {"_root": str(root)} if root.is_dir() else {}
+    place = {"_root": str(root)} if root is not None and root.is_dir() else {}
     finish = partial(_finished, change=change, names=names, place=place)
     if isinstance(data, datasets.IterableDataset):
-        return data.map(finish)
+        return data.shuffle(seed=seed, buffer_size=1000).map(finish, remove_columns=list(features or ()) or None)
     return data.with_transform(partial(_finished_batch, finish=finish))
 
 
@@ -431,7 +441,7 @@ def _table_rows(path: Path, wanted: Callable[[int], bool]) -> Iterator[dict[str,
                 if None in row or None in row.values():
                     yield NoRow("it has another number of fields than the first line")
                 else:
-                    yield {name: _table_value(name, value) for name, value in row.items() if value != ""}
+                    yield {name: _table_value(name, value) for name, value in row.items()}
     except (csv.Error, UnicodeDecodeError, OSError, EOFError) as error:
         raise ValueError(f"Data file '{path}' is no valid {kind_of(path)} ({error}).") from error
 

@@ -30,7 +30,7 @@ MEDIA_COLUMNS = {
 # Columns of plain questions and answers. What is in none of these may be named so with `columns`.
 QUESTIONS = ("question", "prompt", "instruction", "query")
 ANSWERS = ("answer", "caption", "completion", "response", "output", "transcription", "transcript", "sentence", "text")
-ROLES = (*MODALITIES, "question", "answer", "messages", "conversations")
+ROLES = (*MODALITIES, "question", "answer", "messages", "conversations", "system")
 # What a row knows of where it comes from, put there by `row_files`.
 PLACE = ("_row", "_source", "_root", "_unreadable")
 
@@ -64,7 +64,7 @@ def row_to_messages(row: Mapping[str, Any], voice: str = "speech") -> list[dict[
     """
     if row.get("_unreadable"):
         raise ValueError(row["_unreadable"])
-    fields = {name: value for name, value in row.items() if value is not None and name not in PLACE}
+    fields = _fields(row)
     if "messages" in fields:
         messages, used = _messages(fields["messages"], "messages"), ["messages"]
     elif "conversations" in fields:
@@ -74,6 +74,8 @@ def row_to_messages(row: Mapping[str, Any], voice: str = "speech") -> list[dict[
         used = ["prompt", "completion"]
     else:
         messages, used = _plain_columns(fields)
+    if fields.get("system") and messages[0].get("role") != "system":
+        messages = [{"role": "system", "content": _checked_text(fields["system"])}, *messages]
     columns = {
         kind: [name for name in names if name in fields and name not in used] for kind, names in MEDIA_COLUMNS.items()
     }
@@ -84,16 +86,27 @@ def row_to_messages(row: Mapping[str, Any], voice: str = "speech") -> list[dict[
     if columns["audio"] and columns["voice"]:
         raise ValueError("a row has both 'audio' and 'voice', and `<audio>` can mean either; rename one to 'speech'")
     strict = "conversations" in used
+    has_sound = any(columns[kind] for kind in ("audio", "speech", "voice"))
     for kind, names in columns.items():
         mark = f"<{'audio' if kind == 'voice' else kind}>"
+        if kind == "speech" and not columns["audio"] and not columns["voice"] and not _places(messages, mark):
+            mark = "<audio>"
         if names:
             files = _files(fields[names[0]], kind, names[0])
-        elif strict and _places(messages, mark) and not (mark == "<audio>" and (columns["audio"] or columns["voice"])):
+        elif strict and _places(messages, mark) and not (mark == "<audio>" and has_sound):
             files = []
         else:
             continue
         messages = _with_files(messages, voice if kind == "voice" else kind, mark, files, strict)
     return messages
+
+
+def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row holds, its names in small letters where they are known so."""
+    fields = {name: value for name, value in row.items() if value is not None and name not in PLACE}
+    known = {*chain.from_iterable(MEDIA_COLUMNS.values()), *QUESTIONS, *ANSWERS, *ROLES}
+    lower = {name: name.lower() for name in fields if name.lower() in known and name.lower() not in fields}
+    return {lower.get(name, name): value for name, value in fields.items()}
 
 
 def unread_fields(row: Mapping[str, Any]) -> list[str]:
@@ -104,13 +117,10 @@ def unread_fields(row: Mapping[str, Any]) -> list[str]:
     Returns:
         `list[str]`: fields that nothing is made of.
     """
-    fields = [name for name, value in row.items() if value is not None and name not in PLACE]
+    fields = list(_fields(row))
     read = set(chain.from_iterable(MEDIA_COLUMNS.values()))
     whole = next((name for name in ("messages", "conversations") if name in fields), None)
-    if whole is not None:
-        read.add(whole)
-    else:
-        read |= {*QUESTIONS, *ANSWERS, "input", "system"}
+    read |= {whole, "system"} if whole is not None else {*QUESTIONS, *ANSWERS, "input", "system"}
     return [name for name in fields if name not in read]
 
 
@@ -190,7 +200,6 @@ def _plain_columns(fields: Mapping[str, Any]) -> tuple[list[dict[str, Any]], lis
                 f"a row has {' and '.join(map(repr, names))}, each of which could be the {kind}; say which with "
                 f"columns ({names[0]}={kind})"
             )
-    system = [{"role": "system", "content": _checked_text(fields["system"])}] if fields.get("system") else []
     question = _checked_text(fields[questions[0]]) if questions else ""
     if fields.get("input"):
         question = f"{question}\n{_checked_text(fields['input'])}".strip("\n")
@@ -198,7 +207,7 @@ def _plain_columns(fields: Mapping[str, Any]) -> tuple[list[dict[str, Any]], lis
     if not isinstance(answer, str):
         raise ValueError(f"the answer in '{answers[0]}' is a {type(answer).__name__}, not a text")
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": _checked_text(answer)}]
-    return [*system, *messages], [*questions, *answers, "system", "input"]
+    return messages, [*questions, *answers, "system", "input"]
 
 
 def _nearest(fields: Mapping[str, Any], media: list[str], questions: list[str], answers: list[str]) -> str:
@@ -263,11 +272,13 @@ def parse_columns(columns: Any) -> dict[str, str]:
             pairs = [piece.strip().partition("=") for piece in chain.from_iterable(p.split(",") for p in pieces)]
             columns = {name: role if sign else None for name, sign, role in pairs}
     found = {}
+    names = {role: role for role in ROLES} | dict.fromkeys(QUESTIONS, "question") | dict.fromkeys(ANSWERS, "answer")
     for name, role in columns.items():
-        if role not in ROLES and name in ROLES:
+        if role not in names and name in names:
             name, role = role, name
+        given, role = role, names.get(role)
         if role not in ROLES or not isinstance(name, str):
-            raise ValueError(f"`columns` says that '{name}' is {role!r}; a column can be {', '.join(ROLES)}.")
+            raise ValueError(f"`columns` says that '{name}' is {given!r}; a column can be {', '.join(ROLES)}.")
         if role in found.values():
             raise ValueError(f"`columns` names two columns as {role}; name one.")
         found[name] = role

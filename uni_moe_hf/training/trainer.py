@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..hub.compat_uni_moe import same_permissions
 from ..mixtures.routing import record_routing
-from .data import UniMoEDataCollator
+from .data import NO_ROW, UniMoEDataCollator
 from .model_card import trained_card
 from .resuming import last_complete_checkpoint, only_run_in, write_digests
 from .rows import row_modalities
@@ -51,7 +51,7 @@ def sft_config(stage: str, output_dir: str | Path, **settings: Any) -> SFTConfig
 
     Returns:
         `SFTConfig` with the stage's learning rate, a cosine schedule, 3 % warm-up, no weight decay, and what training
-        on media demands.
+        on media demands; without a GPU for the CPU, in float32.
 
     Raises:
         ValueError: there is no such stage, or a setting contradicts what media demand.
@@ -64,6 +64,8 @@ def sft_config(stage: str, output_dir: str | Path, **settings: Any) -> SFTConfig
         raise ValueError(f"Training on media needs {', '.join(f'`{name}={REQUIRED[name]}`' for name in wrong)}.")
     paper = {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0}
     paper |= {"learning_rate": STAGES[stage].learning_rate}
+    if not torch.accelerator.is_available() and "use_cpu" not in settings:
+        paper |= {"use_cpu": True, "bf16": False}
     for name, value in REQUIRED.items():
         settings[name] = {**settings[name], **value} if isinstance(settings.get(name), dict) else value
     return SFTConfig(output_dir=str(output_dir), **{**paper, **settings})
@@ -74,6 +76,34 @@ def _holds(given: Any, required: Any) -> bool:
     if not isinstance(given, dict):
         return given == required
     return all(given.get(name, value) == value for name, value in required.items())
+
+
+def _check_config(config: SFTConfig) -> None:
+    """
+    Raises:
+        ValueError: media demand other settings.
+    """
+    needed = [name for name in ("remove_unused_columns", "logging_nan_inf_filter") if getattr(config, name, False)]
+    if not (getattr(config, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
+        needed.append("dataset_kwargs")
+    if needed:
+        wanted = ", ".join(f"`{name}={REQUIRED[name]}`" for name in needed)
+        raise ValueError(f"Training on media needs {wanted}; make the config with `sft_config`.")
+
+
+def _check_collators_business(config: SFTConfig) -> None:
+    """
+    Raises:
+        ValueError: a setting says how rows are read, which our collator would not know.
+    """
+    given = [name for name in ("assistant_only_loss", "packing", "padding_free") if getattr(config, name, False)]
+    given += ["completion_only_loss"] * (config.completion_only_loss is not None)
+    given += ["max_length"] * (config.max_length not in (None, SFTConfig.__dataclass_fields__["max_length"].default))
+    if given:
+        raise ValueError(
+            f"`{given[0]}` does nothing here: rows are read by UniMoEDataCollator, which learns what the assistant "
+            "says and nothing else; its own `max_length` (`--max_tokens` of the scripts) cuts them."
+        )
 
 
 class UniMoESFTTrainer(SFTTrainer):
@@ -105,11 +135,8 @@ class UniMoESFTTrainer(SFTTrainer):
         **kwargs: Any,
     ):
         config = kwargs.get("args", args[1] if len(args) > 1 else None)
-        if config is not None and not (getattr(config, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
-            raise ValueError(
-                "Training on media needs `dataset_kwargs={'skip_prepare_dataset': True}`; make the config with "
-                "`sft_config`."
-            )
+        if config is not None:
+            _check_config(config)
         data = kwargs.get("train_dataset", args[3] if len(args) > 3 else None)
         if hasattr(data, "__len__") and not len(data):
             raise ValueError("The training data hold no rows.")
@@ -119,8 +146,7 @@ class UniMoESFTTrainer(SFTTrainer):
                 raise ValueError("Pass the model's processor as `processing_class`, or a `data_collator`.")
             kwargs["data_collator"] = UniMoEDataCollator(kwargs["processing_class"])
         super().__init__(*args, **kwargs)
-        if wrong := [name for name in ("remove_unused_columns", "logging_nan_inf_filter") if getattr(self.args, name)]:
-            raise ValueError(f"Training on media needs `{wrong[0]}=False`; make the config with `sft_config`.")
+        _check_config(self.args)
         if self.args.should_save and not os.access(self.args.output_dir, os.W_OK):
             raise PermissionError(f"'{self.args.output_dir}' cannot be written to; choose another `output_dir`.")
         for parameter in self.model.parameters():
@@ -134,10 +160,11 @@ class UniMoESFTTrainer(SFTTrainer):
             raise ValueError("`group_by_modality` needs a whole data set; a stream is read in its own order.")
         self.group_by_modality = group_by_modality
         if isinstance(self.data_collator, UniMoEDataCollator):
+            _check_collators_business(self.args)
             self.data_collator.describe_rows = True  # so that a bad batch can be named
         self._losses = ModalityLosses(self.model)
         self._routing: Any = None
-        self._skipped = 0
+        self._skipped, self._batches, self._empty_batches = 0, 0, 0
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The library's, its groups split by [`learning_rates`]."""
@@ -183,7 +210,13 @@ class UniMoESFTTrainer(SFTTrainer):
             stack.enter_context(self._losses)
             if self.model.config.get_text_config().is_sparse:
                 self._routing = stack.enter_context(record_routing(self.model))
-            return super().train(resume_from_checkpoint, **kwargs)
+            result = super().train(resume_from_checkpoint, **kwargs)
+        if self._batches and self._empty_batches == self._batches:
+            raise ValueError(
+                f"Nothing was trained: no row of the {self._batches} batches could be used. `uni-moe data check` says "
+                "why, or rows are longer than `max_length` of the collator."
+            )
+        return result
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in the library, uncounted."""
@@ -199,6 +232,8 @@ class UniMoESFTTrainer(SFTTrainer):
         """As in TRL; stops at a loss that is no number, before it reaches a weight."""
         rows = inputs.pop("rows", None)
         self._skipped += inputs.pop("num_skipped", 0)
+        self._batches += self.model.training
+        self._empty_batches += self.model.training and rows is not None and rows[0].startswith(NO_ROW)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         metrics = self._metrics["train" if self.model.training else "eval"]
         # TRL has just brought these to the host; the loss itself would have to be waited for.
