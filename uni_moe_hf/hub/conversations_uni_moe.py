@@ -102,6 +102,10 @@ VICUNA_CHAT_TEMPLATE = """\
 """
 
 
+# By which that template is known, in this form or an earlier one.
+VICUNA_SYSTEM = "A chat between a curious user and an artificial intelligence assistant. "
+
+
 class ConversationMixin:
     """
     `apply_chat_template` for a processor with a `tokenizer`, a `chat_template`, `_placeholders`, an `_ear` for each
@@ -196,7 +200,7 @@ class ConversationMixin:
         if not tokenize:
             return prompts if is_batched else prompts[0]
         clips = self._clips(conversations, load_audio_from_video)
-        if self.tokenizer.bos_token is not None and prompts[0].startswith(self.tokenizer.bos_token):
+        if VICUNA_SYSTEM not in template:  # which leaves `<s>` to the tokenizer; others write it themselves
             processor_kwargs["add_special_tokens"] = False
         if return_assistant_tokens_mask:
             if continue_final_message:

@@ -145,6 +145,9 @@ class UniMoESFTTrainer(SFTTrainer):
             if not hasattr(kwargs.get("processing_class"), "image_token_id"):
                 raise ValueError("Pass the model's processor as `processing_class`, or a `data_collator`.")
             kwargs["data_collator"] = UniMoEDataCollator(kwargs["processing_class"])
+        collator = args[2] if len(args) > 2 else kwargs["data_collator"]
+        if config is not None and isinstance(collator, UniMoEDataCollator):
+            _check_collators_business(config)
         super().__init__(*args, **kwargs)
         _check_config(self.args)
         if self.args.should_save and not os.access(self.args.output_dir, os.W_OK):
@@ -160,7 +163,6 @@ class UniMoESFTTrainer(SFTTrainer):
             raise ValueError("`group_by_modality` needs a whole data set; a stream is read in its own order.")
         self.group_by_modality = group_by_modality
         if isinstance(self.data_collator, UniMoEDataCollator):
-            _check_collators_business(self.args)
             self.data_collator.describe_rows = True  # so that a bad batch can be named
         self._losses = ModalityLosses(self.model)
         self._routing: Any = None
