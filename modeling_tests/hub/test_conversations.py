@@ -1,6 +1,7 @@
 """Conversations as people write them, through templates of other LLMs: what is said, learned and refused."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -314,3 +315,78 @@ def test_a_number_of_frames_is_bounded(processor, number):
         encode(processor, user(video), num_frames=number)
     with pytest.raises(ValueError, match="`num_frames` is"):
         encode(processor, user({**video, "num_frames": number}))
+
+
+# ---- templates that are particular ----
+
+PARTICULAR = {
+    "needs a system message": (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('needs system') }}{% endif %}"
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}",
+        [{"role": "system", "content": "be brief"}, *user("what"), say("a bird")],
+    ),
+    "takes one turn": (
+        "{% if messages|length > 2 %}{{ raise_exception('one turn') }}{% endif %}{% for m in messages %}"
+        "{{ m.role + ': ' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}",
+        [*user("what"), say("a bird")],
+    ),
+    "takes no empty message": (
+        "{% for m in messages %}{% if not m.content %}{{ raise_exception('empty') }}{% endif %}"
+        "{{ m.role + ': ' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}",
+        [*user("what"), say("a bird")],
+    ),
+    "ends with the assistant": (
+        "{% if messages[-1].role != 'assistant' %}{{ raise_exception('no answer') }}{% endif %}{% for m in messages %}"
+        "{{ m.role + ': ' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}",
+        [*user("what"), say("a bird")],
+    ),
+    "reads parts alone": (
+        "{% for m in messages %}{{ m.role + ': ' }}{% for p in m.content %}"
+        "{{ p.text if p.type == 'text' else '<' + p.type + '>' }}{% endfor %}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}",
+        [*user("what"), say("a bird")],
+    ),
+    "opens answers otherwise than it writes them": (
+        "{% for m in messages %}{{ '<|Assistant|>' + m.content + eos_token if m.role == 'assistant' else m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|><think>' }}{% endif %}",
+        [*user("<|Assistant|><think>say hello"), say("a bird")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARTICULAR)
+def test_a_particular_template_learns_the_answer_and_its_end(processor, name):
+    text, conversation = PARTICULAR[name]
+    (piece,) = learned(processor, conversation, chat_template=text)
+    assert piece in ("a bird</s>", "<|Assistant|>a bird</s>")
+
+
+def test_a_call_that_fails_leaves_its_template_as_it_was(processor):
+    strict = "{% if colour is defined %}{{ raise_exception('no colours') }}{% endif %}" + template("chatml")
+    with pytest.raises(ValueError, match="no colours"):
+        processor.apply_chat_template(user("what"), chat_template=strict, colour="red")
+    assert processor.apply_chat_template(user("what"), chat_template=strict) == "<|im_start|>user\nwhat<|im_end|>\n"
+
+
+def test_the_part_that_is_not_to_be_learned_is_that_one_and_no_other_of_the_same_words(processor):
+    parts = [
+        {"type": "text", "text": "is it "},
+        {"type": "text", "text": "it", "weight": 0},
+        {"type": "text", "text": " red"},
+    ]
+    assert learned(processor, [*user("hello"), say(parts)]) == ["is it", "red</s>"]
+
+
+def test_threads_do_not_disturb_each_other(processor):
+    def call(index: int) -> list:
+        if index % 2:
+            return processor(text=["hello", "what is it what is it"], padding=True, return_tensors="np")[
+                "input_ids"
+            ].shape
+        return len(processor(text="hello")["input_ids"][0])
+
+    expected = [call(0), call(1)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(call, range(200)))
+    assert found == expected * 100 and processor.tokenizer.backend_tokenizer.padding is None

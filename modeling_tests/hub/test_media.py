@@ -338,6 +338,7 @@ def test_only_what_is_sent_is_read_where_strangers_ask(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
     named = ["x.png", "plain", str(tmp_path / "x.png"), (tmp_path / "x.png").as_uri(), "http://127.0.0.1:1/x.png"]
+    named += [f"file://{'/' * 130}{tmp_path}/x%2Epng", f"file://localhost{tmp_path}/x%2Epng?{'a' * 140}"]
     processor = tiny_processor(uploads_only=True)
 
     def encode(source, kind="image"):
@@ -452,3 +453,46 @@ def test_messages_name_no_objects_and_no_files_that_nobody_made(kind):
 def test_a_source_that_is_nothing_is_named(source):
     with pytest.raises(ValueError, match="has no source"):
         resolved(source, "Picture")
+
+
+@pytest.mark.parametrize("name", ["film.ts", "film.h264", "film.avi", "film.mkv", "film.flv", "film.mov"])
+def test_frames_are_right_in_containers_whose_jumps_are_not(tmp_path, name):
+    """With key frames now and then, and frames that are shown in another order than they are stored."""
+    write_video(tmp_path / name, [Fraction(i, 30) for i in range(60)])
+    wanted = [0, 7, 15, 22, 30, 37, 45, 52]
+    # 1.6: lossy compression, and half a frame where streams are only numbered.
+    assert levels(load_frames(tmp_path / name, 8)) == pytest.approx(wanted, abs=1.6)
+
+
+def test_an_object_of_decord_gives_the_frames_of_its_file(films):
+    decord = pytest.importorskip("decord")
+    for clip in ({}, {"start": 1.0}, {"start": 0.5, "end": 3.0}):
+        path, reader = str(films / "uneven.mp4"), decord.VideoReader(str(films / "uneven.mp4"))
+        found, expected = (levels(load_frames(Clip(source, num_frames=4, **clip))) for source in (reader, path))
+        assert found == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ({"array": tone(), "sample_rate": 8000}, "has .'sample_rate'. beside it"),
+        ({"path": "x.wav", "start": 5}, "is an object with .'start'., which are not read"),
+    ],
+)
+def test_what_an_object_says_and_nobody_reads_is_refused(source, reason):
+    with pytest.raises(ValueError, match=reason):
+        load_waveform(source)
+    assert len(load_waveform({"raw": tone(0.5, rate=8000), "sampling_rate": 8000})) == 8000
+
+
+def test_a_jpeg_of_endless_passes_is_refused():
+    data = saved(Image.fromarray(picture(0, (64, 64))), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    with pytest.raises(ValueError, match=r"painted in \d+ passes and at most 100"):
+        load_image(data[:-2] + data[last:-2] * 200 + data[-2:])
+
+
+def test_sixteen_bits_in_the_other_order_are_the_same():
+    deep = (RAMP * 65535).round().astype(np.uint16)
+    swapped = Image.frombytes("I;16B", (16, 16), deep.astype(">u2").tobytes())
+    assert (pixels(swapped) == pixels(deep)).all()

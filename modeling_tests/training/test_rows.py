@@ -388,3 +388,89 @@ def test_the_checker_takes_what_loading_takes(tmp_path, media, capsys):
         (media / "gone.png").rename(media / "0.png")
     assert "row 1: Picture file" in capsys.readouterr().out
     assert [row["_row"] for row in iter_rows(source)] == [1, 2, 3]
+
+
+# ---- what only looks like a row with media ----
+
+
+def test_a_folder_whose_metadata_are_parquet_keeps_its_media(tmp_path, media, processor):
+    shutil.copytree(media, tmp_path / "folder")
+    table = {"file_name": ["0.png", "1.png"], "question": ["what", "is it"], "answer": ["a bird", "yes"]}
+    datasets.Dataset.from_dict(table).to_parquet(tmp_path / "folder/metadata.parquet")
+    loaded = list(load_rows(tmp_path / "folder"))
+    assert [row["image"] for row in loaded] == ["0.png", "1.png"]
+    assert len(UniMoEDataCollator(processor)(loaded)["pixel_values"]) == 2
+
+
+def test_a_split_that_a_folder_lacks_is_not_another_one(tmp_path, media):
+    source = written(tmp_path, "metadata.jsonl", media)
+    with pytest.raises(ValueError, match="could not be loaded with the split 'test'"):
+        load_rows(source, split="test")
+    (source / "metadata.csv").write_text("file_name,caption\n0.png,x\n")
+    with pytest.raises(ValueError, match="has both .*metadata.csv' and .*metadata.jsonl'; name the one"):
+        load_rows(source)
+
+
+def test_rows_without_their_media_are_not_asked_about_them(tmp_path):
+    (tmp_path / "rows.csv").write_text("image,caption\n0.png,a bird\n,bell\n")
+    reasons = dict(check_rows(tmp_path / "rows.csv", question="what is it", decode=False))
+    assert list(reasons) == [1, 2] and "does not exist" in reasons[1] and "no known form" in reasons[2]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": said("<image>what", "x"), "images": None}, "1 <image> in its conversation but 0"),
+        ({"question": "<image>what", "answer": "x", "image": None}, "1 <image> in its conversation but 0"),
+        ({"messages": [{"role": "system", "content": "a"}, *said("q", "x")], "system": "b"}, "put both into one"),
+        ({"question": "a", "Question": "b", "answer": "x"}, "differ in capitals alone"),
+        ({"conversations": [{"from": "human", "value": 0}, {"from": "gpt", "value": "x"}]}, "a text is a int"),
+    ],
+)
+def test_what_a_row_would_lose_is_refused(row, reason):
+    with pytest.raises(ValueError, match=reason):
+        row_to_messages(row)
+
+
+def test_media_of_several_columns_stand_before_the_question():
+    expected = [part("image", "a"), part("audio", "b"), {"type": "text", "text": "what"}]
+    for row in (
+        {"question": "what", "answer": "x", "image": "a", "audio": "b"},
+        {"messages": said("what", "x"), "images": ["a"], "audios": ["b"]},
+    ):
+        assert row_to_messages(row)[0]["content"] == expected
+
+
+def test_sound_marks_take_speech_where_there_is_no_other_sound():
+    row = {"conversations": [{"from": "human", "value": "<audio>what"}, {"from": "gpt", "value": "x"}], "speech": "a"}
+    assert row_to_messages(row)[0]["content"][0] == part("speech", "a")
+
+
+def test_a_system_column_opens_the_conversation():
+    for row in (
+        {"system": "be brief", "messages": said("q", "x")},
+        {"system": "be brief", "question": "q", "answer": "x"},
+        {"system": "be brief", "prompt": said("q"), "completion": said("", "x")[1:]},
+    ):
+        assert row_to_messages(row)[0] == {"role": "system", "content": "be brief"}
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("image,image,caption\na,b,c\n")
+    with pytest.raises(ValueError, match="has the column 'image' twice"):
+        load_rows(tmp_path / "rows.csv")
+
+
+def test_a_data_set_may_be_given_as_it_is():
+    data = datasets.Dataset.from_list([{"photo": "a.png", "label": "x"}] * 3)
+    assert load_rows(data, columns={"photo": "image", "label": "answer"})[2] == {"image": "a.png", "answer": "x"}
+    with pytest.raises(ValueError, match="rows themselves go into a `datasets.Dataset`"):
+        load_rows([{"photo": "a.png"}])
+
+
+def test_a_row_of_which_nothing_is_learned_is_bad_for_the_checker_too(tmp_path, processor):
+    row = {"messages": [*user("hello"), {"role": "assistant", "content": "x", "weight": 0}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    assert "no assistant text to learn" in dict(check_rows(tmp_path / "rows.jsonl"))[1]
+    with pytest.raises(ValueError, match="no assistant text to learn"):
+        UniMoEDataCollator(processor)([row])

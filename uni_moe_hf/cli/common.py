@@ -72,7 +72,11 @@ def check_conversation(args: argparse.Namespace, takes_rows: bool) -> None:
     """
     for part in args.parts or []:
         path = part.get("path")
-        if path is not None and not path.startswith(("http://", "https://", "data:")) and not Path(path).is_file():
+        if (
+            path is not None
+            and not path.startswith(("http://", "https://", "data:", "file:"))
+            and not Path(path).is_file()
+        ):
             raise ValueError(f"There is no file '{path}' for --{part['type']}; check the path.")
     if args.parts and not any((part.get("text") or part.get("path") or "").strip() for part in args.parts):
         raise ValueError("The text is empty; say or ask something.")
@@ -110,7 +114,7 @@ def load_config(checkpoint: str) -> "UniMoEConfig":
 
 def load_checkpoint(args: argparse.Namespace) -> tuple[Any, Any]:
     """Model, on its device, and processor."""
-    load_config(args.checkpoint)
+    config = load_config(args.checkpoint)
     import torch
     from transformers import AutoModel, AutoProcessor
     from transformers.utils import logging
@@ -124,6 +128,11 @@ def load_checkpoint(args: argparse.Namespace) -> tuple[Any, Any]:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"There is no device '{device}' here; leave out --device, or use cpu.") from error
     processor = loaded(AutoProcessor.from_pretrained, args.checkpoint)
+    if [*processor.modalities] != [*config.modalities]:
+        raise ValueError(
+            f"'{args.checkpoint}': the processor is for {list(processor.modalities)}, the model for "
+            f"{list(config.modalities)}; do the two belong together?"
+        )
     model = load_whole(AutoModel, args.checkpoint, dtype=args.dtype).eval().to(device)
     logging.set_verbosity_warning()  # what is said from here on is about the user's data
     return model, processor

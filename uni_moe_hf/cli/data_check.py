@@ -19,6 +19,7 @@ def add_command(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("source", metavar="SOURCE", nargs="+", help="files, a folder or a data set of rows")
+    parser.add_argument("--media-root", metavar="DIR", help="where relative paths start (default: beside the file)")
     parser.add_argument("--split", default="train", help="of a data set (default: train)")
     parser.add_argument("--config", metavar="NAME", help="of a data set that has several")
     parser.add_argument("--columns", nargs="+", metavar="NAME=WHAT", help="such as photo=image label=answer")
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
     modalities = load_config(args.model).modalities if args.model else MODALITIES
     source = args.source[0] if len(args.source) == 1 else args.source
-    reading = {name: getattr(args, name) for name in ("split", "config", "columns", "question")}
+    reading = {name: getattr(args, name) for name in ("split", "config", "columns", "question", "media_root")}
     count, unread, kinds = 0, Counter(), Counter()
     for number, reason in check_rows(source, modalities, args.voice, not args.no_decode, unread, kinds, **reading):
         if count < MAX_LISTED:

@@ -52,9 +52,10 @@ def describe(checkpoint: str) -> dict[str, Any]:
     import torch
 
     from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
-    from ..mixtures.loading import loaded
+    from ..mixtures.loading import check_weights, loaded
     from ..training.stages import part_of
 
+    check_weights(checkpoint)
     with torch.device("meta"):
         model = loaded(lambda _: UniMoEForConditionalGeneration(config), checkpoint)
     text, parts, active = config.text_config, {}, 0.0

@@ -1,5 +1,6 @@
 """Configuration of Uni-MoE: one text decoder, three optional towers, and how they are joined."""
 
+import math
 from typing import Any, ClassVar, Literal
 
 
@@ -59,6 +60,9 @@ def check_sizes(config: PreTrainedConfig) -> None:
     Raises:
         ValueError: a size of a model is no whole number within bounds.
     """
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"`{name}={value}` of a '{config.model_type}' is no number.")
     limits = dict.fromkeys(DEPTHS, MAX_DEPTH) | {"num_experts": MAX_EXPERTS} | dict.fromkeys(WIDTHS, MAX_WIDTH)
     for name, limit in limits.items():
         value = getattr(config, name, None)

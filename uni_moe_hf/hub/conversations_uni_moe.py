@@ -9,8 +9,9 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 
@@ -239,20 +240,29 @@ class ConversationMixin:
         Messages as a template reads them: their text with a placeholder for each clip, media and what stands beside
         them separated by a line break as in the original's prompts; parts for a template that wants nothing else.
         """
-        known = self.__dict__.setdefault("_templates_of_text", {})
-        if template not in known:
-            probe = [{"role": "user", "content": SENTINEL}]
-            try:
-                text = render(probe, add_generation_prompt=False, continue_final_message=False)
-            except ValueError:
-                text = ""
-            known[template] = SENTINEL in text
+        takes_text = self._takes_text(template, render)
         words = []
         for message in messages:
             message = {key: value for key, value in message.items() if key not in ("learned", "unlearned")}
             parts = [{key: value for key, value in part.items() if key != "source"} for part in message["content"]]
-            words.append({**message, "content": _joined_text(parts) if known[template] else parts})
+            words.append({**message, "content": _joined_text(parts) if takes_text else parts})
         return words
+
+    def _takes_text(self, template: str, render: Callable) -> bool:
+        """Whether a template reads messages whose content is text, as nearly all do; some read parts alone."""
+        known = self.__dict__.setdefault("_templates_of_text", {})
+        for before, after in product(([], ["system"]), ([], ["assistant"])):
+            if template in known:
+                break
+            for content in (SENTINEL, [{"type": "text", "text": SENTINEL}]):
+                roles = [*before, "user", *after]
+                probe = [{"role": role, "content": content} for role in roles]
+                with suppress(ValueError, TypeError):
+                    text = render(probe, add_generation_prompt=False, continue_final_message=False)
+                    if text.count(SENTINEL) >= len(roles) and "'type'" not in text:
+                        known[template] = content is SENTINEL
+                        break
+        return known.get(template, True)
 
     def _assistant_spans(
         self, words: list[list[dict]], prompts: list[str], template: str, rendering: dict, render: Callable
@@ -262,12 +272,14 @@ class ConversationMixin:
             variables = {**self.tokenizer.special_tokens_map, **rendering, "chat_template": template}
             return render_jinja_template(conversations=words, return_assistant_tokens_mask=True, **variables)[1]
         render_plain = partial(render, add_generation_prompt=False, continue_final_message=False)
-        question = [{"role": "user", "content": SENTINEL}]
-        before, after = (
-            render_plain(question),
-            render(question, continue_final_message=False, add_generation_prompt=True),
-        )
-        opening = after[len(before) :] if after.startswith(before) else ""
+        opening = ""
+        with suppress(ValueError):  # of a template that does not take a question alone
+            question = [{"role": "user", "content": _as_content(SENTINEL, words[0])}]
+            before, after = (
+                render_plain(question),
+                render(question, continue_final_message=False, add_generation_prompt=True),
+            )
+            opening = after[len(before) :] if after.startswith(before) else ""
         return [
             list(self._spans_by_rendering(messages, prompt, opening, render, render_plain))
             for messages, prompt in zip(words, prompts, strict=True)
@@ -280,15 +292,27 @@ class ConversationMixin:
         Where a message stands is seen by rendering another text in its place. It begins behind what opens the
         assistant's turn, and ends behind what is written after it whether or not others follow.
         """
-        floor = 0
+
+        def behind(rendered: list[dict]) -> str | None:
+            with suppress(ValueError):
+                return render_plain(rendered).rpartition(SENTINEL)[2]
+            return None  # the template refuses it
+
+        sentinel = _as_content(SENTINEL, messages)
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            until = [*messages[:index], {**message, "content": SENTINEL}]
-            rest = messages[index + 1 :]
+            until, rest = [*messages[:index], {**message, "content": sentinel}], messages[index + 1 :]
             before, found, after = render([*until, *rest]).partition(SENTINEL)
-            start = before.rfind(opening) + len(opening) if opening else len(before.rstrip(" "))
-            if not opening or start - len(opening) < floor:
+            # What the template writes between this message and the one before.
+            gap = before
+            if index:
+                others = [*messages[: index - 1], {**messages[index - 1], "content": sentinel}, *until[index:], *rest]
+                with suppress(ValueError):
+                    pieces = render(others).split(SENTINEL)
+                    gap = pieces[-2] if len(pieces) == 3 else ""
+            start = len(before) - len(gap) + gap.rfind(opening) + len(opening)
+            if not opening or opening not in gap:
                 start = len(before.rstrip(" "))
             stop = len(prompt) - len(after)
             if not found or stop < start or not (prompt.startswith(before[:start]) and prompt.endswith(after)):
@@ -296,15 +320,13 @@ class ConversationMixin:
                     f"The chat template writes around message {index + 1} what depends on its text, and does not mark "
                     "with `{% generation %}` what the assistant says; add these marks to the template."
                 )
-            try:
-                followed = after if rest else render_plain([*until, {"role": "user", "content": ""}])
-                alone = render_plain(until).partition(SENTINEL)[2]
-                ending = os.path.commonprefix([alone, followed if rest else followed.partition(SENTINEL)[2]])
-            except ValueError:  # nothing may follow it
-                ending = after
+            alone = behind(until)
+            alone = after if alone is None else alone
+            question = {"role": "user", "content": _as_content("x", messages)}
+            followed = after if rest else behind([*until, question])
+            ending = alone if followed is None else os.path.commonprefix([alone, followed])
             ending = self._without_half_token(ending, alone)
-            floor = stop + len(ending.rstrip() or ending)
-            yield start, floor
+            yield start, stop + len(ending.rstrip() or ending)
 
     def _without_half_token(self, ending: str, whole: str) -> str:
         """`ending`, the beginning of `whole`, up to the special token that it cuts through."""
@@ -381,7 +403,15 @@ class ConversationMixin:
                 f"The content of a message is a {type(content).__name__}; it must be text or a list of parts."
             )
         parts = [self._part(part) for part in content]
-        message["unlearned"] = [self._as_text(part["text"]) for part in parts if not part.pop("learned", True)]
+        learned = [part.pop("learned", None) for part in parts]
+        if message["role"] != "assistant" and any(flag for flag in learned):
+            raise ValueError(f"A part asks that a text by '{message['role']}' be learned; only the assistant's are.")
+        ends = [len(_joined_text(self._joined_parts(parts[: index + 1]))) for index in range(len(parts))]
+        message["unlearned"] = [
+            (end - len(self._as_text(part["text"])), end)
+            for part, flag, end in zip(parts, learned, ends, strict=True)
+            if flag is False
+        ]
         message["content"] = self._joined_parts(parts)
         return message
 
@@ -421,7 +451,8 @@ class ConversationMixin:
             if not text and others:
                 raise ValueError(f"A part of type 'text' has no 'text' but {others}; put what it says into 'text'.")
             self._warn_of(part, kind, ("text", *LEARNED_KEYS))
-            return {"type": "text", "text": self._as_text(text), "learned": _is_learned(part)}
+            said = {"learned": _is_learned(part)} if any(part.get(name) is not None for name in LEARNED_KEYS) else {}
+            return {"type": "text", "text": self._as_text(text), **said}
         if part.get("text"):
             raise ValueError(f"A part of type {kind!r} holds text as well; give it a part of its own.")
         if len(sources) > 1 or sources.keys() & (set(MODALITIES) - {kind}):
@@ -487,6 +518,11 @@ def _as_dict(item: Any, what: str) -> dict:
     return {key: value for key, value in item.items() if value is not None}
 
 
+def _as_content(text: str, messages: list[dict]) -> str | list[dict]:
+    """A text in the form that the template of these messages reads."""
+    return [{"type": "text", "text": text}] if isinstance(messages[0]["content"], list) else text
+
+
 def _joined_text(parts: list[dict]) -> str:
     """The text of a message, a placeholder for each clip."""
     pieces = [part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in parts]
@@ -528,13 +564,16 @@ def _learned_spans(messages: list[dict], spans: list[tuple[int, int]], prompt: s
     for message, (start, stop) in zip(said, spans, strict=True):
         if not message["learned"]:
             continue
-        for text in message["unlearned"]:
-            place = prompt.find(text.strip(), start, stop)
-            if place < 0:
-                raise ValueError("The chat template changes a text that is not to be learned; mark the whole message.")
+        whole = _joined_text(message["content"]).strip()
+        shift = len(_joined_text(message["content"])) - len(_joined_text(message["content"]).lstrip())
+        place = prompt.find(whole, start, stop)
+        if message["unlearned"] and place < 0:
+            raise ValueError("The chat template changes a text of which a part is not to be learned; mark all of it.")
+        for begin, end in message["unlearned"]:
+            begin, end = (place + max(0, min(each - shift, len(whole))) for each in (begin, end))
             # A space before a word is part of the word's token.
-            learned.append((start, start + len(prompt[start:place].rstrip())))
-            start = place + len(text.strip())
+            learned.append((start, start + len(prompt[start:begin].rstrip())))
+            start = end - len(prompt[begin:end]) + len(prompt[begin:end].rstrip())
         learned.append((start, stop))
     return learned
 
@@ -555,17 +594,4 @@ def _assistant_masks(spans: list, replaced: list[list[dict]], offsets: Any) -> l
     return masks
 
 
-def remove_literal_marks(tokenizer) -> None:
-    """Teaches a fast tokenizer's normaliser to drop [`LITERAL_MARK`]; saved with it, done once."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or (
-        backend.normalizer is not None and backend.normalizer.normalize_str(LITERAL_MARK) in ("", "▁")
-    ):
-        return
-    from tokenizers import normalizers
-
-    rule = normalizers.Replace(LITERAL_MARK, "")
-    backend.normalizer = rule if backend.normalizer is None else normalizers.Sequence([rule, backend.normalizer])
-
-
-__all__ = ["VICUNA_CHAT_TEMPLATE", "ConversationMixin", "remove_literal_marks"]
+__all__ = ["LITERAL_MARK", "VICUNA_CHAT_TEMPLATE", "ConversationMixin"]

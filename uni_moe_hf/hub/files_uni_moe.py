@@ -19,7 +19,7 @@ import urllib.request
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from importlib.util import find_spec
 from io import BytesIO
@@ -116,6 +116,8 @@ def resolved(source: Any, kind: str, uploads_only: bool = False) -> Any:
         ValueError: there is no such file, it is empty or too large, or naming it is not allowed.
     """
     if isinstance(source, dict):  # `datasets` with decode=False
+        if unknown := sorted(set(source) - {"bytes", "path"}):
+            raise ValueError(f"{kind} is an object with {unknown}, which are not read; known are 'bytes' and 'path'.")
         source = next((source[key] for key in ("bytes", "path") if source.get(key) is not None), None)
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
@@ -138,7 +140,8 @@ def _named(text: str, kind: str, uploads_only: bool) -> str | bytes:
     if text.startswith("data:") or len(text) > MAX_PATH_CHARACTERS:
         return from_base64(text)
     is_address = text.startswith(("http://", "https://"))
-    if uploads_only and (is_address or "." in text or len(text) <= MIN_BASE64_CHARACTERS or _is_file(text)):
+    is_name = text.startswith("file:") or "." in text or len(text) <= MIN_BASE64_CHARACTERS or _is_file(text)
+    if uploads_only and (is_address or is_name):
         raise ValueError(f"{kind} '{shown}' is named and not sent; only data may be sent here, as a data: URL.")
     if is_address:
         return _fetch(text, kind)
@@ -359,12 +362,19 @@ def _pyav_frames(source: str | bytes, choose: Choice) -> Iterator[np.ndarray]:
     deadline = Deadline()
     with opened(source) as container:
         times, keys, base = _packet_times(container, deadline)
-    wanted = [int(times[index]) for index in choose(times, base)]
-    with opened(source) as container:
-        different = [moment for moment, _ in groupby(wanted)]
-        frames = _frames_shown_at(container, different, times.tolist(), keys, deadline)
-        for (_, group), frame in zip(groupby(wanted), frames, strict=True):
-            yield from (frame for _ in group)
+    wanted = [(moment, len(list(group))) for moment, group in groupby(int(times[i]) for i in choose(times, base))]
+    done = 0
+    for places in (keys, []):  # where jumping does not lead where it should, all is decoded from the beginning
+        with opened(source) as container, suppress(_LostError):
+            left = [moment for moment, _ in wanted[done:]]
+            for frame in _frames_shown_at(container, left, times.tolist(), places, deadline):
+                yield from (frame for _ in range(wanted[done][1]))
+                done += 1
+            return
+
+
+class _LostError(Exception):
+    """Behind a jump the stream goes on too late."""
 
 
 def _video_stream(container: Any) -> Any:
@@ -391,14 +401,18 @@ def _check_frame(frame: Any) -> None:
 
 
 def _packet_times(container: Any, deadline: Deadline) -> tuple[np.ndarray, list[int], Fraction]:
-    """When frames begin, sorted, and behind them the end of the last; when key frames do; the unit of both."""
+    """
+    When frames begin, sorted, and behind them the end of the last; when key frames do; the unit of both. Where the
+    container does not say it, their numbers, and no key frames.
+    """
     stream = _video_stream(container)
     found, keys, duration = array("q"), array("q"), 0
+    is_numbered = container.format.name == "avi"  # which has the times of storing alone
     for packet in container.demux(stream):
         if packet.size == 0 or packet.is_discard:
             continue
-        begin = packet.dts if packet.pts is None else packet.pts
-        found.append(len(found) if begin is None else begin)
+        is_numbered = is_numbered or packet.pts is None
+        found.append(len(found) if is_numbered else packet.pts)
         if packet.is_keyframe:
             keys.append(found[-1])
         duration = packet.duration or duration
@@ -408,6 +422,9 @@ def _packet_times(container: Any, deadline: Deadline) -> tuple[np.ndarray, list[
             deadline.check()
     if not found:
         raise ValueError("it has 0 frames")
+    if is_numbered:  # the container says nothing of when frames are shown: they follow each other
+        rate = stream.average_rate or stream.guessed_rate or 25
+        return np.arange(len(found) + 1), [], 1 / Fraction(rate)
     times = np.unique(np.frombuffer(found, np.int64))
     last = (times[-1] - times[0]) // max(1, len(times) - 1) or duration
     return np.append(times, times[-1] + max(1, last)), sorted(keys), stream.time_base or Fraction(1, 25)
@@ -419,20 +436,28 @@ def _frames_shown_at(
     """The frame that is shown at each of the wanted times, which rise; decoding goes on, or jumps to a key frame."""
     stream = _video_stream(container)
     decoding, shown, ahead = container.decode(stream), None, None  # `ahead`: decoded, and too late so far
+    jumped, is_numbered, count = False, times == list(range(len(times))), 0
     for moment in wanted:
         key = keys[bisect_right(keys, moment) - 1] if keys and keys[0] <= moment else times[0]
         reached = ahead if ahead is not None else shown
         if key > times[0] and (reached is None or key > reached.pts):
-            container.seek(key, stream=stream)
-            decoding, shown, ahead = container.decode(stream), None, None
+            try:
+                container.seek(key, stream=stream)
+            except Exception as error:  # raw streams cannot
+                raise _LostError from error
+            decoding, shown, ahead, jumped = container.decode(stream), None, None, True
         while shown is None or shown.pts < moment:
             deadline.check()
-            frame, ahead = ahead or next(decoding, None), None
+            is_new, frame, ahead = ahead is None, ahead or next(decoding, None), None
             if frame is None:
                 break
             _check_frame(frame)
-            if frame.pts is None:
-                frame.pts = times[0] if shown is None else shown.pts + 1  # raw streams: frames are only numbered
+            if jumped and shown is None and (frame.pts is None or frame.pts > key):
+                raise _LostError
+            if is_numbered and is_new:
+                frame.pts, count = count, count + 1
+            elif frame.pts is None:
+                frame.pts = times[0] if shown is None else shown.pts + 1
             if frame.pts > moment and shown is not None:
                 ahead = frame
                 break

@@ -19,6 +19,8 @@ from .files_uni_moe import Choice, Deadline, LimitError, audio_blocks, frames_at
 
 # Of a picture; of one whose format is decoded in several copies; from where on a JPEG is decoded at half its size.
 MAX_PIXELS, MAX_COPIED_PIXELS, MAX_WHOLE_JPEG_PIXELS = 64_000_000, 24_000_000, 32_000_000
+# Of a progressive JPEG: the passes in which it is painted; cameras and editors make a dozen.
+MAX_SCANS = 100
 # Of a video: the frames that are taken.
 MAX_VIDEO_FRAMES = 128
 # Of one clip, in seconds. An hour of windows is more tokens than any decoder reads.
@@ -126,6 +128,13 @@ def _check_pixels(file: Any) -> None:
             f"it has {file.width} x {file.height} pixels and at most {limit / 1e6:.0f} million of a {file.format} are "
             "read: scale it down"
         )
+    if file.format in ("JPEG", "MPO") and file.info.get("progressive"):
+        place = file.fp.tell()
+        file.fp.seek(0)
+        scans = file.fp.read().count(b"\xff\xda")
+        file.fp.seek(place)
+        if scans > MAX_SCANS:  # each of which goes over the whole picture
+            raise ValueError(f"it is painted in {scans} passes and at most {MAX_SCANS} are read: save it again")
     if file.format in ("JPEG", "MPO") and pixels > MAX_WHOLE_JPEG_PIXELS:
         file.draft(None, (file.width // 2, file.height // 2))
 
@@ -146,6 +155,8 @@ def _rgb(image: Any):
     if 0 in image.size:
         raise ValueError(f"it has {image.width} x {image.height} pixels")
     image.load()
+    if image.mode.startswith("I;16") and image.mode != "I;16":  # of another order of bytes
+        image = Image.fromarray(np.asarray(image).astype(np.uint16))
     is_deep = image.mode.startswith(("I", "F"))
     if not is_deep and not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
@@ -274,7 +285,9 @@ def iter_frames(source: Any, num_frames: int, uploads_only: bool = False) -> Ite
             for index in choose(np.arange(about.num_frames + 1), Fraction(1 / about.average_fps)):
                 yield array_to_image(_as_array(getattr(frame := source.get_frame_at(index), "data", frame)))
         elif hasattr(source, "get_avg_fps"):  # decord's
-            for index in choose(np.arange(len(source) + 1), Fraction(1 / source.get_avg_fps())):
+            begins = np.asarray(source.get_frame_timestamp(range(len(source))))  # (frames, 2)
+            times = np.append(begins[:, 0], begins[-1:, 1])
+            for index in choose((times * 1_000_000).round().astype(np.int64), Fraction(1, 1_000_000)):
                 frame = source[index]
                 yield array_to_image(frame.asnumpy() if hasattr(frame, "asnumpy") else _as_array(frame))
         else:
@@ -371,7 +384,11 @@ def load_waveform(source: Any, sampling_rate: int = 16000, uploads_only: bool = 
     """
     clip = source if isinstance(source, Clip) else Clip(source)
     source, rate = clip.source, sampling_rate
+    if isinstance(source, dict) and source.get("raw") is not None and source.get("array") is None:
+        source = {"array": source["raw"], **{k: v for k, v in source.items() if k != "raw"}}  # of the ASR pipeline
     if isinstance(source, dict) and source.get("array") is not None:
+        if unknown := sorted(set(source) - {"array", "sampling_rate", "path", "bytes"}):
+            raise ValueError(f"A waveform has {unknown} beside it, which are not read; its rate is 'sampling_rate'.")
         rate = sampling_rate if source.get("sampling_rate") is None else source["sampling_rate"]
         source = source["array"]
     elif is_waveform_with_rate(source):

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from threading import RLock
 from typing import Any
 
 
@@ -20,7 +21,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 from transformers.utils import logging
 
-from .conversations_uni_moe import VICUNA_CHAT_TEMPLATE, ConversationMixin, remove_literal_marks
+from .conversations_uni_moe import LITERAL_MARK, VICUNA_CHAT_TEMPLATE, ConversationMixin
 from .media_uni_moe import check_num_frames, is_waveform_with_rate, iter_frames, load_image, load_waveform
 
 
@@ -37,6 +38,10 @@ OWN_KWARGS = {
 
 # Pictures longer or larger than this lose what they would lose anyway before they are resized.
 MAX_ASPECT, MAX_PADDED_SIDE = 64, 4096
+
+
+# A call sets padding and truncation in the tokenizer, so threads take turns.
+TOKENIZING = RLock()
 
 
 class Batch(BatchFeature):
@@ -203,7 +208,7 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
         data, num_tokens = self._features(clips, grouped)
         if prompts is not None:
             prompts, offsets = self._expand(prompts, num_tokens)
-            with _left_as_it_was(self.tokenizer):
+            with TOKENIZING, _left_as_it_was(self.tokenizer):
                 encoded = self.tokenizer(
                     prompts, return_tensors=return_tensors, **{"padding_side": "left", **text_kwargs}
                 )
@@ -378,7 +383,10 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
 
     def _pixels(self, images: Iterator, kwargs: dict) -> np.ndarray:
         """`(num_images, 3, height, width)`; one large picture or frame is in memory at a time."""
-        return np.concatenate([self._pixels_of(image, kwargs) for image in images])
+        pixels = np.concatenate([self._pixels_of(image, kwargs) for image in images])
+        if not np.isfinite(pixels).all():
+            raise ValueError("Pictures become NaN or infinite; look at `image_mean` and `image_std` of the processor.")
+        return pixels
 
     def _pixels_of(self, image: Any, kwargs: dict) -> np.ndarray:
         """
@@ -504,6 +512,19 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
         return [[types.get(token, 0) for token in row] for row in rows]
 
 
+def remove_literal_marks(tokenizer) -> None:
+    """Teaches a fast tokenizer's normaliser to drop [`LITERAL_MARK`]; saved with it, done once."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or (
+        backend.normalizer is not None and backend.normalizer.normalize_str(LITERAL_MARK) in ("", "▁")
+    ):
+        return
+    from tokenizers import normalizers
+
+    rule = normalizers.Replace(LITERAL_MARK, "")
+    backend.normalizer = rule if backend.normalizer is None else normalizers.Sequence([rule, backend.normalizer])
+
+
 def _tokenizer_state(tokenizer) -> tuple:
     """What calls change in a tokenizer and saving writes: its sides, and the backend's padding and truncation."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -549,4 +570,4 @@ def _flat(rows: list) -> Iterator[Any]:
             yield row
 
 
-__all__ = ["UniMoEProcessor"]
+__all__ = ["UniMoEProcessor", "remove_literal_marks"]

@@ -38,7 +38,7 @@ def load_whole(kind: Any, checkpoint: str | Path, is_part: bool = False, **kwarg
     """
     check_there(checkpoint)
     if not is_part:
-        _check_weights(checkpoint)
+        check_weights(checkpoint)
     model, report = loaded(kind.from_pretrained, checkpoint, output_loading_info=True, **kwargs)
     missing = [name for name in report["missing_keys"] if not (is_part and re.search(UNREAD, name))]
     unexpected = [] if is_part else list(report["unexpected_keys"])
@@ -71,10 +71,16 @@ def loaded(load: Callable, checkpoint: str | Path, **kwargs: Any) -> Any:
         raise ValueError(f"'{checkpoint}' could not be loaded ({reason(cause_of(error))}).") from error
 
 
-def _check_weights(checkpoint: str | Path) -> None:
+def check_weights(checkpoint: str | Path) -> None:
     """
     Whether a folder's weights are those that its config describes, by names and shapes alone: the library would make
     room for whatever is missing, however large a damaged config says that it is.
+
+    Args:
+        checkpoint (`str` or `Path`): A folder or Hub id; of the latter, and of other kinds of models, nothing is said.
+
+    Raises:
+        ValueError: they are not.
     """
     files = sorted(Path(checkpoint).glob("*.safetensors")) if Path(checkpoint).is_dir() else []
     config = loaded(AutoConfig.from_pretrained, checkpoint)
@@ -152,4 +158,4 @@ def cause_of(error: Exception) -> Exception:
     return error.__cause__ if wrapped and isinstance(error.__cause__, Exception) else error
 
 
-__all__ = ["cause_of", "check_there", "load_part_config", "load_whole"]
+__all__ = ["cause_of", "check_there", "check_weights", "load_part_config", "load_whole", "loaded"]

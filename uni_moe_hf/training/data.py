@@ -107,9 +107,9 @@ class UniMoEDataCollator:
     def _messages(self, row: Mapping[str, Any]) -> list[dict] | None:
         """A row as messages with rooted paths; `None` when it is skipped."""
         root = self.media_root or row.get("_root")
-        for name in unread_fields(row):
-            logger.warning_once(f"Rows have the field '{name}', of which nothing is made.")
         try:
+            for name in unread_fields(row):
+                logger.warning_once(f"Rows have the field '{name}', of which nothing is made.")
             return rooted(_learnable(row_to_messages(row, self.voice)), None if root is None else Path(root))
         except Exception as error:  # whatever a row can cause is counted for that row
             self._refuse(describe_row(row), error)
@@ -189,6 +189,7 @@ def check_rows(
     decode: bool = True,
     unread: Counter[str] | None = None,
     kinds: Counter[str] | None = None,
+    media_root: str | Path | None = None,
     **reading: Any,
 ) -> Iterator[tuple[int, str]]:
     r"""
@@ -201,6 +202,7 @@ def check_rows(
         decode (`bool`, *optional*, defaults to `True`): Whether media are decoded, and not only looked for.
         unread (`Counter`, *optional*): Gets the fields that nothing is made of, and in how many rows they stand.
         kinds (`Counter`, *optional*): Gets how many of the rows that can be used hold which modalities.
+        media_root (`str` or `Path`, *optional*): Folder that relative paths start from; else that of the file.
         reading: `split`, `config`, `columns` and `question` as in [`~row_files.load_rows`].
 
     Yields:
@@ -211,10 +213,10 @@ def check_rows(
     """
     allowed = {modalities} if isinstance(modalities, str) else set(modalities)
     for row in iter_rows(source, **reading):
-        if unread is not None:
-            unread.update(unread_fields(row))
         try:
-            root = row.get("_root")
+            if unread is not None:
+                unread.update(unread_fields(row))
+            root = media_root or row.get("_root")
             messages = rooted(_learnable(row_to_messages(row, voice)), None if root is None else Path(root))
             held = _check_row(messages, allowed, decode)
             if kinds is not None:
@@ -232,6 +234,8 @@ def _check_row(messages: list[dict], allowed: set[str], decode: bool) -> list[st
     turns = roles[1:] if roles[0] == "system" else roles
     if turns != (["user", "assistant"] * len(turns))[turns[0] == "assistant" :][: len(turns)]:
         raise ValueError(f"roles must alternate user, assistant after an optional system message, got {roles}")
+    if not any(message["role"] == "assistant" and message["learned"] for message in conversations[0]):
+        raise ValueError("there is no assistant text to learn")
     for message in conversations[0]:
         for part in message["content"]:
             if part["type"] != "text":

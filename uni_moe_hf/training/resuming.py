@@ -141,7 +141,10 @@ def what_changed(folder: str | Path) -> str:
     folder = Path(folder)
     if not (folder / DIGESTS).is_file():
         return ""
-    for name, (size, digest) in dict(json.loads((folder / DIGESTS).read_text(encoding="utf-8"))).items():
+    digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+    if not isinstance(digests, dict) or not digests:
+        return f"{DIGESTS} holds no digests"
+    for name, (size, digest) in digests.items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"

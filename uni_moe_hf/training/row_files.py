@@ -159,7 +159,7 @@ def _files_of(source: Any, split: str, config: str | None) -> dict[str, float] |
         for file in _expanded(name, split):
             found[file] = found.get(file, 0) + weight
         if not _expanded(name, split):
-            if len(files) > 1 or isinstance(source, Mapping):
+            if isinstance(source, Mapping | list | tuple):
                 raise ValueError(f"'{name}' is no {', '.join(KINDS)} file; only files can be mixed.")
             return None
     if config is not None:
@@ -178,10 +178,17 @@ def _expanded(name: str, split: str) -> list[str]:
             raise ValueError(f"No file matches '{name}'; check the pattern.")
         return [each for file in files for each in _expanded(file, split)]
     if path.is_dir():
-        places = (path / split, path)
-        return next(
-            ([str(file)] for place in places for file in sorted(place.glob("metadata.*")) if kind_of(file)), []
-        )
+        places = [place for place in (path / split, path) if split == "train" or place != path]
+        found = [[str(f) for f in sorted(place.glob("metadata.*")) if kind_of(f)] for place in places]
+        every = [file for files in found for file in files]
+        if len(every) > 1:
+            raise ValueError(f"'{name}' has both '{every[0]}' and '{every[1]}'; name the one that is meant.")
+        if every:
+            return every
+        rows = sorted({kind for file in path.iterdir() if file.is_file() and (kind := kind_of(file))})
+        if len(rows) > 1:
+            raise ValueError(f"'{name}' holds rows as {' and '.join(rows)}; name the files that are meant.")
+        return []
     if path.is_file():
         if kind_of(path) is None:
             raise ValueError(f"'{name}' is no {', '.join(KINDS)} file; check the path.")
@@ -277,7 +284,9 @@ def _finished_batch(batch: Mapping[str, list], finish: Callable) -> dict[str, li
 def _whole(datasets: Any, path: Path, change: Callable) -> Any:
     """All rows of a file. JSON in all columns: a common schema would fill every part with the keys of all parts."""
     if kind_of(path) == "parquet":  # which may hold media: rows go to disk, not into memory
-        names = _parquet_names(path)
+        names = dict.fromkeys(_parquet_names(path), "")
+        if path.name.startswith("metadata."):  # what files are shows when rows are read
+            names |= named_files(names) | dict.fromkeys(("image", "audio", "video"), "")
         columns = {change.keywords["columns"].get(name, name) for name in names}
         stamp = path.stat()
         return datasets.Dataset.from_generator(
@@ -437,7 +446,11 @@ def _table_rows(path: Path, wanted: Callable[[int], bool]) -> Iterator[dict[str,
     try:
         csv.field_size_limit(1 << 30)  # of the whole process; a conversation with its pictures is one field
         with _text(path, newline="") as file:
-            for row in csv.DictReader(file, delimiter=delimiter, strict=True):
+            table = csv.DictReader(file, delimiter=delimiter, strict=True)
+            names = table.fieldnames or []
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"Data file '{path}' has the column '{twice[0]}' twice; rename one.")
+            for row in table:
                 if None in row or None in row.values():
                     yield NoRow("it has another number of fields than the first line")
                 else:

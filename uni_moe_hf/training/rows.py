@@ -65,16 +65,13 @@ def row_to_messages(row: Mapping[str, Any], voice: str = "speech") -> list[dict[
     if row.get("_unreadable"):
         raise ValueError(row["_unreadable"])
     fields = _fields(row)
-    if "messages" in fields:
-        messages, used = _messages(fields["messages"], "messages"), ["messages"]
-    elif "conversations" in fields:
-        messages, used = _messages(fields["conversations"], "conversations"), ["conversations"]
-    elif isinstance(fields.get("prompt"), list) and isinstance(fields.get("completion"), list):
-        messages = _messages(fields["prompt"], "prompt") + _messages(fields["completion"], "completion")
-        used = ["prompt", "completion"]
+    if used := _wholes(fields):
+        messages = [message for name in used for message in _messages(fields[name], name)]
     else:
         messages, used = _plain_columns(fields)
-    if fields.get("system") and messages[0].get("role") != "system":
+    if fields.get("system"):
+        if messages and messages[0].get("role") == "system":
+            raise ValueError("a row has a system message and the field 'system' beside it; put both into one")
         messages = [{"role": "system", "content": _checked_text(fields["system"])}, *messages]
     columns = {
         kind: [name for name in names if name in fields and name not in used] for kind, names in MEDIA_COLUMNS.items()
@@ -86,18 +83,20 @@ def row_to_messages(row: Mapping[str, Any], voice: str = "speech") -> list[dict[
     if columns["audio"] and columns["voice"]:
         raise ValueError("a row has both 'audio' and 'voice', and `<audio>` can mean either; rename one to 'speech'")
     strict = "conversations" in used
+    is_plain = not strict and all(isinstance(message["content"], str) for message in messages)
     has_sound = any(columns[kind] for kind in ("audio", "speech", "voice"))
     for kind, names in columns.items():
         mark = f"<{'audio' if kind == 'voice' else kind}>"
         if kind == "speech" and not columns["audio"] and not columns["voice"] and not _places(messages, mark):
             mark = "<audio>"
+        declared = [name for name in MEDIA_COLUMNS[kind] if name in row]
         if names:
             files = _files(fields[names[0]], kind, names[0])
-        elif strict and _places(messages, mark) and not (mark == "<audio>" and has_sound):
+        elif (strict or declared) and _places(messages, mark) and not (mark == "<audio>" and has_sound):
             files = []
         else:
             continue
-        messages = _with_files(messages, voice if kind == "voice" else kind, mark, files, strict)
+        messages = _with_files(messages, voice if kind == "voice" else kind, mark, files, is_plain)
     return messages
 
 
@@ -105,8 +104,17 @@ def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a row holds, its names in small letters where they are known so."""
     fields = {name: value for name, value in row.items() if value is not None and name not in PLACE}
     known = {*chain.from_iterable(MEDIA_COLUMNS.values()), *QUESTIONS, *ANSWERS, *ROLES}
-    lower = {name: name.lower() for name in fields if name.lower() in known and name.lower() not in fields}
-    return {lower.get(name, name): value for name, value in fields.items()}
+    lower = {name: name.lower() for name in fields if name.lower() in known}
+    if len({lower.get(name, name) for name in fields}) < len(fields):
+        raise ValueError(f"a row has fields that differ in capitals alone: {sorted(lower)}")
+    media = {*chain.from_iterable(MEDIA_COLUMNS.values())}
+    fields = {lower.get(name, name): value for name, value in fields.items()}
+    return {name: value for name, value in fields.items() if not (name in media and is_nothing(value))}
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a field of media is empty, as tables have it."""
+    return value is None or (isinstance(value, str) and not value)
 
 
 def unread_fields(row: Mapping[str, Any]) -> list[str]:
@@ -117,11 +125,19 @@ def unread_fields(row: Mapping[str, Any]) -> list[str]:
     Returns:
         `list[str]`: fields that nothing is made of.
     """
-    fields = list(_fields(row))
-    read = set(chain.from_iterable(MEDIA_COLUMNS.values()))
-    whole = next((name for name in ("messages", "conversations") if name in fields), None)
-    read |= {whole, "system"} if whole is not None else {*QUESTIONS, *ANSWERS, "input", "system"}
+    fields = _fields(row)
+    read = {*chain.from_iterable(MEDIA_COLUMNS.values()), "system"}
+    read |= {*_wholes(fields)} or {*QUESTIONS, *ANSWERS, "input"}
     return [name for name in fields if name not in read]
+
+
+def _wholes(fields: Mapping[str, Any]) -> list[str]:
+    """The fields that hold a whole conversation; none where a row has plain columns."""
+    for name in ("messages", "conversations"):
+        if name in fields:
+            return [name]
+    pair = ["prompt", "completion"]
+    return pair if all(isinstance(fields.get(name), list) for name in pair) else []
 
 
 def _messages(value: Any, name: str) -> list[dict[str, Any]]:
@@ -137,7 +153,7 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
         if turn.get("from") not in SPEAKERS:
             raise ValueError(f"a turn is by {turn.get('from')!r}; known are {list(SPEAKERS)}")
         others = {key: each for key, each in turn.items() if key not in ("from", "value") and each is not None}
-        text = _checked_text(turn.get("value") or "")
+        text = _checked_text("" if turn.get("value") is None else turn["value"])
         messages.append({"role": SPEAKERS[turn["from"]], **others, "content": text})
     if messages[0]["role"] == "assistant":
         logger.warning_once("A conversation's first turn is by 'gpt' and left out, as in the original.")
@@ -295,7 +311,9 @@ def asked(row: dict[str, Any], questions: Iterable[str]) -> dict[str, Any]:
         `dict`: the row, with a `question` where it holds media and an answer and nothing else that is asked.
     """
     questions = list(questions)
-    if not questions or any(row.get(name) is not None for name in ("messages", "conversations", *QUESTIONS)):
+    has_media = not all(is_nothing(row.get(name)) for name in chain.from_iterable(MEDIA_COLUMNS.values()))
+    others = ("messages", "conversations", *QUESTIONS)
+    if not questions or not has_media or any(row.get(name) is not None for name in others):
         return row
     drawn = crc32(shortened_json([row.get("_row"), *(row.get(name) for name in ANSWERS)]).encode())
     return {**row, "question": questions[drawn % len(questions)]}
@@ -320,16 +338,17 @@ def _places(messages: list[dict], mark: str) -> int:
     return sum(part["text"].count(mark) for part in parts_of(messages) if part.get("type") == "text")
 
 
-def _with_files(messages: list[dict], kind: str, mark: str, files: list, strict: bool) -> list[dict]:
+def _with_files(messages: list[dict], kind: str, mark: str, files: list, is_plain: bool) -> list[dict]:
     """The messages, each file of a column in its place."""
     empty = sum(_is_empty(part, kind, mark) for part in parts_of(messages))
     marks = _places(messages, mark)
-    is_plain = not strict and not empty + marks and all(isinstance(message["content"], str) for message in messages)
     first = next((index for index, message in enumerate(messages) if message.get("role") == "user"), None)
-    if files and is_plain and first is not None:
-        parts = [{"type": kind, kind: file} for file in files]
-        text = messages[first]["content"]
-        parts += [{"type": "text", "text": text}] if text else []
+    if files and is_plain and not empty + marks and first is not None:
+        content = messages[first]["content"]
+        content = ([{"type": "text", "text": content}] if content else []) if isinstance(content, str) else content
+        places = [index for index, part in enumerate(content) if part["type"] == "text"]
+        place = places[0] if len(places) == 1 else len(content) - len(places)  # behind the media of other columns
+        parts = [*content[:place], *({"type": kind, kind: file} for file in files), *content[place:]]
         return [{**m, "content": parts} if index == first else m for index, m in enumerate(messages)]
     splits = len(files) != empty or not empty  # where typed parts take all, a mark in a text is text
     if len(files) != empty + (marks if splits else 0):
