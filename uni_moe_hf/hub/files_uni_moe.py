@@ -58,6 +58,7 @@ MAX_FRAME_PIXELS = str(MAX_FRAME_BYTES * 2 // 3)
 MAX_FILE_FRAMES, MAX_DECODE_SECONDS = 2_000_000, 10
 # Codecs of still pictures, which make room for whatever size each of them says that it has.
 STILLS = ("png", "apng", "tiff", "webp", "jpeg2000", "libopenjpeg", "jpegls", "bmp", "exr", "dpx", "psd", "targa")
+STILL_ENTRIES = (b"png ", b"MPNG", b"tiff", b"mjp2", b"gif ")  # the same as an MP4 names them
 # Of a process that decord runs in, in bytes.
 MAX_DECORD_BYTES = 4 << 30
 
@@ -540,6 +541,10 @@ def check_mp4_tables(file: BinaryIO) -> None:
             left, tracks = left - 1, tracks - (kind == b"trak")
             if left < 0 or tracks < 0 or depth > MAX_MP4_DEPTH:
                 raise LimitError("its boxes are nested too deep, or too many")
+            if kind == b"stsd":
+                file.seek(begin + 12)
+                if file.read(4) in STILL_ENTRIES:  # which are decoded to be described
+                    raise LimitError("its pictures are coded in a way that is not read")
             if kind == b"cmov":
                 raise LimitError("its tables are compressed, so what they hold is unknown")
             if kind in MP4_PARENTS:
