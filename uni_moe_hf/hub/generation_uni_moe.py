@@ -37,6 +37,9 @@ from .configuration_uni_moe import MODALITIES
 
 logger = logging.get_logger(__name__)
 
+# Configs of decoders that were given more than they were made for; told once of each, not at every word.
+WARNED: set[int] = set()
+
 # What `encode_media` takes.
 MEDIA_INPUTS = (
     "pixel_values",
@@ -346,8 +349,9 @@ def warn_of_positions(text_config: Any, num_new: int, cache: Any) -> None:
     if torch.compiler.is_compiling() or (limit := getattr(text_config, "max_position_embeddings", None)) is None:
         return
     cached = 0 if cache is None or not hasattr(cache, "get_seq_length") else cache.get_seq_length()
-    if isinstance(cached, int) and num_new + cached > limit:
-        logger.warning_once(
+    if isinstance(cached, int) and num_new + cached > limit and id(text_config) not in WARNED:
+        WARNED.add(id(text_config))
+        logger.warning(
             f"The conversation has {num_new + cached} tokens, media included, and the decoder was made for {limit} "
             "positions (`max_position_embeddings`); what follows may be nonsense."
         )
