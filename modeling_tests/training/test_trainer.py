@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from peft import AutoPeftModelForCausalLM, PeftModel
 from PIL import Image
 from test_stages import trainable
@@ -433,6 +435,22 @@ def test_two_runs_in_one_folder_are_one_too_many(trainer, tmp_path):
     sft.train()  # a run that was killed holds nothing
     with only_run_in(tmp_path), only_run_in(tmp_path):
         assert sft.state.global_step == 1
+
+
+@pytest.mark.parametrize("refused", [1, 2])
+def test_a_lock_that_cannot_stand_beside_the_folder_stands_inside_or_nowhere(refused, tmp_path, monkeypatch, caplog):
+    acquire, asked = FileLock.acquire, []
+
+    def refusing(lock, *args, **kwargs):
+        asked.append(Path(lock.lock_file))
+        if len(asked) <= refused:
+            raise PermissionError(13, "Permission denied")
+        return acquire(lock, *args, **kwargs)
+
+    monkeypatch.setattr(FileLock, "acquire", refusing)
+    with only_run_in(tmp_path / "run"):
+        assert asked == [tmp_path / ".run.lock", tmp_path / "run/.lock"]
+    assert ("cannot be locked" in caplog.text) == (refused == 2)
 
 
 # ---- whose collator ----

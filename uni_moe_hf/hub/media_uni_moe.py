@@ -157,6 +157,8 @@ def _rgb(image: Any):
     image.load()
     if image.mode.startswith("I;16") and image.mode != "I;16":  # of another order of bytes
         image = Image.fromarray(np.asarray(image).astype(np.uint16))
+    if image.mode == "La":  # which converts to its straight form alone
+        image = image.convert("LA")
     is_deep = image.mode.startswith(("I", "F"))
     if not is_deep and not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")

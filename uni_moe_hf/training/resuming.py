@@ -174,18 +174,24 @@ def only_run_in(output_dir: str | Path, is_main_process: bool = True) -> Iterato
         yield
         return
     folder = Path(output_dir).resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.parent / f".{folder.name}.lock", is_singleton=True)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise ValueError(
-            f"Another run is training in '{output_dir}'; wait for it, or choose another folder."
-        ) from error
+    lock = None
+    for place in (folder.parent / f".{folder.name}.lock", folder / ".lock"):
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(place, is_singleton=True)
+            lock.acquire(blocking=False)
+            break
+        except Timeout as error:
+            raise ValueError(f"Another run is training in '{output_dir}'; wait for it, or name another.") from error
+        except OSError as error:  # a parent that is not ours, as where a volume is mounted; a disk without locks
+            lock, reason = None, error
+    if lock is None:
+        logger.warning("'%s' cannot be locked (%s), so a second run there would not be noticed.", output_dir, reason)
     try:
         yield
     finally:
-        lock.release()
+        if lock is not None:
+            lock.release()
 
 
 __all__ = ["last_complete_checkpoint", "only_run_in", "what_changed", "what_is_torn", "write_digests"]
