@@ -141,11 +141,12 @@ def test_a_format_that_runs_other_programs_is_no_picture(tmp_path):
 # ---- videos ----
 
 
-def write_video(path, moments, size=(64, 48), rotation: int = 0, codec: str = "libx264", **options) -> None:
+def write_video(
+    path, moments, size=(64, 48), rotation: int = 0, codec: str = "libx264", base=Fraction(1, 90_000), **options
+) -> None:
     """A grey level per frame, with a red corner at the top left, shown at these moments (seconds)."""
     import av
 
-    base = Fraction(1, 90_000)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=30)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
@@ -462,6 +463,14 @@ def test_frames_are_right_in_containers_whose_jumps_are_not(tmp_path, name):
     wanted = [0, 7, 15, 22, 30, 37, 45, 52]
     # 1.6: lossy compression, and half a frame where streams are only numbered.
     assert levels(load_frames(tmp_path / name, 8)) == pytest.approx(wanted, abs=1.6)
+
+
+def test_frames_are_right_where_the_unit_of_time_is_a_frame(tmp_path):
+    """Times that are 0, 1, 2, ... are still times: behind a jump they do not begin anew."""
+    moments, quality = [Fraction(i, 30) for i in range(60)], {"bf": "0", "qp": "-1", "crf": "4", "b": "2M"}
+    write_video(tmp_path / "film.ivf", moments, codec="libvpx", base=Fraction(1, 30), **quality)
+    found = levels(load_frames(tmp_path / "film.ivf", 8))
+    assert found == pytest.approx([0, 7, 15, 22, 30, 37, 45, 52], abs=1.6)  # lossy compression
 
 
 def test_an_object_of_decord_gives_the_frames_of_its_file(films):

@@ -362,13 +362,13 @@ def audio_blocks(source: str | bytes) -> tuple[int, Iterator[np.ndarray]]:
 def _pyav_frames(source: str | bytes, choose: Choice) -> Iterator[np.ndarray]:
     deadline = Deadline()
     with opened(source) as container:
-        times, keys, base = _packet_times(container, deadline)
+        times, keys, base, is_numbered = _packet_times(container, deadline)
     wanted = [(moment, len(list(group))) for moment, group in groupby(int(times[i]) for i in choose(times, base))]
     done = 0
     for places in (keys, []):  # where jumping does not lead where it should, all is decoded from the beginning
         with opened(source) as container, suppress(_LostError):
             left = [moment for moment, _ in wanted[done:]]
-            for frame in _frames_shown_at(container, left, times.tolist(), places, deadline):
+            for frame in _frames_shown_at(container, left, int(times[0]), places, is_numbered, deadline):
                 yield from (frame for _ in range(wanted[done][1]))
                 done += 1
             return
@@ -401,10 +401,10 @@ def _check_frame(frame: Any) -> None:
         )
 
 
-def _packet_times(container: Any, deadline: Deadline) -> tuple[np.ndarray, list[int], Fraction]:
+def _packet_times(container: Any, deadline: Deadline) -> tuple[np.ndarray, list[int], Fraction, bool]:
     """
-    When frames begin, sorted, and behind them the end of the last; when key frames do; the unit of both. Where the
-    container does not say it, their numbers, and no key frames.
+    When frames begin, sorted, and behind them the end of the last; when key frames do; the unit of both; and whether
+    the container does not say it, so that these are numbers of frames, without key frames.
     """
     stream = _video_stream(container)
     found, keys, duration = array("q"), array("q"), 0
@@ -425,23 +425,23 @@ def _packet_times(container: Any, deadline: Deadline) -> tuple[np.ndarray, list[
         raise ValueError("it has 0 frames")
     if is_numbered:  # the container says nothing of when frames are shown: they follow each other
         rate = stream.average_rate or stream.guessed_rate or 25
-        return np.arange(len(found) + 1), [], 1 / Fraction(rate)
+        return np.arange(len(found) + 1), [], 1 / Fraction(rate), True
     times = np.unique(np.frombuffer(found, np.int64))
     last = (times[-1] - times[0]) // max(1, len(times) - 1) or duration
-    return np.append(times, times[-1] + max(1, last)), sorted(keys), stream.time_base or Fraction(1, 25)
+    return np.append(times, times[-1] + max(1, last)), sorted(keys), stream.time_base or Fraction(1, 25), False
 
 
 def _frames_shown_at(
-    container: Any, wanted: list[int], times: list[int], keys: list[int], deadline: Deadline
+    container: Any, wanted: list[int], first: int, keys: list[int], is_numbered: bool, deadline: Deadline
 ) -> Iterator[np.ndarray]:
     """The frame that is shown at each of the wanted times, which rise; decoding goes on, or jumps to a key frame."""
     stream = _video_stream(container)
     decoding, shown, ahead = container.decode(stream), None, None  # `ahead`: decoded, and too late so far
-    jumped, is_numbered, count = False, times == list(range(len(times))), 0
+    jumped, count = False, 0
     for moment in wanted:
-        key = keys[bisect_right(keys, moment) - 1] if keys and keys[0] <= moment else times[0]
+        key = keys[bisect_right(keys, moment) - 1] if keys and keys[0] <= moment else first
         reached = ahead if ahead is not None else shown
-        if key > times[0] and (reached is None or key > reached.pts):
+        if key > first and (reached is None or key > reached.pts):
             try:
                 container.seek(key, stream=stream)
             except Exception as error:  # raw streams cannot
@@ -458,7 +458,7 @@ def _frames_shown_at(
             if is_numbered and is_new:
                 frame.pts, count = count, count + 1
             elif frame.pts is None:
-                frame.pts = times[0] if shown is None else shown.pts + 1
+                frame.pts = first if shown is None else shown.pts + 1
             if frame.pts > moment and shown is not None:
                 ahead = frame
                 break
