@@ -30,7 +30,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, expert: ExpertAr
     set_seed(training_args.seed)  # before anything starts at random: the trainer's own call comes after that
     rows, eval_rows = script_args.rows(), script_args.eval_rows(training_args)
     processor = AutoProcessor.from_pretrained(expert.model_name_or_path)
-    script_args.check_modalities(rows, expert.modalities, processor._ear("audio"))
+    script_args.check_modalities(rows, expert.modalities, processor)
     model = load_whole(UniMoEForConditionalGeneration, expert.model_name_or_path, **script_args.loading())
     lora = {"r": expert.lora_r, "lora_alpha": expert.lora_alpha}
     trainer = UniMoESFTTrainer(

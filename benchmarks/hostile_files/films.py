@@ -16,11 +16,11 @@ from .shared import (
     MEGABYTE,
     Items,
     Size,
+    all_of,
     attempt,
     box,
     crc32,
     damaged,
-    everywhere,
     lists,
     lying,
     named,
@@ -624,9 +624,8 @@ def film_lists() -> Items:
 
 
 def films() -> Items:
-    yield from everywhere("video", "mp4")
-    for kind in (
+    return all_of(
+        "video", "mp4",
         large_films, mp4_films, matroska_films, vpx_films, avi_films,
         encoded_films, other_films, film_lists,
-    ):  # fmt: skip
-        yield from kind()
+    )  # fmt: skip

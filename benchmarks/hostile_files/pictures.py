@@ -16,9 +16,9 @@ from .shared import (
     MEGABYTE,
     Items,
     Size,
+    all_of,
     attempt,
     damaged,
-    everywhere,
     lying,
     named,
     packed,
@@ -646,9 +646,8 @@ def encoded_images() -> Items:
 
 
 def images() -> Items:
-    yield from everywhere("image", "png")
-    for kind in (
+    return all_of(
+        "image", "png",
         png_images, jpeg_images, gif_images, webp_images, bmp_images, tiff_images,
         plain_images, layered_images, written_images, encoded_images,
-    ):  # fmt: skip
-        yield from kind()
+    )  # fmt: skip

@@ -152,6 +152,13 @@ def with_box(data: bytes, kind: bytes, new: bytes | Callable[[bytes], bytes] | N
     return made
 
 
+def all_of(kind: str, extension: str, *makers: Callable[[], Items]) -> Items:
+    """What is no media file at all, and then what each of `makers` makes."""
+    yield from everywhere(kind, extension)
+    for make in makers:
+        yield from make()
+
+
 def everywhere(kind: str, extension: str) -> Items:
     """What is no media file at all."""
     generator = np.random.default_rng(0)

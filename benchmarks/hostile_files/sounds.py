@@ -15,12 +15,12 @@ from av.codec.context import Flags
 from .pictures import LARGE, flat_png, saved
 from .shared import (
     Items,
+    all_of,
     attempt,
     crc8,
     crc16,
     crc32,
     damaged,
-    everywhere,
     flipped,
     lists,
     lying,
@@ -411,9 +411,8 @@ def sound_lists() -> Items:
 
 
 def sounds() -> Items:
-    yield from everywhere("audio", "wav")
-    for kind in (
+    return all_of(
+        "audio", "wav",
         wave_sounds, flac_sounds, ogg_sounds, mp3_sounds, aac_sounds, other_tracks,
         headed_sounds, chunked_sounds, other_sounds, sound_lists,
-    ):  # fmt: skip
-        yield from kind()
+    )  # fmt: skip

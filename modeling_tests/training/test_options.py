@@ -96,6 +96,6 @@ def test_a_row_that_cannot_be_used_is_told_before_models_are_loaded(data, tmp_pa
     args, _ = parsed(tmp_path, *name, "--columns", "photo=image", "label=caption")
     rows = args.rows()
     assert rows[0]["answer"] == "a bird"
-    args.check_modalities(rows, ["image"], "audio")
+    args.check_modalities(rows, ["image"], tiny_processor())
     with pytest.raises(ValueError, match="The expert is for speech, but of 1 rows none holds it; they hold image"):
-        args.check_modalities(rows, ["speech"], "audio")
+        args.check_modalities(rows, ["speech"], tiny_processor())

@@ -49,15 +49,10 @@ def describe(checkpoint: str) -> dict[str, Any]:
         ValueError: there is no such checkpoint, or it is of another kind.
     """
     config = load_config(checkpoint)
-    import torch
-
-    from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
-    from ..mixtures.loading import check_weights, loaded
+    from ..mixtures.loading import empty_model
     from ..training.stages import part_of
 
-    check_weights(checkpoint)
-    with torch.device("meta"):
-        model = loaded(lambda _: UniMoEForConditionalGeneration(config), checkpoint)
+    model = empty_model(checkpoint, config)
     text, parts, active = config.text_config, {}, 0.0
     for name, parameter in model.named_parameters():
         part = part_of(name)

@@ -46,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("UNI_MOE_DEBUG"):
             raise
-        wrapped = type(error).__name__.startswith("StrictDataclass")
-        cause = error.__cause__ if wrapped and error.__cause__ else error
-        text = " ".join(str(cause).split())
+        from ..hub.files_uni_moe import cause_of
+
+        text = " ".join(str(cause_of(error)).split())
         if not _is_expected(error):
             text = f"{type(error).__name__}: {text} (UNI_MOE_DEBUG=1 shows where it comes from)"
         sys.stderr.write(f"uni-moe: {text}\n")

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from .configuration_uni_moe import MODALITIES
 from .files_uni_moe import from_base64
-from .media_uni_moe import Clip
+from .media_uni_moe import MEDIA_NAMES, Clip
 
 
 logger = logging.get_logger(__name__)
@@ -56,7 +56,6 @@ OTHER_TYPES = {
     "output_text": ("text", "text"),
 }
 # Fields of messages that say something, and would be lost with a template that does not read them.
-MEDIA_FIELDS = ("image", "images", "video", "videos", "audio", "audios", "speech", "voice")
 SAYING = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking", "reasoning", "documents")
 
 # A private-use character that the tokenizer's normaliser removes. Inside "<image>" it hides the placeholder from every
@@ -388,8 +387,8 @@ class ConversationMixin:
                 del message[name]
             elif _reads(template, name):
                 continue
-            elif name in SAYING or name in MEDIA_FIELDS:
-                where = "put media into the parts of `content`" if name in MEDIA_FIELDS else "leave it out"
+            elif name in SAYING or name in MEDIA_NAMES:
+                where = "put media into the parts of `content`" if name in MEDIA_NAMES else "leave it out"
                 raise ValueError(f"A message has '{name}', which the chat template does not read; {where}.")
             else:
                 logger.warning_once(f"Messages have the field '{name}', which is not read.")
@@ -406,12 +405,11 @@ class ConversationMixin:
         learned = [part.pop("learned", None) for part in parts]
         if message["role"] != "assistant" and any(flag for flag in learned):
             raise ValueError(f"A part asks that a text by '{message['role']}' be learned; only the assistant's are.")
-        ends = [len(_joined_text(self._joined_parts(parts[: index + 1]))) for index in range(len(parts))]
-        message["unlearned"] = [
-            (end - len(self._as_text(part["text"])), end)
-            for part, flag, end in zip(parts, learned, ends, strict=True)
-            if flag is False
-        ]
+        message["unlearned"] = []  # where in the message's text
+        for index, flag in enumerate(learned):
+            if flag is False:
+                end = len(_joined_text(self._joined_parts(parts[: index + 1])))
+                message["unlearned"].append((end - len(self._as_text(parts[index]["text"])), end))
         message["content"] = self._joined_parts(parts)
         return message
 
@@ -564,8 +562,8 @@ def _learned_spans(messages: list[dict], spans: list[tuple[int, int]], prompt: s
     for message, (start, stop) in zip(said, spans, strict=True):
         if not message["learned"]:
             continue
-        whole = _joined_text(message["content"]).strip()
-        shift = len(_joined_text(message["content"])) - len(_joined_text(message["content"]).lstrip())
+        text = _joined_text(message["content"])
+        whole, shift = text.strip(), len(text) - len(text.lstrip())
         place = prompt.find(whole, start, stop)
         if message["unlearned"] and place < 0:
             raise ValueError("The chat template changes a text of which a part is not to be learned; mark all of it.")

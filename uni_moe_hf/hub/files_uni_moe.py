@@ -252,6 +252,12 @@ def reason(error: BaseException) -> str:
     return " ".join(text.split())[:300].rstrip(".")
 
 
+def cause_of(error: Exception) -> Exception:
+    """The error that says most: the library wraps what a config's own checks say."""
+    wrapped = type(error).__name__.startswith("StrictDataclass")
+    return error.__cause__ if wrapped and isinstance(error.__cause__, Exception) else error
+
+
 # --- Containers
 
 # From the times at which frames begin, sorted, with the end of the last behind them, and their unit in seconds, to the
@@ -562,7 +568,7 @@ def _check_table(kind: bytes, head: bytes, room: int, file_size: int) -> None:
     words = [int.from_bytes(head[at : at + 4], "big") for at in range(0, len(head) - 3, 4)]
     count, entry = words[1], MP4_TABLES[kind]
     if kind == b"stsz" and len(words) > 2:
-        count, entry = words[2], 0 if words[1] else 4
+        count = words[2]
         promised, held = (count * words[1], file_size) if words[1] else (count * 4, room)
     elif kind == b"trun":
         entry = 4 * sum(bool(words[0] & flag) for flag in (0x100, 0x200, 0x400, 0x800))
@@ -578,6 +584,7 @@ __all__ = [
     "Deadline",
     "LimitError",
     "audio_blocks",
+    "cause_of",
     "check_mp4_tables",
     "frames_at",
     "from_base64",

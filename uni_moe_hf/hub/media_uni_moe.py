@@ -10,12 +10,24 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from io import BytesIO
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from .files_uni_moe import Choice, Deadline, LimitError, audio_blocks, frames_at, name_of, reason, resolved
 
+
+# Columns of media beside conversations: what each is called, as TRL, LLaMA-Factory, ms-swift and the original name
+# them. The caller says whether the original's `voice` is speech or sound.
+MEDIA_COLUMNS = {
+    "image": ("image", "images"),
+    "video": ("video", "videos"),
+    "audio": ("audio", "audios"),
+    "speech": ("speech",),
+    "voice": ("voice",),
+}
+MEDIA_NAMES = tuple(chain.from_iterable(MEDIA_COLUMNS.values()))
 
 # Of a picture; of one whose format is decoded in several copies; from where on a JPEG is decoded at half its size.
 MAX_PIXELS, MAX_COPIED_PIXELS, MAX_WHOLE_JPEG_PIXELS = 64_000_000, 24_000_000, 32_000_000
@@ -553,6 +565,8 @@ def _as_array(value: Any) -> np.ndarray:
 
 __all__ = [
     "MAX_VIDEO_FRAMES",
+    "MEDIA_COLUMNS",
+    "MEDIA_NAMES",
     "Clip",
     "array_to_image",
     "check_num_frames",

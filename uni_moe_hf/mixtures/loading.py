@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..hub.files_uni_moe import reason
+from ..hub.files_uni_moe import cause_of, reason
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 
 
@@ -37,8 +37,10 @@ def load_whole(kind: Any, checkpoint: str | Path, is_part: bool = False, **kwarg
             shape.
     """
     check_there(checkpoint)
-    if not is_part:
-        check_weights(checkpoint)
+    if not is_part and Path(checkpoint).is_dir():
+        config = loaded(AutoConfig.from_pretrained, checkpoint)
+        if config.model_type == "uni_moe":
+            empty_model(checkpoint, config)
     model, report = loaded(kind.from_pretrained, checkpoint, output_loading_info=True, **kwargs)
     missing = [name for name in report["missing_keys"] if not (is_part and re.search(UNREAD, name))]
     unexpected = [] if is_part else list(report["unexpected_keys"])
@@ -71,23 +73,27 @@ def loaded(load: Callable, checkpoint: str | Path, **kwargs: Any) -> Any:
         raise ValueError(f"'{checkpoint}' could not be loaded ({reason(cause_of(error))}).") from error
 
 
-def check_weights(checkpoint: str | Path) -> None:
+def empty_model(checkpoint: str | Path, config: PreTrainedConfig) -> UniMoEForConditionalGeneration:
     """
-    Whether a folder's weights are those that its config describes, by names and shapes alone: the library would make
-    room for whatever is missing, however large a damaged config says that it is.
+    The model that a config describes, without weights. A folder's weights must be those, by names and shapes: the
+    library would make room for whatever is missing, however large a damaged config says that it is.
 
     Args:
-        checkpoint (`str` or `Path`): A folder or Hub id; of the latter, and of other kinds of models, nothing is said.
+        checkpoint (`str` or `Path`): A folder or Hub id; of the weights of the latter, and of quantised ones, nothing
+            is said.
+        config ([`UniMoEConfig`]): That lies there.
+
+    Returns:
+        [`UniMoEForConditionalGeneration`] on the meta device.
 
     Raises:
-        ValueError: they are not.
+        ValueError: it describes no model, or another one than the weights.
     """
-    files = sorted(Path(checkpoint).glob("*.safetensors")) if Path(checkpoint).is_dir() else []
-    config = loaded(AutoConfig.from_pretrained, checkpoint)
-    if not files or config.model_type != "uni_moe" or getattr(config, "quantization_config", None) is not None:
-        return
     with torch.device("meta"):
         model = loaded(lambda _: UniMoEForConditionalGeneration(config), checkpoint)
+    files = sorted(Path(checkpoint).glob("*.safetensors")) if Path(checkpoint).is_dir() else []
+    if not files or getattr(config, "quantization_config", None) is not None:
+        return model
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:
@@ -97,15 +103,15 @@ def check_weights(checkpoint: str | Path) -> None:
             raise ValueError(f"'{file}' is truncated or no safetensors file ({reason(error)}).") from error
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
-    lost = sorted(name for name in wanted.keys() - found.keys() - tied)
     wrong = sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])
-    _refuse(checkpoint, lost, "are missing from its weights")
+    _refuse(checkpoint, list(wanted.keys() - found.keys() - tied), "are missing from its weights")
     if wrong:
         name = wrong[0]
         raise ValueError(
             f"'{checkpoint}' holds '{name}' of shape {found[name]}, but its config.json describes {wanted[name]}"
             f"{f', and {len(wrong) - 1} more like it' if len(wrong) > 1 else ''}; do the two belong together?"
         )
+    return model
 
 
 def _refuse(checkpoint: str | Path, names: list[str], what: str) -> None:
@@ -152,10 +158,4 @@ def check_there(checkpoint: str | Path) -> None:
         raise ValueError(f"The folder '{name}' holds no model but {found}.")
 
 
-def cause_of(error: Exception) -> Exception:
-    """The error that says most: the library wraps what a config's own checks say."""
-    wrapped = type(error).__name__.startswith("StrictDataclass")
-    return error.__cause__ if wrapped and isinstance(error.__cause__, Exception) else error
-
-
-__all__ = ["cause_of", "check_there", "check_weights", "load_part_config", "load_whole", "loaded"]
+__all__ = ["check_there", "empty_model", "load_part_config", "load_whole", "loaded"]

@@ -105,12 +105,14 @@ class StageArguments(ScriptArguments):
                     raise ValueError(f"{describe_row(row)} cannot be used: {error}.") from error
         return rows
 
-    def check_modalities(self, rows: Dataset | IterableDataset, modalities: list[str], ear: str) -> None:
+    def check_modalities(
+        self, rows: Dataset | IterableDataset, modalities: list[str], processor: UniMoEProcessor
+    ) -> None:
         """
         Args:
             rows (`Dataset` or `IterableDataset`): To train on.
             modalities (`list[str]`): What an expert is for.
-            ear (`str`): Where plain `audio` goes, "audio" or "speech".
+            processor ([`UniMoEProcessor`]): Of the model, which says where plain `audio` goes.
 
         Raises:
             ValueError: no row of a sample holds any of them.
@@ -122,7 +124,7 @@ class StageArguments(ScriptArguments):
         found = set()
         for row in sample:
             with suppress(ValueError):  # the collator will name it
-                found |= {ear if kind == "audio" else kind for kind in row_modalities(row)[0]}
+                found |= {processor._ear(kind) for kind in row_modalities(row)[0]}
         if not found & set(modalities):
             raise ValueError(
                 f"The expert is for {' and '.join(modalities)}, but of {len(sample)} rows none holds it; they hold "

@@ -15,18 +15,12 @@ from zlib import crc32
 from transformers.utils import logging
 
 from ..hub.configuration_uni_moe import MODALITIES
+from ..hub.conversations_uni_moe import OTHER_TYPES, SOURCE_KEYS
+from ..hub.media_uni_moe import MEDIA_COLUMNS, MEDIA_NAMES
 
 
 logger = logging.get_logger(__name__)
 
-# Columns of media: what each is called, as TRL, LLaMA-Factory, ms-swift and the original name them.
-MEDIA_COLUMNS = {
-    "image": ("image", "images"),
-    "video": ("video", "videos"),
-    "audio": ("audio", "audios"),
-    "speech": ("speech",),
-    "voice": ("voice",),  # the original's; the caller says whether it is speech or sound
-}
 # Columns of plain questions and answers. What is in none of these may be named so with `columns`.
 QUESTIONS = ("question", "prompt", "instruction", "query")
 ANSWERS = ("answer", "caption", "completion", "response", "output", "transcription", "transcript", "sentence", "text")
@@ -103,13 +97,12 @@ def row_to_messages(row: Mapping[str, Any], voice: str = "speech") -> list[dict[
 def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a row holds, its names in small letters where they are known so."""
     fields = {name: value for name, value in row.items() if value is not None and name not in PLACE}
-    known = {*chain.from_iterable(MEDIA_COLUMNS.values()), *QUESTIONS, *ANSWERS, *ROLES}
+    known = {*MEDIA_NAMES, *QUESTIONS, *ANSWERS, *ROLES}
     lower = {name: name.lower() for name in fields if name.lower() in known}
     if len({lower.get(name, name) for name in fields}) < len(fields):
         raise ValueError(f"a row has fields that differ in capitals alone: {sorted(lower)}")
-    media = {*chain.from_iterable(MEDIA_COLUMNS.values())}
     fields = {lower.get(name, name): value for name, value in fields.items()}
-    return {name: value for name, value in fields.items() if not (name in media and is_nothing(value))}
+    return {name: value for name, value in fields.items() if not (name in MEDIA_NAMES and is_nothing(value))}
 
 
 def is_nothing(value: Any) -> bool:
@@ -126,7 +119,7 @@ def unread_fields(row: Mapping[str, Any]) -> list[str]:
         `list[str]`: fields that nothing is made of.
     """
     fields = _fields(row)
-    read = {*chain.from_iterable(MEDIA_COLUMNS.values()), "system"}
+    read = {*MEDIA_NAMES, "system"}
     read |= {*_wholes(fields)} or {*QUESTIONS, *ANSWERS, "input"}
     return [name for name in fields if name not in read]
 
@@ -203,7 +196,7 @@ def check_characters(text: str, what: str) -> None:
 
 def _plain_columns(fields: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
     """A question and its answer as messages, and the fields that they were made of."""
-    media = [name for name in chain.from_iterable(MEDIA_COLUMNS.values()) if name in fields]
+    media = [name for name in MEDIA_NAMES if name in fields]
     questions, answers = ([name for name in names if name in fields] for names in (QUESTIONS, ANSWERS))
     if not answers or not (media or questions):
         raise ValueError(
@@ -311,7 +304,7 @@ def asked(row: dict[str, Any], questions: Iterable[str]) -> dict[str, Any]:
         `dict`: the row, with a `question` where it holds media and an answer and nothing else that is asked.
     """
     questions = list(questions)
-    has_media = not all(is_nothing(row.get(name)) for name in chain.from_iterable(MEDIA_COLUMNS.values()))
+    has_media = not all(is_nothing(row.get(name)) for name in MEDIA_NAMES)
     others = ("messages", "conversations", *QUESTIONS)
     if not questions or not has_media or any(row.get(name) is not None for name in others):
         return row
@@ -379,15 +372,13 @@ def _with_files(messages: list[dict], kind: str, mark: str, files: list, is_plai
 def _is_empty(part: Mapping[str, Any], kind: str, mark: str) -> bool:
     """Whether a part names a kind of media and no source."""
     named = part.get("type") in (kind, mark[1:-1])
-    keys = ("url", "path", "base64", "bytes", "image_url", "audio_url", "video_url", *MODALITIES)
+    keys = (*MODALITIES, *SOURCE_KEYS, *(key for kind, key in OTHER_TYPES.values() if kind != "text"))
     return named and not any(part.get(key) is not None for key in keys)
 
 
 def _refuse_unread_media(fields: Mapping[str, Any], used: list[str], messages: list[dict]) -> None:
     """Media in a field that nothing is made of, in a row without any other."""
-    if any(part.get("type") != "text" for part in parts_of(messages)) or {*used} & {
-        *chain.from_iterable(MEDIA_COLUMNS.values())
-    }:
+    if any(part.get("type") != "text" for part in parts_of(messages)) or {*used} & {*MEDIA_NAMES}:
         return
     for name, value in fields.items():
         if name not in used and name not in ("id", "source") and looks_like_media(value):
