@@ -9,8 +9,8 @@ from transformers import LlamaConfig, MixtralConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from uni_moe_hf import UniMoETextConfig
-from uni_moe_hf.hub.expert_segments_uni_moe import _add_linear, _linear, _swiglu, _swiglu_backward
+from uni_moe_hf import UniMoEConfig
+from uni_moe_hf.hub.expert_segments_uni_moe import ACTIVATIONS, _add_linear, _gated, _gated_backward, _linear
 from uni_moe_hf.hub.experts_uni_moe import UniMoELoraExperts
 
 
@@ -21,8 +21,8 @@ FACTORS = ("gate_up_a", "gate_up_b", "down_a", "down_b")
 def ours(shape: dict, **fields) -> UniMoELoraExperts:
     """Our experts with random weights; the frozen ones do not learn. All other layers copy theirs."""
     settings = {"num_hidden_layers": 1, "num_attention_heads": 1, "expert_lora_alpha": 2 * shape["expert_lora_rank"]}
-    config = UniMoETextConfig(**settings, **shape, **fields)
-    experts = UniMoELoraExperts(config)
+    config = UniMoEConfig(text_config={**settings, **shape, **fields}).text_config
+    experts = UniMoELoraExperts(config, LlamaMLP(config))
     for name, parameter in experts.named_parameters():
         parameter.requires_grad_("lora" in name)
         nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)

@@ -19,12 +19,12 @@ HUB_MODULES = [file.stem for file in FILES if file.parts[0] == "hub" and file.st
 DRAWING = {
     "compat_uni_moe": set(),
     "configuration_uni_moe": {"compat_uni_moe"},
-    "quantization_uni_moe": set(),
     "expert_segments_uni_moe": set(),
-    "expert_kernels_uni_moe": {"compat_uni_moe", "expert_segments_uni_moe", "quantization_uni_moe"},
-    "experts_uni_moe": {"compat_uni_moe", "configuration_uni_moe", "expert_kernels_uni_moe", "quantization_uni_moe"},
+    "expert_kernels_uni_moe": {"compat_uni_moe", "expert_segments_uni_moe"},
+    "experts_uni_moe": {"expert_kernels_uni_moe", "expert_segments_uni_moe"},
+    "decoder_uni_moe": {"compat_uni_moe", "configuration_uni_moe", "expert_kernels_uni_moe", "experts_uni_moe"},
     "connectors_uni_moe": {"compat_uni_moe", "configuration_uni_moe"},
-    "beats_uni_moe": {"compat_uni_moe", "configuration_uni_moe"},
+    "towers_uni_moe": {"compat_uni_moe", "configuration_uni_moe"},
     "files_uni_moe": set(),
     "media_uni_moe": {"files_uni_moe"},
     "feature_extraction_uni_moe": {"media_uni_moe"},
@@ -33,7 +33,7 @@ DRAWING = {
     "pipeline_uni_moe": set(),
     "generation_uni_moe": {"compat_uni_moe", "configuration_uni_moe"},
     "modeling_uni_moe": {"compat_uni_moe", "configuration_uni_moe", "expert_kernels_uni_moe", "generation_uni_moe"}
-    | {"quantization_uni_moe", "experts_uni_moe", "connectors_uni_moe", "beats_uni_moe", "pipeline_uni_moe"},
+    | {"decoder_uni_moe", "experts_uni_moe", "connectors_uni_moe", "towers_uni_moe", "pipeline_uni_moe"},
 }
 
 # What every installation has, and what a Hub file may use where it is there.

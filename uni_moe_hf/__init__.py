@@ -15,21 +15,21 @@ __version__ = "0.1.0"
 
 # Public names, by the module that defines them. Hub files are imported at once, tools on first use.
 _PUBLIC = {
-    "hub.beats_uni_moe": ["BeatsModel"],
-    "hub.configuration_uni_moe": ["BeatsConfig", "UniMoEConfig", "UniMoETextConfig"],
+    "hub.towers_uni_moe": ["BeatsModel"],
+    "hub.configuration_uni_moe": ["BeatsConfig", "UniMoEConfig"],
     "hub.feature_extraction_uni_moe": ["UniMoEFeatureExtractor"],
     "hub.modeling_uni_moe": [
         "UniMoEForConditionalGeneration",
         "UniMoEModel",
         "UniMoEPreTrainedModel",
-        "UniMoETextModel",
     ],
     "hub.pipeline_uni_moe": ["AnyToTextPipeline"],
     "hub.processing_uni_moe": ["UniMoEProcessor"],
     "insight.connectors": ["connector_statistics"],
-    "mixtures.composition": ["build_processor", "from_pretrained_parts", "grow_experts"],
+    "mixtures.composition": ["build_processor", "from_pretrained_parts"],
     "mixtures.elastic_experts": ["add_expert", "balance_routers", "clone_expert", "drop_expert", "merge_experts"],
     "mixtures.expert_adapters": ["export_expert", "export_expert_stack"],
+    "mixtures.growing": ["grow_experts"],
     "mixtures.routing": ["record_routing"],
     "original.conversion": ["convert_checkpoint", "revert_checkpoint"],
     "original.merging": ["merge_modalities"],
@@ -59,18 +59,16 @@ def register() -> None:
     )
     from transformers.pipelines import PIPELINE_REGISTRY
 
-    from .hub.beats_uni_moe import BeatsModel
-    from .hub.configuration_uni_moe import BeatsConfig, UniMoEConfig, UniMoETextConfig
+    from .hub.configuration_uni_moe import BeatsConfig, UniMoEConfig
     from .hub.feature_extraction_uni_moe import UniMoEFeatureExtractor
-    from .hub.modeling_uni_moe import UniMoEForConditionalGeneration, UniMoETextModel
+    from .hub.modeling_uni_moe import UniMoEForConditionalGeneration
     from .hub.pipeline_uni_moe import AnyToTextPipeline
     from .hub.processing_uni_moe import UniMoEProcessor
+    from .hub.towers_uni_moe import BeatsModel
 
     AutoConfig.register("uni_moe", UniMoEConfig, exist_ok=True)
-    AutoConfig.register("uni_moe_text", UniMoETextConfig, exist_ok=True)
     AutoConfig.register("beats", BeatsConfig, exist_ok=True)
     AutoModel.register(UniMoEConfig, UniMoEForConditionalGeneration, exist_ok=True)
-    AutoModel.register(UniMoETextConfig, UniMoETextModel, exist_ok=True)
     AutoModel.register(BeatsConfig, BeatsModel, exist_ok=True)
     AutoModelForCausalLM.register(UniMoEConfig, UniMoEForConditionalGeneration, exist_ok=True)
     AutoModelForMultimodalLM.register(UniMoEConfig, UniMoEForConditionalGeneration, exist_ok=True)

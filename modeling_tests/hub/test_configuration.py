@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from tiny import tiny_config
 from transformers import AutoConfig, LlamaConfig
 
-from uni_moe_hf import BeatsConfig, UniMoEConfig, UniMoETextConfig
+from uni_moe_hf import BeatsConfig, UniMoEConfig
 from uni_moe_hf.hub.configuration_uni_moe import AUTO_MAP
 
 
@@ -33,7 +33,7 @@ def test_saved_config_loads_equal_whichever_towers_are_missing(without, tmp_path
     loaded = AutoConfig.from_pretrained(tmp_path / "first")
     loaded.save_pretrained(tmp_path / "second")
 
-    assert type(loaded) is UniMoEConfig and type(loaded.text_config) is UniMoETextConfig
+    assert type(loaded) is UniMoEConfig and type(loaded.text_config) is LlamaConfig
     assert {**loaded.to_dict(), "_name_or_path": ""} == config.to_dict()
     assert all((getattr(loaded, f"{tower}_config") is None) == (tower in without) for tower in TOWERS)
     assert (tmp_path / "first/config.json").read_bytes() == (tmp_path / "second/config.json").read_bytes()
@@ -113,21 +113,26 @@ def test_tied_embeddings_of_a_plain_decoder_are_kept():
     assert tiny_config({"tie_word_embeddings": True}).tie_word_embeddings is True
 
 
-def test_library_name_of_the_expert_count_is_understood():
-    config = UniMoETextConfig(num_local_experts=6)
-    assert (config.num_experts, config.num_local_experts) == (6, 6)
-
-
 def test_parts_may_be_given_as_configs():
     parts = {name: getattr(tiny_config(), name) for name in ("text_config", "vision_config", "audio_config")}
     config = UniMoEConfig(**parts)
     assert all(getattr(config, name) is part for name, part in parts.items())
 
 
-def test_plain_llama_config_is_refused():
-    """It has no `mlp_layer_types`: no model could be built from it."""
-    sentence = refusal(lambda: UniMoEConfig(text_config=LlamaConfig(hidden_size=32, num_hidden_layers=1)))
-    assert "LlamaConfig" in sentence and "UniMoETextConfig" in sentence
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
+def test_a_plain_llms_config_gets_the_mixtures_fields_and_stays_as_it_was(kind):
+    plain = AutoConfig.for_model(kind, num_hidden_layers=3)
+    before = plain.to_dict()
+    config = UniMoEConfig(text_config=plain)
+    assert type(config.text_config) is type(plain) and config.text_config.mlp_layer_types == ["sparse"] * 3
+    assert plain.to_dict() == before and not hasattr(plain, "expert_lora_rank")
+    again = UniMoEConfig(**{k: v for k, v in config.to_dict().items() if k != "model_type"})
+    assert again.text_config.to_dict() == config.text_config.to_dict()
+
+
+def test_a_decoder_that_the_installed_library_does_not_know_is_named():
+    sentence = refusal(lambda: UniMoEConfig(text_config={"model_type": "qwen99"}))
+    assert "'qwen99'" in sentence and "transformers" in sentence and len(sentence) < 200
 
 
 def test_saved_config_names_the_code_that_loads_it(tmp_path):
@@ -147,10 +152,17 @@ def test_saved_config_names_the_code_that_loads_it(tmp_path):
         ({"num_experts_per_tok": 5}, ["num_experts_per_tok=5", "num_experts=4"]),
         ({"num_experts_per_tok": 0}, ["num_experts_per_tok=0", "num_experts=4"]),
         ({"num_experts": 0}, ["num_experts=0", "4096"]),
-        ({"expert_names": ["image", "speech", "audio"]}, ["3 names", "num_experts=4"]),
+        ({"num_experts": 4.0}, ["num_experts=4.0", "whole"]),
+        ({"num_experts_per_tok": True}, ["num_experts_per_tok=True", "whole"]),
+        ({"expert_names": ["image", "speech", "audio"]}, ["'speech'", "num_experts=4"]),
+        ({"expert_names": "abcd"}, ["'abcd'", "num_experts=4"]),
+        ({"expert_lora_alpha": "16"}, ["expert_lora_alpha='16'"]),
+        ({"expert_lora_dropout": 1.5}, ["expert_lora_dropout=1.5"]),
+        ({"shared_expert_base": "yes"}, ["shared_expert_base='yes'"]),
+        ({"expert_activations": "drop"}, ["expert_activations='drop'", "recompute"]),
+        ({"mlp_layer_types": "sparse"}, ["mlp_layer_types"]),
         ({"expert_lora_rank": -1}, ["expert_lora_rank=-1"]),
         ({"shared_expert_base": True, "expert_lora_rank": 0}, ["expert_lora_rank=0", "4 equal experts"]),
-        ({"mlp_bias": True}, ["mlp_bias=True", "sparse", "'dense'"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -204,7 +216,6 @@ def test_beats_sizes_that_do_not_divide_are_refused_with_both_numbers(fields, wo
 @pytest.mark.parametrize(
     "text",
     [
-        {"mlp_bias": True, "mlp_layer_types": ["dense", "dense"]},
         {"shared_expert_base": True, "expert_lora_rank": 0, "mlp_layer_types": ["dense", "dense"]},
         {"shared_expert_base": True, "expert_lora_rank": 0, "num_experts": 1, "num_experts_per_tok": 1},
         {"num_experts_per_tok": 4},

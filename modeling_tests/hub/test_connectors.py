@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import ROUNDING, tiny_config, tiny_model
 
-from uni_moe_hf.hub.connectors_uni_moe import AudioConnector, SpeechConnector
+from uni_moe_hf.hub.connectors_uni_moe import QFormerConnector, SpeechConnector
 
 
 HIDDEN, TOWER, QUERIES = 32, 32, 5
@@ -123,7 +123,7 @@ def test_building_a_connector_leaves_the_config_as_it_was():
     config = tiny_config()
     before = config.to_dict()
     SpeechConnector(config)
-    AudioConnector(config)
+    QFormerConnector(config)
     assert config.to_dict() == before
 
 

@@ -15,17 +15,17 @@ from transformers import pipeline
 
 
 HUB_FILES = {
-    "beats_uni_moe.py",
     "compat_uni_moe.py",
     "configuration_uni_moe.py",
     "connectors_uni_moe.py",
+    "decoder_uni_moe.py",
     "expert_kernels_uni_moe.py",
     "expert_segments_uni_moe.py",
     "experts_uni_moe.py",
     "generation_uni_moe.py",
     "modeling_uni_moe.py",
     "pipeline_uni_moe.py",
-    "quantization_uni_moe.py",
+    "towers_uni_moe.py",
 }
 PROCESSOR_FILES = {
     "compat_uni_moe.py",

@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from uni_moe_hf import UniMoEForConditionalGeneration
-from uni_moe_hf.mixtures.composition import build_processor, from_pretrained_parts, grow_experts
+from uni_moe_hf.mixtures.composition import build_processor, from_pretrained_parts
+from uni_moe_hf.mixtures.growing import grow_experts
 from uni_moe_hf.mixtures.expert_adapters import export_expert
 from uni_moe_hf.training.stages import prepare_stage
 

@@ -190,20 +190,6 @@ try:
 except ImportError:
     WhisperEncoder = WhisperDecoder = missing("WhisperEncoder", "speech cannot be heard")
 
-try:
-    # What a Llama is made of.
-    from transformers.models.llama.modeling_llama import (
-        LlamaAttention,
-        LlamaDecoderLayer,
-        LlamaMLP,
-        LlamaRMSNorm,
-        LlamaRotaryEmbedding,
-    )
-except ImportError:
-    LlamaAttention = LlamaDecoderLayer = LlamaMLP = LlamaRMSNorm = LlamaRotaryEmbedding = missing(
-        "LlamaDecoderLayer", "there is no decoder"
-    )
-
 
 def register_multimodal_type(model_type: str, architecture: str) -> None:
     """

@@ -1,13 +1,15 @@
 """Configuration of Uni-MoE: one text decoder, three optional towers, and how they are joined."""
 
+import copy
 import math
 from typing import Any, ClassVar, Literal
 
 
 from .compat_uni_moe import register_multimodal_type  # isort: skip  a library that is too old is refused there
 
+import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, Blip2QFormerConfig, LlamaConfig, PreTrainedConfig, WhisperConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 
 # In the order of `mm_token_type_ids`, counted from 1.
@@ -55,6 +57,11 @@ WIDTHS = (
 ).split()
 
 
+def width_of(config: PreTrainedConfig) -> int:
+    """How wide a tower's features are; of one that grows wider from stage to stage, the last."""
+    return getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
+
+
 def check_sizes(config: PreTrainedConfig) -> None:
     """
     Raises:
@@ -66,10 +73,12 @@ def check_sizes(config: PreTrainedConfig) -> None:
     limits = dict.fromkeys(DEPTHS, MAX_DEPTH) | {"num_experts": MAX_EXPERTS} | dict.fromkeys(WIDTHS, MAX_WIDTH)
     for name, limit in limits.items():
         value = getattr(config, name, None)
-        if value is None or (isinstance(value, list | tuple) and name == "patch_size"):
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-            raise ValueError(f"`{name}={value!r}` of a '{config.model_type}' must be a whole number up to {limit}.")
+        several = isinstance(value, list | tuple) and name not in ("hidden_size", "vocab_size", *DEPTHS)
+        for each in value if several else () if value is None else (value,):  # some have one for each layer or side
+            if not isinstance(each, int) or isinstance(each, bool) or not 1 <= each <= limit:
+                raise ValueError(
+                    f"`{name}={value!r}` of a '{config.model_type}' must be a whole number up to {limit}."
+                )
 
 
 @strict
@@ -132,19 +141,171 @@ class BeatsConfig(PreTrainedConfig):
                 )
 
 
+# Kinds of configs that the library lacks.
+OWN_CONFIGS = {"beats": BeatsConfig}
+
+# What a part is where its dict names no `model_type`.
+DEFAULT_TYPES = {
+    "text_config": "llama",
+    "vision_config": "clip_vision_model",
+    "speech_config": "whisper",
+    "audio_config": "beats",
+    "audio_connector_config": "blip_2_qformer",
+    "speech_connector_config": "blip_2_qformer",
+}
+
+# The mixture's fields of a `text_config`, whatever the decoder's kind, and their defaults.
+MIXTURE = {
+    "mlp_layer_types": None,  # all sparse
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "expert_names": None,
+    "shared_expert_base": False,
+    "expert_lora_rank": 8,
+    "expert_lora_alpha": 16,
+    "expert_lora_dropout": 0.0,
+    "expert_activations": "save",
+    "router_dtype": "float32",
+    "router_aux_loss_coef": 0.0,
+    "output_router_logits": False,
+}
+# What a number may be; `None` is without bound.
+NUMBERS = {
+    "num_experts": (int, 1, MAX_EXPERTS),
+    "num_experts_per_tok": (int, None, None),
+    "expert_lora_rank": (int, 0, MAX_WIDTH),
+    "expert_lora_alpha": (int | float, None, None),
+    "expert_lora_dropout": (int | float, 0, 1),
+    "router_aux_loss_coef": (int | float, None, None),
+}
+WORDS = {
+    "shared_expert_base": (True, False),
+    "output_router_logits": (True, False),
+    "expert_activations": ("save", "recompute"),
+    "router_dtype": ("float32", "float64", "bfloat16", "float16"),
+}
+
+
+def is_sparse(text_config: PreTrainedConfig) -> bool:
+    """Whether any layer of a decoder is a mixture of experts."""
+    return "sparse" in text_config.mlp_layer_types
+
+
+def check_mixture(text_config: PreTrainedConfig, **changes: Any) -> None:
+    """
+    Args:
+        text_config ([`PreTrainedConfig`]): Of any decoder, with the fields of `MIXTURE`.
+        changes: Fields as they shall be.
+
+    Raises:
+        ValueError: they contradict each other or the decoder.
+    """
+    fields = {name: changes.get(name, getattr(text_config, name)) for name in MIXTURE}
+    for name, (kind, least, most) in NUMBERS.items():
+        value = fields[name]
+        inside = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+        if not (inside and (least is None or least <= value <= most)):
+            meaning = ", 0 for experts without LoRA" if name == "expert_lora_rank" else ""
+            bounds = "" if least is None else f" between {least} and {most}{meaning}"
+            kind = "a whole number" if kind is int else "a number"
+            raise ValueError(f"`{name}={value!r}` must be {kind}{bounds}.")
+    for name, words in WORDS.items():
+        if not any(fields[name] is word or (fields[name] == word and isinstance(word, str)) for word in words):
+            raise ValueError(f"`{name}={fields[name]!r}` must be one of {list(words)}.")
+
+    kinds, layers, names = fields["mlp_layer_types"], text_config.num_hidden_layers, fields["expert_names"]
+    num_experts, per_token = fields["num_experts"], fields["num_experts_per_tok"]
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        found = f"{len(kinds)} entries" if isinstance(kinds, list) else f"the value {kinds!r}"
+        raise ValueError(
+            f"`mlp_layer_types` has {found} but the decoder has `num_hidden_layers={layers}`; give one per layer."
+        )
+    if unknown := [kind for kind in kinds if kind not in ("sparse", "dense")]:
+        raise ValueError(f"`mlp_layer_types` holds {unknown[0]!r}; only 'sparse' and 'dense' are known.")
+    if not 1 <= per_token <= num_experts:
+        raise ValueError(f"`num_experts_per_tok={per_token}` must lie between 1 and `num_experts={num_experts}`.")
+    if names is not None and (not isinstance(names, list) or len(names) != num_experts):
+        raise ValueError(
+            f"`expert_names={names!r}` must be a list with one name for each of `num_experts={num_experts}`."
+        )
+    if "sparse" in kinds and fields["shared_expert_base"] and num_experts > 1 and fields["expert_lora_rank"] == 0:
+        raise ValueError(
+            f"`shared_expert_base=True` with `expert_lora_rank=0` makes {num_experts} equal experts; "
+            "set a rank above 0 or `shared_expert_base=False`."
+        )
+
+
+def make_config(settings: dict[str, Any], model_type: str) -> PreTrainedConfig:
+    """
+    Args:
+        settings (`dict`): A config's fields, as in a `config.json`.
+        model_type (`str`): Where they name none.
+
+    Returns:
+        [`PreTrainedConfig`] of that type.
+
+    Raises:
+        ValueError: the installed library knows no such type.
+    """
+    # Releases before 5.18 write parallel plans, which follow from the rest, into dicts.
+    settings = {key: value for key, value in settings.items() if not key.endswith("_plan")}
+    model_type = settings.pop("model_type", None) or model_type
+    if model_type in OWN_CONFIGS:
+        return OWN_CONFIGS[model_type](**settings)
+    try:
+        return AutoConfig.for_model(model_type, **settings)
+    except ValueError as error:
+        if "Unrecognized model identifier" not in str(error):
+            raise
+        raise ValueError(
+            f"transformers {transformers.__version__} knows no model of type {model_type!r}; use a release that does."
+        ) from error
+
+
 @strict
-class UniMoETextConfig(LlamaConfig):
+class UniMoEConfig(PreTrainedConfig):
     r"""
-    Configuration of the text decoder: a [`LlamaConfig`] whose feed-forward layers are dense or sparse.
+    Configuration of Uni-MoE. Every tower is optional: a config without `audio_config` makes a model without sound.
 
     Args:
+        text_config ([`PreTrainedConfig`] or `dict`, *optional*): The decoder: any LLM's own config, and the mixture's
+            fields, which are listed below. A dict without `model_type` is a `llama`.
+        vision_config ([`PreTrainedConfig`] or `dict`, *optional*): Any vision backbone with patch tokens; a dict
+            without `model_type` is a `clip_vision_model`, an empty one CLIP ViT-L/14-336.
+        speech_config ([`WhisperConfig`] or `dict`, *optional*): The Whisper encoder. Its decoder half shapes the
+            speech connector; its window is `2 * max_source_positions` mel frames of 10 ms.
+        audio_config ([`PreTrainedConfig`] or `dict`, *optional*): The encoder of sound, of a kind that
+            `towers_uni_moe.py` knows; a dict without `model_type` is a `beats`.
+        audio_connector_config ([`Blip2QFormerConfig`] or `dict`, *optional*): The Q-Former between the encoder of
+            sound and the decoder; present exactly when `audio_config` is. `encoder_hidden_size` follows the encoder.
+        speech_connector_config ([`Blip2QFormerConfig`] or `dict`, *optional*): A Q-Former in place of Whisper's
+            decoder, for an encoder that came without one.
+        image_token_id, video_token_id, audio_token_id, speech_token_id (`int`, *optional*): Placeholder ids. By
+            default the four ids behind the vocabulary, in the order image, video, audio, speech.
+        base_vocab_size (`int`, *optional*): Where placeholder ids may begin; `text_config.vocab_size` by default,
+            which may grow past them later when the embedding table is resized for new words.
+        vision_feature_layer (`int`, *optional*, defaults to -2): Hidden state of the vision tower that is read.
+        vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`): `"default"` drops what stands
+            before the patches, `"full"` keeps all.
+        vision_prefix_length (`int`, *optional*, defaults to 1): How many tokens stand before the patches: a CLS token
+            and registers.
+        image_seq_length (`int`, *optional*): Tokens of an image; `(image_size // patch_size) ** 2` by default, and
+            `vision_prefix_length` more with `"full"`.
+        video_pooling (`str`, *optional*, defaults to `"mean"`): `"mean"` averages the projected frames as in the
+            original, `"none"` keeps the tokens of every frame.
+        num_speech_query_tokens, num_audio_query_tokens (`int`, *optional*, defaults to 50): Tokens of each window of
+            speech or sound.
+        projector_hidden_act (`str`, *optional*, defaults to `"gelu"`): Activation of the vision connector.
+        stage (`str`, *optional*): The last training stage: `"connectors"`, `"experts"` or `"moe"`.
+
+    Fields of the mixture, in `text_config`, where the library, TRL and vLLM look for those of mixtures:
         mlp_layer_types (`list[str]`, *optional*): `"sparse"` or `"dense"` for each layer; all sparse by default. The
             original code hard-codes it per folder: all layers (speech), every second (audio, v1.5).
         num_experts (`int`, *optional*, defaults to 4): Experts of each sparse layer.
         num_experts_per_tok (`int`, *optional*, defaults to 2): Experts that each token is sent to.
         expert_names (`list[str]`, *optional*): A name or modality for each expert, in order.
-        shared_expert_base (`bool`, *optional*, defaults to `False`): `False` gives every expert its own frozen SwiGLU
-            as in the published checkpoints; `True` stores one, and an expert is that plus its own LoRA.
+        shared_expert_base (`bool`, *optional*, defaults to `False`): `False` gives every expert its own frozen
+            network as in the published checkpoints; `True` stores one, and an expert is that plus its LoRA.
         expert_lora_rank (`int`, *optional*, defaults to 8): Rank of each expert's LoRA; 0 for plain experts.
         expert_lora_alpha (`float`, *optional*, defaults to 16): LoRA products are scaled by `alpha / rank`.
         expert_lora_dropout (`float`, *optional*, defaults to 0.0): Dropout before each LoRA's first factor.
@@ -156,163 +317,11 @@ class UniMoETextConfig(LlamaConfig):
         output_router_logits (`bool`, *optional*, defaults to `False`): Whether outputs carry the router logits.
 
     Raises:
-        StrictDataclassError: (caused by a `ValueError`) `mlp_layer_types`, `expert_names` or `num_experts_per_tok`
-            contradicts the other fields.
-
-    Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.2; `*/model/moe/` of the original code.
-    """
-
-    model_type = "uni_moe_text"
-    base_config_key = "text_config"
-    # The library's own MoE configs use both names; TRL reads `num_experts`.
-    attribute_map = {"num_local_experts": "num_experts"}
-
-    mlp_layer_types: list[str] | None = None
-    num_experts: int = 4
-    num_experts_per_tok: int = 2
-    expert_names: list[str] | None = None
-    shared_expert_base: bool = False
-    expert_lora_rank: int = 8
-    expert_lora_alpha: float | int = 16
-    expert_lora_dropout: float | int = 0.0
-    expert_activations: Literal["save", "recompute"] = "save"
-    router_dtype: str = "float32"
-    router_aux_loss_coef: float | int = 0.0
-    output_router_logits: bool = False
-
-    def __post_init__(self, **kwargs):
-        check_sizes(self)
-        if self.mlp_layer_types is None:
-            self.mlp_layer_types = ["sparse"] * self.num_hidden_layers
-        super().__post_init__(**kwargs)
-
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        """
-        `dict[str, str]`: how tensor parallelism splits the layers that this model has.
-
-        Experts are split along their intermediate width, their LoRA with them; the block's output is summed once, so
-        the layers of a shared base run on their local part and do not sum. LoRA's unsplit factors get the gradient of
-        the local part only: this plan is for inference.
-        """
-        plan = {name: how for name, how in LlamaConfig.base_model_tp_plan.items() if ".mlp." not in name}
-        if "dense" in self.mlp_layer_types:
-            plan |= {name: how for name, how in LlamaConfig.base_model_tp_plan.items() if ".mlp." in name}
-        if self.tie_word_embeddings:
-            plan["embed_tokens"] = "embedding_rowwise"
-        if not self.is_sparse:
-            return plan
-        experts = "layers.*.mlp.experts"
-        plan[experts] = "moe_tp_experts"
-        if self.shared_expert_base:
-            for name, how in (("gate_proj", "colwise"), ("up_proj", "colwise"), ("down_proj", "rowwise")):
-                plan |= {f"{experts}.base.{name}.weight": how, f"{experts}.base.{name}": "local_params"}
-        else:
-            plan |= {f"{experts}.gate_up_proj": "packed_colwise", f"{experts}.down_proj": "rowwise"}
-        if self.expert_lora_rank:
-            plan |= {f"{experts}.lora.gate_up_b": "packed_colwise", f"{experts}.lora.down_a": "rowwise"}
-            plan[f"{experts}.lora"] = "local_params"
-        return plan
-
-    @base_model_tp_plan.setter
-    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
-        """Before 5.22 the library adds the rule of tied embeddings in this way; it is there already."""
-
-    @property
-    def base_model_ep_plan(self) -> dict[str, str]:
-        """`dict[str, str]`: how expert parallelism spreads experts with bases of their own, LoRA with them."""
-        if not self.is_sparse or self.shared_expert_base:
-            return {}
-        experts = "layers.*.mlp.experts"
-        names = ["gate_up_proj", "down_proj"]
-        if self.expert_lora_rank:
-            names += ["lora.gate_up_a", "lora.gate_up_b", "lora.down_a", "lora.down_b"]
-        plan = {f"{experts}.{name}": "grouped_gemm" for name in names}
-        if self.expert_lora_rank:
-            plan[f"{experts}.lora"] = "local_params"  # the experts' own are made local by the next style alone
-        return plan | {experts: "ep_dispatch_experts"}
-
-    @property
-    def is_sparse(self) -> bool:
-        """`bool`: whether any layer is a mixture of experts."""
-        return "sparse" in self.mlp_layer_types
-
-    def validate_architecture(self) -> None:
-        """Checked by `@strict` when a config is made."""
-        super().validate_architecture()
-        if len(self.mlp_layer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"`mlp_layer_types` has {len(self.mlp_layer_types)} entries but the decoder has "
-                f"`num_hidden_layers={self.num_hidden_layers}`; give one entry per layer."
-            )
-        if unknown := set(self.mlp_layer_types) - {"sparse", "dense"}:
-            raise ValueError(f"`mlp_layer_types` holds {sorted(unknown)}; only 'sparse' and 'dense' are known.")
-        if not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(
-                f"`num_experts_per_tok={self.num_experts_per_tok}` must lie between 1 and "
-                f"`num_experts={self.num_experts}`."
-            )
-        if self.expert_names is not None and len(self.expert_names) != self.num_experts:
-            raise ValueError(
-                f"`expert_names` has {len(self.expert_names)} names for `num_experts={self.num_experts}`; "
-                "give one name per expert."
-            )
-        if self.router_dtype not in ("float32", "float64", "bfloat16", "float16"):
-            raise ValueError(f"`router_dtype={self.router_dtype!r}` is no floating point type; use 'float32'.")
-        if not 0 <= self.expert_lora_rank <= MAX_WIDTH:
-            raise ValueError(
-                f"`expert_lora_rank={self.expert_lora_rank}` must lie between 0, which means experts without LoRA, "
-                f"and {MAX_WIDTH}."
-            )
-        if not 0 <= self.expert_lora_dropout <= 1:
-            raise ValueError(f"`expert_lora_dropout={self.expert_lora_dropout}` must lie between 0 and 1.")
-        if self.is_sparse and self.shared_expert_base and self.num_experts > 1 and self.expert_lora_rank == 0:
-            raise ValueError(
-                f"`shared_expert_base=True` with `expert_lora_rank=0` makes {self.num_experts} equal experts; "
-                "set a rank above 0 or `shared_expert_base=False`."
-            )
-        if self.is_sparse and self.mlp_bias:
-            raise ValueError(
-                "`mlp_bias=True` and sparse layers do not go together: experts have no biases; "
-                "set every entry of `mlp_layer_types` to 'dense'."
-            )
-
-
-@strict
-class UniMoEConfig(PreTrainedConfig):
-    r"""
-    Configuration of Uni-MoE. Every tower is optional: a config without `audio_config` makes a model without BEATs.
-
-    Args:
-        text_config ([`UniMoETextConfig`] or `dict`, *optional*): The decoder.
-        vision_config ([`PreTrainedConfig`] or `dict`, *optional*): Any vision backbone with patch tokens; a dict
-            without `model_type` is a `clip_vision_model`, an empty one CLIP ViT-L/14-336.
-        speech_config ([`WhisperConfig`] or `dict`, *optional*): The Whisper encoder. Its decoder half shapes the
-            speech connector; its window is `2 * max_source_positions` mel frames of 10 ms.
-        audio_config ([`BeatsConfig`] or `dict`, *optional*): The BEATs encoder.
-        audio_connector_config ([`Blip2QFormerConfig`] or `dict`, *optional*): The Q-Former between BEATs and the
-            decoder; present exactly when `audio_config` is. `encoder_hidden_size` follows `audio_config.hidden_size`.
-        image_token_id, video_token_id, audio_token_id, speech_token_id (`int`, *optional*): Placeholder ids. By
-            default the four ids behind the vocabulary, in the order image, video, audio, speech.
-        base_vocab_size (`int`, *optional*): Where placeholder ids may begin; `text_config.vocab_size` by default,
-            which may grow past them later when the embedding table is resized for new words.
-        vision_feature_layer (`int`, *optional*, defaults to -2): Hidden state of the vision tower that is read.
-        vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`): `"default"` drops the first (CLS)
-            token, `"full"` keeps all.
-        image_seq_length (`int`, *optional*): Tokens of an image; `(image_size // patch_size) ** 2` by default, one
-            more with `"full"` (a backbone without a CLS token needs the number given).
-        video_pooling (`str`, *optional*, defaults to `"mean"`): `"mean"` averages the projected frames as in the
-            original, `"none"` keeps the tokens of every frame.
-        num_speech_query_tokens, num_audio_query_tokens (`int`, *optional*, defaults to 50): Tokens of each window of
-            speech or sound.
-        projector_hidden_act (`str`, *optional*, defaults to `"gelu"`): Activation of the vision connector.
-        stage (`str`, *optional*): The last training stage: `"connectors"`, `"experts"` or `"moe"`.
-
-    Raises:
         StrictDataclassError: (caused by a `ValueError`) a placeholder id is used twice or lies inside the vocabulary,
-            or connector and tower disagree.
+            connector and tower disagree, or the mixture's fields contradict each other or the decoder.
 
-    Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.1.
+    Source: Uni-MoE (https://huggingface.co/papers/2405.11273), sections 3.1 and 3.2; `*/model/moe/` of the original
+    code.
 
     Example:
 
@@ -328,11 +337,12 @@ class UniMoEConfig(PreTrainedConfig):
     model_type = "uni_moe"
     base_model_fsdp_plan: ClassVar[dict[str, str]] = {}  # the decoder's is enough
     sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {
-        "text_config": UniMoETextConfig,
+        "text_config": AutoConfig,
         "vision_config": AutoConfig,
-        "speech_config": WhisperConfig,
-        "audio_config": BeatsConfig,
-        "audio_connector_config": Blip2QFormerConfig,
+        "speech_config": AutoConfig,
+        "audio_config": AutoConfig,
+        "audio_connector_config": AutoConfig,
+        "speech_connector_config": AutoConfig,
     }
 
     text_config: dict | PreTrainedConfig | None = None
@@ -340,6 +350,7 @@ class UniMoEConfig(PreTrainedConfig):
     speech_config: dict | PreTrainedConfig | None = None
     audio_config: dict | PreTrainedConfig | None = None
     audio_connector_config: dict | PreTrainedConfig | None = None
+    speech_connector_config: dict | PreTrainedConfig | None = None
     image_token_id: int | None = None
     video_token_id: int | None = None
     audio_token_id: int | None = None
@@ -347,6 +358,7 @@ class UniMoEConfig(PreTrainedConfig):
     base_vocab_size: int | None = None
     vision_feature_layer: int = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
+    vision_prefix_length: int = 1
     image_seq_length: int | None = None
     video_pooling: Literal["mean", "none"] = "mean"
     num_speech_query_tokens: int = 50
@@ -362,21 +374,25 @@ class UniMoEConfig(PreTrainedConfig):
         # Built here: since 5.20 the library does it, by rules that older releases do not know.
         if self.text_config is None:
             self.text_config = {}
-        if isinstance(self.vision_config, dict):
-            named = {"model_type": DEFAULT_VISION["model_type"], **self.vision_config}
-            self.vision_config = AutoConfig.for_model(**(named if self.vision_config else DEFAULT_VISION))
+        if self.vision_config == {}:
+            self.vision_config = DEFAULT_VISION
         if self.audio_config is not None and self.audio_connector_config is None:
             self.audio_connector_config = {}
-        for name, kind in self.sub_configs.items():
+        for name, model_type in DEFAULT_TYPES.items():
             if isinstance(given := getattr(self, name), dict):
-                # Releases before 5.18 write parallel plans, which follow from the rest, into dicts.
-                settings = {key: value for key, value in given.items() if not key.endswith("_plan")}
-                settings.pop("model_type", None)
-                setattr(self, name, kind(**settings))
+                setattr(self, name, make_config(given, model_type))
+        if any(not hasattr(self.text_config, name) for name in MIXTURE):
+            # A copy: it may be the config of a plain LLM that goes on being one.
+            self.text_config = copy.deepcopy(self.text_config)
+            for name, value in MIXTURE.items():
+                setattr(self.text_config, name, getattr(self.text_config, name, value))
+        if self.text_config.mlp_layer_types is None:
+            self.text_config.mlp_layer_types = ["sparse"] * self.text_config.num_hidden_layers
         super().__post_init__(**kwargs)
 
-        if self.audio_config is not None:
-            self.audio_connector_config.encoder_hidden_size = self.audio_config.hidden_size
+        for ear in ("audio", "speech"):
+            if None not in (getattr(self, f"{ear}_config"), connector := getattr(self, f"{ear}_connector_config")):
+                connector.encoder_hidden_size = width_of(getattr(self, f"{ear}_config"))
         if self.base_vocab_size is None:
             self.base_vocab_size = self.text_config.vocab_size
         for offset, modality in enumerate(MODALITIES):
@@ -384,8 +400,9 @@ class UniMoEConfig(PreTrainedConfig):
                 setattr(self, f"{modality}_token_id", self.base_vocab_size + offset)
         if self.image_seq_length is None and self.vision_config is not None:
             patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
-            self.image_seq_length = patches + (self.vision_feature_select_strategy == "full")
-        # The library reads it from the outermost config, plain Llama checkpoints carry it on the inner one.
+            is_full = self.vision_feature_select_strategy == "full"
+            self.image_seq_length = patches + self.vision_prefix_length * is_full
+        # The library reads it from the outermost config, checkpoints of LLMs carry it on the inner one.
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
         self.custom_pipelines = self.custom_pipelines or CUSTOM_PIPELINES
@@ -417,16 +434,14 @@ class UniMoEConfig(PreTrainedConfig):
             for key in ("_name_or_path", "architectures", "id2label", "label2id"):
                 if isinstance(output.get(name), dict):
                     output[name].pop(key, None)
+        # They follow from the rest.
+        for key in [key for key in output.get("text_config") or () if key.endswith("_plan")]:
+            del output["text_config"][key]
         return output
 
     def validate_architecture(self) -> None:
         """Checked by `@strict` when a config is made."""
-        # By the field, not the class: a checkpoint's own code has its own copy of every class.
-        if not hasattr(self.text_config, "mlp_layer_types"):
-            raise ValueError(
-                f"`text_config` is a {type(self.text_config).__name__}, but the decoder needs a UniMoETextConfig; "
-                "pass `text_config.to_dict()` without its 'model_type', or use `uni_moe_hf.from_pretrained_parts`."
-            )
+        check_mixture(self.text_config)
         for part in (self, *(getattr(self, name) for name in self.sub_configs)):
             if part is not None:
                 check_sizes(part)
@@ -439,13 +454,15 @@ class UniMoEConfig(PreTrainedConfig):
                 f"Placeholder ids {inside} lie inside the vocabulary (`base_vocab_size={vocab_size}`); "
                 f"use ids of {vocab_size} or above, the embedding table is never resized for them."
             )
-        if self.audio_config is None and self.audio_connector_config is not None:
-            raise ValueError("`audio_connector_config` is given without `audio_config`; give both or none.")
-        if self.speech_config is not None and self.num_speech_query_tokens > self.speech_config.max_target_positions:
+        for ear in ("audio", "speech"):
+            if getattr(self, f"{ear}_config") is None and getattr(self, f"{ear}_connector_config") is not None:
+                raise ValueError(f"`{ear}_connector_config` is given without `{ear}_config`; give both or none.")
+        has_decoder = self.speech_config is not None and self.speech_connector_config is None
+        if has_decoder and self.num_speech_query_tokens > self.speech_config.max_target_positions:
             raise ValueError(
                 f"`num_speech_query_tokens={self.num_speech_query_tokens}` exceeds the query decoder's "
                 f"`max_target_positions={self.speech_config.max_target_positions}`."
             )
 
 
-__all__ = ["BeatsConfig", "UniMoEConfig", "UniMoETextConfig"]
+__all__ = ["BeatsConfig", "UniMoEConfig"]

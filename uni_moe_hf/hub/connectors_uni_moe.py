@@ -14,7 +14,7 @@ from transformers import Blip2QFormerModel
 from transformers.activations import ACT2FN
 
 from .compat_uni_moe import WhisperDecoder
-from .configuration_uni_moe import UniMoEConfig
+from .configuration_uni_moe import UniMoEConfig, width_of
 
 
 class ProjectorLinear(nn.Linear):
@@ -35,7 +35,7 @@ class VisionConnector(nn.Module):
 
     def __init__(self, config: UniMoEConfig):
         super().__init__()
-        tower, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
+        tower, hidden = width_of(config.vision_config), config.text_config.hidden_size
         self.projector = nn.Sequential(
             ProjectorLinear(tower, hidden), ACT2FN[config.projector_hidden_act], nn.Linear(hidden, hidden)
         )
@@ -86,33 +86,40 @@ class SpeechConnector(nn.Module):
         return self.projector(outputs.last_hidden_state)
 
 
-class AudioConnector(nn.Module):
+class QFormerConnector(nn.Module):
     """
-    A BLIP-2 Q-Former on BEATs tokens, then a linear projector.
-
-    The Q-Former attends to all BEATs tokens of a window, padding included, as in the original.
+    A BLIP-2 Q-Former on the tokens of a window, then a linear projector: of sound, and of speech from an encoder that
+    came without a decoder.
 
     Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.1;
     `Uni_MoE_audio/model/audio_aligner@f5e82dd`.
     """
 
-    def __init__(self, config: UniMoEConfig):
+    def __init__(self, config: UniMoEConfig, ear: str = "audio"):
         super().__init__()
-        qformer_config = config.audio_connector_config
-        self.query_tokens = nn.Parameter(torch.empty(1, config.num_audio_query_tokens, qformer_config.hidden_size))
+        qformer_config, queries = (
+            getattr(config, f"{ear}_connector_config"),
+            getattr(config, f"num_{ear}_query_tokens"),
+        )
+        self.query_tokens = nn.Parameter(torch.empty(1, queries, qformer_config.hidden_size))
         self.qformer = Blip2QFormerModel(qformer_config)
         self.projector = ProjectorLinear(qformer_config.hidden_size, config.text_config.hidden_size)
 
-    def forward(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, encoder_hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
-            encoder_hidden_states (`torch.Tensor` of shape `(num_windows, positions, audio_width)`): BEATs' output.
+            encoder_hidden_states (`torch.Tensor` of shape `(num_windows, positions, tower_width)`): Of the tower.
+            mask (`torch.Tensor` of shape `(num_windows, positions)`, *optional*): 1 = to be looked at; all by default.
 
         Returns:
-            `torch.Tensor` of shape `(num_windows, num_audio_query_tokens, hidden_size)`.
+            `torch.Tensor` of shape `(num_windows, query tokens, hidden_size)`.
         """
         queries = self.query_tokens.expand(encoder_hidden_states.shape[0], -1, -1)  # (W, Q, D)
-        outputs = self.qformer(query_embeds=queries, encoder_hidden_states=encoder_hidden_states.to(queries.dtype))
+        outputs = self.qformer(
+            query_embeds=queries,
+            encoder_hidden_states=encoder_hidden_states.to(queries.dtype),
+            encoder_attention_mask=mask,
+        )
         return self.projector(outputs.last_hidden_state)
 
 
@@ -143,9 +150,9 @@ def idle_connectors(model: nn.Module, used: Iterable[str]) -> torch.Tensor | flo
             continue
         parameter = next(connector.parameters())
         # One position of one window: Whisper's decoder cannot be asked about none.
-        row = torch.zeros(1, 1, getattr(model.config, f"{name}_config").hidden_size)
+        row = torch.zeros(1, 1, width_of(getattr(model.config, f"{name}_config")))
         total = total + 0.0 * connector(row.to(parameter.device, parameter.dtype)).sum()
     return total
 
 
-__all__ = ["AudioConnector", "SpeechConnector", "VisionConnector", "idle_connectors"]
+__all__ = ["QFormerConnector", "SpeechConnector", "VisionConnector", "idle_connectors"]

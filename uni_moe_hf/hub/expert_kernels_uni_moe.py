@@ -20,7 +20,11 @@ from torch import nn
 
 from .compat_uni_moe import grouped_linear
 from .expert_segments_uni_moe import FEW_TOKENS, FrozenWeights, LoraFactors, segmented_experts
-from .quantization_uni_moe import is_quantised
+
+
+def is_quantised(tensor: torch.Tensor) -> bool:
+    """Whether a weight is none to compute with directly: torchao's hold `qdata`, bitsandbytes' are packed integers."""
+    return any(hasattr(tensor, name) for name in ("qdata", "quant_state")) or not tensor.is_floating_point()
 
 
 def auto_lora_experts_forward(
@@ -139,8 +143,7 @@ def _rows_through_experts(self, hidden_states, rows, weights, token_of_row, prod
     lora = self.lora_tensors(hidden_states)
     if self.shared_base:
         # The frozen products need each token once, not once per expert.
-        gate = self.base.gate_proj(hidden_states)[token_of_row]  # (S, I)
-        up = self.base.up_proj(hidden_states)[token_of_row]  # (S, I)
+        gate, up = (half[token_of_row] for half in self.base_gate_up(hidden_states))  # (S, I) each
     else:
         gate, up = product(rows, self.gate_up_proj).chunk(2, dim=-1)  # (S, I) each
     if lora is not None:
@@ -220,6 +223,7 @@ def _segmented(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
             _frozen_weights(self),
             lora,
             self.num_experts,
+            activation=self.activation,
             dropout=self.lora_dropout.p if self.training and lora is not None else 0.0,
             recompute=self.config.expert_activations == "recompute",
         )
@@ -233,10 +237,11 @@ def _can_be_segmented(self: nn.Module, hidden_states: torch.Tensor) -> bool:
     Not so when compiling or on tensors without values (the number of an expert's rows is read), and when a shared
     base's layers must be *called*: quantised, wrapped by PEFT, offloaded or split.
     """
-    if torch.compiler.is_compiling() or not _has_values(hidden_states) or self.config.hidden_act != "silu":
+    if torch.compiler.is_compiling() or not _has_values(hidden_states) or self.activation is None:
         return False
     if self.shared_base:
-        layers = (self.base.gate_proj, self.base.up_proj, self.base.down_proj)
+        first = (self.base.gate_up_proj,) if self.has_fused_base else (self.base.gate_proj, self.base.up_proj)
+        layers = (*first, self.base.down_proj)
         if any(type(layer) is not nn.Linear or _is_hooked(layer) for layer in layers):
             return False
         weights = [layer.weight for layer in layers]
@@ -261,7 +266,7 @@ def _is_frozen(weight: torch.Tensor) -> bool:
 
 def _frozen_weights(self: nn.Module) -> FrozenWeights:
     if self.shared_base:
-        return FrozenWeights(self.base.gate_proj.weight, self.base.up_proj.weight, self.base.down_proj.weight)
+        return FrozenWeights(*self.base_weights())
     # Halves of rows, so that each expert's part is contiguous: oneDNN is a thousand times slower on strided weights.
     return FrozenWeights(*self.gate_up_proj.chunk(2, dim=1), self.down_proj)
 
@@ -330,6 +335,7 @@ __all__ = [
     "batched_mm_lora_experts_forward",
     "choose_route",
     "grouped_mm_lora_experts_forward",
+    "is_quantised",
     "own_index",
     "segmented_lora_experts_forward",
 ]

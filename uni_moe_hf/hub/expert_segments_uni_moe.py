@@ -3,7 +3,7 @@ LoRA experts one after the other, each on its own rows, with a backward pass wri
 
 With x the rows of one expert, w their routing weights, s the LoRA scaling, and W the frozen, A and B the LoRA weights:
 
-    gate = x Wg' + s x Ag' Bg'      up = x Wu' + s x Au' Bu'      inner = silu(gate) * up
+    gate = x Wg' + s x Ag' Bg'      up = x Wu' + s x Au' Bu'      inner = act(gate) * up
     output[token] += w (inner Wd' + s inner Ad' Bd')
 
 With a shared base, W is the same for all experts, so `x Wg'` and `x Wu'` run once per token, and so does the last
@@ -14,7 +14,7 @@ of one expert, padding included.
 """
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,35 @@ FEW_TOKENS = 8
 
 # Of each operand of an elementwise pass: some five of them fit a core's second-level cache.
 CACHED_BYTES = 192 * 1024
+
+
+class Activation(NamedTuple):
+    """An activation: `run(x)`; `fill(x, out)`; `backward(gradient, x, out)`, with `out` of x's shape."""
+
+    run: Callable[[torch.Tensor], torch.Tensor]
+    fill: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    backward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _gelu(approximate: str) -> Activation:
+    aten = torch.ops.aten
+    return Activation(
+        partial(F.gelu, approximate=approximate),
+        lambda x, out: aten.gelu.out(x, approximate=approximate, out=out),
+        lambda grad, x, out: aten.gelu_backward.grad_input(grad, x, approximate=approximate, grad_input=out),
+    )
+
+
+# By the library's names.
+ACTIVATIONS = {
+    "silu": Activation(
+        F.silu,
+        lambda x, out: torch.ops.aten.silu.out(x, out=out),
+        lambda grad, x, out: torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out),
+    ),
+    "gelu_pytorch_tanh": _gelu("tanh"),
+    "gelu": _gelu("none"),
+}
 
 
 class FrozenWeights(NamedTuple):
@@ -74,6 +103,7 @@ def segmented_experts(
     frozen: FrozenWeights,
     lora: LoraFactors | None,
     num_experts: int,
+    activation: str = "silu",
     dropout: float = 0.0,
     recompute: bool = False,
 ) -> torch.Tensor:
@@ -86,6 +116,7 @@ def segmented_experts(
             cast when it is used.
         lora ([`LoraFactors`], *optional*): `None` for plain experts.
         num_experts (`int`): E.
+        activation (`str`, *optional*, defaults to `"silu"`): One of `ACTIVATIONS`.
         dropout (`float`, *optional*, defaults to 0.0): Before each LoRA's first factor, in `[0, 1]`.
         recompute (`bool`, *optional*, defaults to `False`): Keep the tokens alone for backward, not gate and up.
 
@@ -96,12 +127,12 @@ def segmented_experts(
     learning = any(tensor is not None and tensor.requires_grad for tensor in (tokens, weights, *factors))
     if dropout or (learning and torch.is_grad_enabled()):
         scaling = 0.0 if lora is None else lora.scaling
-        settings = (num_experts, scaling, dropout, recompute)
+        settings = (num_experts, scaling, activation, dropout, recompute)
         return _SegmentedExperts.apply(tokens, weights, index, *frozen, *factors, settings)
     if tokens.shape[0] <= FEW_TOKENS:
-        return _run_few(tokens, weights, index, frozen, lora)
+        return _run_few(tokens, weights, index, frozen, lora, ACTIVATIONS[activation])
     segments = _cut(*_sort_by_expert(index, num_experts), index, weights)
-    return _run_segments(tokens, segments, frozen, lora, _Masks(0.0), keep=False)[0]
+    return _run_segments(tokens, segments, frozen, lora, ACTIVATIONS[activation], _Masks(0.0), keep=False)[0]
 
 
 class _Segment(NamedTuple):
@@ -179,6 +210,7 @@ def _run_segments(
     segments: list[_Segment],
     frozen: FrozenWeights,
     lora: LoraFactors | None,
+    activation: Activation,
     masks: _Masks,
     keep: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -200,7 +232,7 @@ def _run_segments(
             factors = lora.of(expert)
             low = _low_rank(rows, factors.gate_up_a, lora.scaling, masks.draw(rows))  # (n, 2R)
             gate, up = _add_low_rank(gate, up, low, factors)
-        inner = _swiglu(gate, up, scratch("inner", size, inner_size))
+        inner = _gated(gate, up, activation, scratch("inner", size, inner_size))
         if lora is not None:
             low_down = _low_rank(inner, factors.down_a, lora.scaling, masks.draw(inner))  # (n, R)
         if keep:
@@ -221,6 +253,7 @@ def _run_few(
     index: torch.Tensor,
     frozen: FrozenWeights,
     lora: LoraFactors | None,
+    activation: Activation,
 ) -> torch.Tensor:
     """
     [`_run_segments`] for a few tokens, without gradients. Decoding costs what reading weights costs, plus the calls:
@@ -249,7 +282,7 @@ def _run_few(
             low_gate, low_up = F.linear(rows, factors.gate_up_a).chunk(2, dim=1)  # (n, R)
             gate = torch.addmm(gate, low_gate, factors.gate_b.t(), alpha=lora.scaling)
             up = torch.addmm(up, low_up, factors.up_b.t(), alpha=lora.scaling)
-        inner = F.silu(gate).mul_(up)
+        inner = activation.run(gate).mul_(up)
         sums = [(inner_sum, inner)] if shared else [(output, _linear(inner, frozen.down[expert]))]
         if lora is not None:
             low = F.linear(F.linear(inner, factors.down_a), factors.down_b)  # (n, H)
@@ -272,7 +305,7 @@ class _SegmentedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tokens, weights, index, gate, up, down, gate_up_a, gate_up_b, down_a, down_b, settings):
-        num_experts, scaling, dropout, recompute = settings
+        num_experts, scaling, activation, dropout, recompute = settings
         lora = None if gate_up_a is None else LoraFactors(gate_up_a, gate_up_b, down_a, down_b, scaling)
         order, counts = _sort_by_expert(index, num_experts)
         # From the global generator, so that a checkpointed forward that is run again draws it again.
@@ -282,6 +315,7 @@ class _SegmentedExperts(torch.autograd.Function):
             _cut(order, counts, index, weights),
             FrozenWeights(gate, up, down),
             lora,
+            ACTIVATIONS[activation],
             _Masks(dropout, seed, tokens.device),
             keep=not recompute,
         )
@@ -301,7 +335,7 @@ class _SegmentedExperts(torch.autograd.Function):
     @staticmethod
     def _backward(ctx, grad_output):
         tokens, weights, index, order, *rest = ctx.saved_tensors
-        _, scaling, dropout, recompute = ctx.settings
+        _, scaling, activation, dropout, recompute = ctx.settings
         frozen, factors, kept = FrozenWeights(*rest[:3]), rest[3:7], iter(rest[7:])
         lora = None if factors[0] is None else LoraFactors(*factors, scaling)
         grads = None
@@ -340,7 +374,7 @@ class _SegmentedExperts(torch.autograd.Function):
                     gate, up = _add_low_rank(gate, up, low, factors)
                 inner_mask = masks.draw(gate)
 
-            # Through the down projection and SwiGLU, first per unit of routing weight.
+            # Through the down projection and the gate, first per unit of routing weight.
             grad_rows = _take(grad_output, token, scratch("grad_rows", size, hidden))  # (n, H)
             if shared:
                 grad_inner = _take(grad_inner_sum, token, scratch("grad_inner", size, inner_size))  # (n, I)
@@ -350,11 +384,12 @@ class _SegmentedExperts(torch.autograd.Function):
                 grad_low_down = _linear(grad_rows, factors.down_b.t()).mul_(scaling)  # (n, R)
                 grad_inner = _add_masked(grad_inner, grad_low_down, factors.down_a.t(), inner_mask)
             weight = F.pad(weight, (0, 0, 0, size - weight.shape[0]))
-            inner, grad_gate, grad_up, grad_weight = _swiglu_backward(
+            inner, grad_gate, grad_up, grad_weight = _gated_backward(
                 grad_inner,
                 gate,
                 up,
                 weight,
+                ACTIVATIONS[activation],
                 inner=scratch("inner", size, inner_size),
                 grad_up=up if shared or recompute else scratch("grad_up", size, inner_size),
             )
@@ -495,7 +530,7 @@ def _onednn_linear() -> Callable | None:
     return operator if all(torch.allclose(actual, wanted, atol=1e-4) for actual, wanted in pairs) else None
 
 
-# SwiGLU
+# The gate
 
 
 def _blocks(rows: torch.Tensor) -> Iterator[slice]:
@@ -505,18 +540,19 @@ def _blocks(rows: torch.Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, count, step))
 
 
-def _swiglu(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """`out`, filled with `silu(gate) * up`."""
+def _gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation, out: torch.Tensor) -> torch.Tensor:
+    """`out`, filled with `act(gate) * up`."""
     for block in _blocks(gate):
-        torch.ops.aten.silu.out(gate[block], out=out[block]).mul_(up[block])
+        activation.fill(gate[block], out[block]).mul_(up[block])
     return out
 
 
-def _swiglu_backward(
+def _gated_backward(
     grad_inner: torch.Tensor,
     gate: torch.Tensor,
     up: torch.Tensor,
     weights: torch.Tensor,
+    activation: Activation,
     inner: torch.Tensor,
     grad_up: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -525,7 +561,8 @@ def _swiglu_backward(
         grad_inner (`torch.Tensor` of shape `(n, I)`): Gradient per unit of routing weight; overwritten.
         gate, up (`torch.Tensor` of shape `(n, I)`): As in forward.
         weights (`torch.Tensor` of shape `(n, 1)`): Routing weights.
-        inner (`torch.Tensor` of shape `(n, I)`): Filled with `silu(gate) * up`.
+        activation ([`Activation`]): Of the gate.
+        inner (`torch.Tensor` of shape `(n, I)`): Filled with `act(gate) * up`.
         grad_up (`torch.Tensor` of shape `(n, I)`): Filled with the gradient of `up`, and may be `up`.
 
     Returns:
@@ -535,15 +572,15 @@ def _swiglu_backward(
     grad_weights = gate.new_empty(gate.shape[0])
     for block in _blocks(gate):
         g, u, grad, inner_block = gate[block], up[block], grad_inner[block], inner[block]
-        activated = F.silu(g)
+        activated = activation.run(g)
         torch.mul(activated, u, out=inner_block)
         product = grad * inner_block
         torch.sum(product, 1, out=grad_weights[block])
         grad.mul_(weights[block])
         torch.mul(grad, u, out=product)
         torch.mul(grad, activated, out=grad_up[block])
-        torch.ops.aten.silu_backward.grad_input(product, g, grad_input=grad)
+        activation.backward(product, g, grad)
     return inner, grad_inner, grad_up, grad_weights
 
 
-__all__ = ["FEW_TOKENS", "FrozenWeights", "LoraFactors", "segmented_experts"]
+__all__ = ["ACTIVATIONS", "FEW_TOKENS", "FrozenWeights", "LoraFactors", "segmented_experts"]

@@ -4,17 +4,77 @@ The sparse mixture of modality experts: router, experts with LoRA, and the block
 Letters: N tokens, K experts per token, E experts, H hidden, I intermediate, R LoRA rank.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.activations import ACT2FN
+from transformers import PreTrainedConfig
 
-from .compat_uni_moe import LlamaMLP
-from .configuration_uni_moe import UniMoETextConfig
-from .expert_kernels_uni_moe import ROUTES, own_index
-from .quantization_uni_moe import is_quantised
+from .expert_kernels_uni_moe import ROUTES, is_quantised, own_index
+from .expert_segments_uni_moe import ACTIVATIONS
+
+
+class FeedForward(NamedTuple):
+    """
+    What a mixture must know of the gated feed-forward network that it replaces:
+    `down_proj(act_fn(gate_proj(x)) * up_proj(x))`, gate and up one after the other or fused.
+
+    Args:
+        hidden_size, intermediate_size (`int`): H and I.
+        act_fn (`nn.Module` or `Callable`): The activation.
+        is_fused (`bool`): Whether one `gate_up_proj` gives both halves, gate first.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+    is_fused: bool
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """`tuple[str]`: names of the linear layers."""
+        return ("gate_up_proj", "down_proj") if self.is_fused else ("gate_proj", "up_proj", "down_proj")
+
+
+def read_feed_forward(mlp: nn.Module | None) -> FeedForward:
+    """
+    Args:
+        mlp (`nn.Module`): A decoder layer's `mlp`.
+
+    Returns:
+        [`FeedForward`], read from its linear layers.
+
+    Raises:
+        ValueError: it is none that experts can stand in for; the message says what is missing.
+    """
+    if mlp is None:
+        raise ValueError("its layers have no feed-forward network called `mlp`")
+    if hasattr(mlp, "experts"):
+        raise ValueError("its layers are mixtures of experts already")
+    is_fused = hasattr(mlp, "gate_up_proj")
+    names = ("gate_up_proj", "down_proj") if is_fused else ("gate_proj", "up_proj", "down_proj")
+    if missing := [name for name in names if not isinstance(getattr(mlp, name, None), nn.Linear)]:
+        raise ValueError(f"its feed-forward networks have no gate (`{missing[0]}`)")
+    if others := sorted({name for name, _ in mlp.named_parameters()} - {f"{name}.weight" for name in names}):
+        what = "biases" if others[0].endswith("bias") else "weights besides the three projections'"
+        raise ValueError(f"its feed-forward networks have {what} (`mlp.{others[0]}`), which experts have no place for")
+    act_fn = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
+    if act_fn is None:
+        raise ValueError("the activation of its feed-forward networks is neither `act_fn` nor `activation_fn`")
+    return FeedForward(mlp.down_proj.out_features, mlp.down_proj.in_features, act_fn, is_fused)
+
+
+def activation_name(act_fn: Callable[[torch.Tensor], torch.Tensor]) -> str | None:
+    """The one of `ACTIVATIONS` that a function computes, whatever it is called; `None` for others."""
+    points = torch.linspace(-6, 6, 49, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        values = act_fn(points)
+    for name, activation in ACTIVATIONS.items():
+        if torch.allclose(values, activation.run(points), atol=1e-6):
+            return name
+    return None
 
 
 class UniMoETopKRouter(nn.Module):
@@ -25,7 +85,7 @@ class UniMoETopKRouter(nn.Module):
     the kept experts as in `Uni_MoE_speech/model/moe/moe.py@f5e82dd` (the paper's formula shows no renormalisation).
     """
 
-    def __init__(self, config: UniMoETextConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.config = config  # read at every call: the number of experts per token may be changed
         self.dtype = getattr(torch, config.router_dtype)
@@ -67,10 +127,9 @@ class UniMoEExpertLora(nn.Module):
     offloading act on calls, an attribute read goes past them.
     """
 
-    def __init__(self, config: UniMoETextConfig):
+    def __init__(self, config: PreTrainedConfig, hidden: int, inner: int):
         super().__init__()
         experts, rank = config.num_experts, config.expert_lora_rank
-        hidden, inner = config.hidden_size, config.intermediate_size
         # Names without "lora_": PEFT takes every key with that substring for one of its own.
         self.gate_up_a = nn.Parameter(torch.empty(experts, 2 * rank, hidden))
         self.gate_up_b = nn.Parameter(torch.empty(experts, 2 * inner, rank))
@@ -91,10 +150,11 @@ class UniMoEExpertLora(nn.Module):
 
 class UniMoELoraExperts(nn.Module):
     """
-    The SwiGLU experts of one layer. Their frozen weights are stored in one of two ways, and each expert adds its LoRA:
+    The gated experts of one layer, in place of its `mlp`, whose sizes and activation they have. Their frozen weights
+    are stored in one of two ways, and each expert adds its LoRA:
 
     * own base (`shared_expert_base=False`): `gate_up_proj` `(E, 2I, H)`, gate rows first, and `down_proj` `(E, H, I)`;
-    * shared base (`shared_expert_base=True`): one [`LlamaMLP`] `base`; an expert is that plus its own LoRA.
+    * shared base (`shared_expert_base=True`): `base` is the `mlp` itself; an expert is that plus its own LoRA.
 
     `forward` takes the route that `experts_implementation` names: "eager" is below, the others are in
     `expert_kernels_uni_moe.py`, and "auto", the default, chooses among them.
@@ -103,33 +163,44 @@ class UniMoELoraExperts(nn.Module):
     `Uni_MoE_8e/Uni_MoE_speech/model@f5e82dd` for LoRA inside the experts.
     """
 
-    def __init__(self, config: UniMoETextConfig):
+    def __init__(self, config: PreTrainedConfig, mlp: nn.Module):
         super().__init__()
+        replaced = read_feed_forward(mlp)
         self.config = config
         # Where the library keeps what `from_pretrained(experts_implementation=...)` asks for.
         self.experts_implementation = getattr(config, "_experts_implementation", None) or "auto"
         self.num_experts = config.num_experts
-        self.hidden_size = config.hidden_size
-        self.intermediate_size = config.intermediate_size
-        self.act_fn = ACT2FN[config.hidden_act]
-        self.shared_base = config.shared_expert_base
+        self.hidden_size, self.intermediate_size = hidden, inner = replaced.hidden_size, replaced.intermediate_size
+        self.act_fn, self.activation = replaced.act_fn, activation_name(replaced.act_fn)
+        self.shared_base, self.has_fused_base = config.shared_expert_base, replaced.is_fused
         if self.shared_base:
-            self.base = LlamaMLP(config)
+            self.base = mlp
         else:
-            self.gate_up_proj = nn.Parameter(
-                torch.empty(self.num_experts, 2 * config.intermediate_size, self.hidden_size)
-            )
-            self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_size, config.intermediate_size))
+            self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * inner, hidden))
+            self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden, inner))
 
         self.lora_rank = config.expert_lora_rank
         self.lora_scaling = config.expert_lora_alpha / self.lora_rank if self.lora_rank else 0.0
-        self.lora = UniMoEExpertLora(config) if self.lora_rank else None
+        self.lora = UniMoEExpertLora(config, hidden, inner) if self.lora_rank else None
         self.lora_dropout = nn.Dropout(config.expert_lora_dropout)
         self._is_merged = False
 
     def lora_tensors(self, hidden_states: torch.Tensor) -> ExpertLoraTensors | None:
         """The LoRA factors in the dtype of `hidden_states`, `None` for plain experts."""
         return None if self.lora is None else self.lora(hidden_states)
+
+    def base_gate_up(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(n, H)` rows through a shared base's first layers, which are *called*: gate and up `(n, I)`."""
+        if self.has_fused_base:
+            gate, up = self.base.gate_up_proj(hidden_states).chunk(2, dim=-1)
+            return gate, up
+        return self.base.gate_proj(hidden_states), self.base.up_proj(hidden_states)
+
+    def base_weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A shared base's weights of gate and up `(I, H)` and down `(H, I)`, as views."""
+        if self.has_fused_base:
+            return *self.base.gate_up_proj.weight.chunk(2), self.base.down_proj.weight
+        return self.base.gate_proj.weight, self.base.up_proj.weight, self.base.down_proj.weight
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -163,7 +234,7 @@ class UniMoELoraExperts(nn.Module):
     def _expert(self, expert: int, rows: torch.Tensor, lora: ExpertLoraTensors | None) -> torch.Tensor:
         """`(n, H)` rows through one expert."""
         if self.shared_base:
-            gate, up = self.base.gate_proj(rows), self.base.up_proj(rows)  # (n, I)
+            gate, up = self.base_gate_up(rows)  # (n, I)
         else:
             gate, up = F.linear(rows, self.gate_up_proj[expert]).chunk(2, dim=-1)  # (n, I)
         if lora is not None:
@@ -199,13 +270,14 @@ class UniMoELoraExperts(nn.Module):
         """
         if self.lora is None:
             raise ValueError("These experts hold no LoRA (rank 0 or already merged), so there is nothing to merge.")
-        frozen = self.base.gate_proj.weight if self.shared_base else self.gate_up_proj
+        frozen = self.base.down_proj.weight if self.shared_base else self.down_proj
         if is_quantised(frozen):
             raise ValueError("Quantised experts cannot be merged; load the model without `quantization_config`.")
         gate_up_difference, down_difference = self._lora_difference(self.lora)
         if self.shared_base:
-            gate_up = torch.cat([self.base.gate_proj.weight, self.base.up_proj.weight]).expand_as(gate_up_difference)
-            down = self.base.down_proj.weight.expand_as(down_difference)
+            gate, up, down = self.base_weights()
+            gate_up = torch.cat([gate, up]).expand_as(gate_up_difference)
+            down = down.expand_as(down_difference)
         else:
             gate_up, down = self.gate_up_proj, self.down_proj
         trains = frozen.requires_grad
@@ -250,10 +322,10 @@ class UniMoESparseMoeBlock(nn.Module):
     Source: Uni-MoE (https://huggingface.co/papers/2405.11273), equation 17.
     """
 
-    def __init__(self, config: UniMoETextConfig):
+    def __init__(self, config: PreTrainedConfig, mlp: nn.Module):
         super().__init__()
         self.gate = UniMoETopKRouter(config)
-        self.experts = UniMoELoraExperts(config)
+        self.experts = UniMoELoraExperts(config, mlp)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
@@ -299,4 +371,12 @@ def load_balancing_loss(
     return logits.shape[-1] * (load * probability).sum()
 
 
-__all__ = ["UniMoELoraExperts", "UniMoESparseMoeBlock", "UniMoETopKRouter", "load_balancing_loss"]
+__all__ = [
+    "FeedForward",
+    "UniMoELoraExperts",
+    "UniMoESparseMoeBlock",
+    "UniMoETopKRouter",
+    "activation_name",
+    "load_balancing_loss",
+    "read_feed_forward",
+]

@@ -1,7 +1,8 @@
 """
 From sound to tensors: a waveform to windows, a window to features.
 
-Speech windows become Whisper's log-mel (`input_features`), sound windows BEATs' filterbank (`input_values`).
+Speech windows become Whisper's log-mel (`input_features`), sound windows what the encoder of sound takes
+(`input_values`): BEATs' filterbank, or what another encoder's own feature extractor makes.
 """
 
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import BatchFeature, WhisperFeatureExtractor
 from transformers.audio_utils import mel_filter_bank
 
@@ -20,6 +22,16 @@ from .media_uni_moe import check_waveform
 
 # The smallest energy that Kaldi takes the logarithm of: float32's epsilon.
 FBANK_FLOOR = 1.192092955078125e-07
+
+
+# Feature extractors of sound -> seconds of a window, by their settings.
+FRONT_ENDS: dict[str, Callable[[Any], float]] = {
+    "ASTFeatureExtractor": lambda extractor: extractor.max_length / 100,  # frames of 10 ms
+    "ClapFeatureExtractor": lambda extractor: extractor.max_length_s,
+    "WhisperFeatureExtractor": lambda extractor: extractor.chunk_length,
+}
+# AST takes no fewer samples than one of its frames has.
+FEWEST_SAMPLES = 400
 
 
 def _mel_energies(
@@ -55,6 +67,8 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
         chunk_length (`int`, *optional*, defaults to 30): Window length in seconds.
         n_fft (`int`, *optional*, defaults to 400): Samples of one Whisper frame.
         num_audio_mel_bins (`int`, *optional*, defaults to 128): Mel bins of BEATs' filterbank.
+        audio_front_end (`dict`, *optional*): Settings of the feature extractor of another encoder of sound, as its
+            `to_dict` gives them, `feature_extractor_type` among them; sound has its sampling rate and its window then.
         max_speech_windows (`int`, *optional*): Longest speech clip, in windows; unlimited by default.
         max_audio_windows (`int`, *optional*, defaults to 20): Longest sound clip, in windows (10 minutes, as in the
             original, which drops the rest silently; here it is an error).
@@ -78,6 +92,7 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
         num_audio_mel_bins: int = 128,
         max_speech_windows: int | None = None,
         max_audio_windows: int | None = 20,
+        audio_front_end: dict[str, Any] | None = None,
         **kwargs,
     ):
         super().__init__(
@@ -91,10 +106,37 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
         self.num_audio_mel_bins = num_audio_mel_bins
         self.max_speech_windows = max_speech_windows
         self.max_audio_windows = max_audio_windows
+        self.audio_front_end = audio_front_end
+        if audio_front_end is not None and audio_front_end.get("feature_extractor_type") not in FRONT_ENDS:
+            raise ValueError(
+                f"`audio_front_end` is of type {audio_front_end.get('feature_extractor_type')!r}; known are "
+                f"{list(FRONT_ENDS)}."
+            )
 
-    def num_windows(self, waveform: np.ndarray) -> int:
-        """Windows of a clip: every started one counts, so exactly `chunk_length` seconds are one window."""
-        return max(1, -(-len(waveform) // self.n_samples))
+    @cached_property
+    def _front_end(self) -> Any:
+        """The feature extractor of sound; `None` for BEATs' own way."""
+        if self.audio_front_end is None:
+            return None
+        return getattr(transformers, self.audio_front_end["feature_extractor_type"]).from_dict(self.audio_front_end)
+
+    def rate_of(self, ear: str) -> int:
+        """In hertz, what "audio" or "speech" is heard at."""
+        return self.sampling_rate if ear == "speech" or self._front_end is None else self._front_end.sampling_rate
+
+    def window_of(self, ear: str) -> float:
+        """Seconds of a window of "audio" or "speech"."""
+        if ear == "speech" or self._front_end is None:
+            return self.chunk_length
+        return FRONT_ENDS[type(self._front_end).__name__](self._front_end)
+
+    def samples_of(self, ear: str) -> int:
+        """Samples of a window of "audio" or "speech"."""
+        return round(self.window_of(ear) * self.rate_of(ear))
+
+    def num_windows(self, num_samples: int, ear: str) -> int:
+        """Windows of a clip: every started one counts, so exactly `window_of(ear)` seconds are one window."""
+        return max(1, -(-num_samples // self.samples_of(ear)))
 
     def __call__(
         self,
@@ -111,26 +153,29 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
             speech (`np.ndarray` of shape `(num_samples,)` or a list of them, *optional*):
                 Clips of spoken language, likewise.
             sampling_rate (`int`, *optional*):
-                Of all clips, in hertz; must be the extractor's own.
+                Of all clips, in hertz; must be that at which each is heard, see [`rate_of`].
             return_tensors (`str`, *optional*): `"pt"` or `"np"`.
 
         Returns:
-            [`BatchFeature`] with `input_values` `(num_windows, frames, num_audio_mel_bins)` and `input_values_mask`
-            `(num_windows, frames)`, 1 = valid, for sound; `input_features` `(num_windows, feature_size, mel_frames)`
+            [`BatchFeature`] with `input_values` `(num_windows, frames, num_audio_mel_bins)`, or as the encoder's own
+            feature extractor shapes it, and `input_values_mask` `(num_windows, frames)`, 1 = valid, a frame
+            for each 10 ms, for sound; `input_features` `(num_windows, feature_size, mel_frames)`
             for speech. The windows of all clips follow each other.
 
         Raises:
             ValueError: another sampling rate; an empty, NaN or integer waveform; a clip of too many windows.
         """
-        if sampling_rate is not None and sampling_rate != self.sampling_rate:
-            raise ValueError(
-                f"The audio has a sampling rate of {sampling_rate} Hz but the model hears {self.sampling_rate} Hz; "
-                f"resample it, or pass a path or {{'array', 'sampling_rate'}} to the processor, which resamples."
-            )
+        for ear, clips in (("audio", audio), ("speech", speech)):
+            if clips is not None and sampling_rate not in (None, rate := self.rate_of(ear)):
+                raise ValueError(
+                    f"The {ear} has a sampling rate of {sampling_rate} Hz but the model hears {rate} Hz; "
+                    f"resample it, or pass a path or {{'array', 'sampling_rate'}} to the processor, which resamples."
+                )
         data = {}
         if audio is not None:
             windows = self._windows(audio, "audio", self.max_audio_windows)
-            data["input_values"] = _stacked(map(self._fbank, windows), len(windows))
+            features = self._fbank if self._front_end is None else self._front_end_features
+            data["input_values"] = _stacked(map(features, windows), len(windows))
             data["input_values_mask"] = np.stack([self._frame_mask(window) for window in windows])
         if speech is not None:
             windows = self._windows(speech, "speech", self.max_speech_windows)
@@ -155,19 +200,23 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
             clips = [clips]
         if len(clips) == 0:
             raise ValueError(f"`{kind}` is an empty list; leave it out where there are no clips.")
-        windows = []
+        windows, length = [], self.samples_of(kind)
         for clip in (check_waveform(clip) for clip in clips):
-            count = self.num_windows(clip)
+            count = self.num_windows(len(clip), kind)
             if max_windows is not None and count > max_windows:
                 raise ValueError(
-                    f"A clip of {kind} lasts {len(clip) / self.sampling_rate:.1f} s, which is {count} windows of "
-                    f"{self.chunk_length} s, but at most {max_windows} are allowed; cut it, or raise "
+                    f"A clip of {kind} lasts {len(clip) / self.rate_of(kind):.1f} s, which is {count} windows of "
+                    f"{self.window_of(kind):g} s, but at most {max_windows} are allowed; cut it, or raise "
                     f"`max_{kind}_windows` of the feature extractor."
                 )
-            windows += [
-                clip[start : start + self.n_samples] for start in range(0, count * self.n_samples, self.n_samples)
-            ]
+            windows += [clip[start : start + length] for start in range(0, count * length, length)]
         return windows
+
+    def _front_end_features(self, window: np.ndarray) -> np.ndarray:
+        """What the encoder's own feature extractor makes of a window."""
+        window = np.pad(window, (0, max(0, FEWEST_SAMPLES - len(window))))
+        features = self._front_end(window, sampling_rate=self._front_end.sampling_rate, return_tensors="np")
+        return features[self._front_end.model_input_names[0]][0]
 
     def _log_mel(self, window: np.ndarray) -> np.ndarray:
         """
@@ -242,15 +291,19 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
         return fbank.sub_(self.fbank_mean).div_(2 * self.fbank_std).numpy()
 
     def _frame_mask(self, window: np.ndarray) -> np.ndarray:
-        """`(frames,)` 1 where a frame holds a real sample, by BEATs' own arithmetic: equal runs of samples."""
+        """`(frames,)` 1 where a frame holds a real sample; of BEATs by its own arithmetic: equal runs of samples."""
+        if self._front_end is not None:
+            frames = round(100 * self.window_of("audio"))
+            return (np.arange(frames) * self._front_end.sampling_rate / 100 < len(window)).astype(np.int64)
         frames = 1 + (self.n_samples - 400) // 160
         run = self.n_samples // frames
         return (np.arange(frames) * run < len(window)).astype(np.int64)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in the parent, without the filters, which follow from the numbers."""
+        """As in the parent, without what follows from the settings."""
         output = super().to_dict()
-        output.pop("_fbank_filters", None)
+        for name in ("_fbank_filters", "_front_end"):
+            output.pop(name, None)
         return output
 
 

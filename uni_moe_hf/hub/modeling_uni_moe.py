@@ -1,8 +1,8 @@
 """
-Uni-MoE: frozen towers, connectors, and a Llama decoder whose feed-forward layers are sparse mixtures of experts.
+Uni-MoE: frozen towers, connectors, and a decoder whose feed-forward layers are sparse mixtures of experts.
 
 `input_ids` with placeholders -> embeddings; each tower's features through its connector -> scattered onto the
-placeholders; Llama layers -> `lm_head`. The sequence length never changes inside `forward`.
+placeholders; the decoder's layers -> `lm_head`. The sequence length never changes inside `forward`.
 Letters: B batch, T sequence, H hidden, N images, V videos, F frames, P patch tokens, W windows.
 """
 
@@ -14,35 +14,24 @@ import torch
 import transformers
 from torch import nn
 from torch.nn import init
-from transformers import AutoModel, Cache, LlamaModel, LlamaPreTrainedModel, PreTrainedModel
+from transformers import AutoModel, Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .beats_uni_moe import BeatsModel
 from .compat_uni_moe import (
     CACHE,
     CACHE_NAMES,
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
     OutputRecorder,
-    WhisperEncoder,
     can_return_tuple,
     named_cache,
     same_permissions,
     select_hidden_states,
     torch_compilable_check,
 )
-from .configuration_uni_moe import MODALITIES, UniMoEConfig, UniMoETextConfig
-from .connectors_uni_moe import AudioConnector, SpeechConnector, VisionConnector, idle_connectors
+from .configuration_uni_moe import MODALITIES, UniMoEConfig, is_sparse
+from .connectors_uni_moe import QFormerConnector, SpeechConnector, VisionConnector, idle_connectors
+from .decoder_uni_moe import QuantizationMixin, adjust_logits, build_decoder
 from .expert_kernels_uni_moe import ExpertsRouteMixin
-from .experts_uni_moe import (
-    UniMoEExpertLora,
-    UniMoELoraExperts,
-    UniMoESparseMoeBlock,
-    UniMoETopKRouter,
-    load_balancing_loss,
-)
+from .experts_uni_moe import UniMoELoraExperts, load_balancing_loss
 from .generation_uni_moe import (
     UniMoECausalLMOutputWithPast,
     UniMoEGenerationMixin,
@@ -52,55 +41,7 @@ from .generation_uni_moe import (
     warn_of_positions,
 )
 from .pipeline_uni_moe import AnyToTextPipeline  # noqa: F401  saving a model ships every file imported here
-from .quantization_uni_moe import QuantizationMixin
-
-
-class UniMoEDecoderLayer(LlamaDecoderLayer):
-    """A Llama layer whose feed-forward network is a mixture where `mlp_layer_types` says "sparse"."""
-
-    def __init__(self, config: UniMoETextConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        if config.mlp_layer_types[layer_idx] == "sparse":
-            self.mlp = UniMoESparseMoeBlock(config)
-
-
-class UniMoETextModel(ExpertsRouteMixin, QuantizationMixin, LlamaModel):
-    """Llama without its head, with [`UniMoEDecoderLayer`]s. `forward` is Llama's own; hooks record router logits."""
-
-    config: UniMoETextConfig
-    _no_split_modules = ["UniMoEDecoderLayer"]
-    _can_record_outputs = {"hidden_states": UniMoEDecoderLayer, "attentions": LlamaAttention}
-    if OutputRecorder is not None:
-        _can_record_outputs["router_logits"] = OutputRecorder(UniMoETopKRouter, index=0)
-
-    def __init__(self, config: UniMoETextConfig):
-        # Past LlamaModel: it would build, and initialise, every dense layer first.
-        LlamaPreTrainedModel.__init__(self, config)
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList([UniMoEDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, UniMoETopKRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
-        elif isinstance(module, UniMoELoraExperts) and not module.shared_base:
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, UniMoEExpertLora):
-            # As PEFT does: the first factor uniform within 1 / sqrt(fan in), the second zero.
-            for factor in (module.gate_up_a, module.down_a):
-                bound = factor.shape[-1] ** -0.5
-                init.uniform_(factor, -bound, bound)
-            init.zeros_(module.gate_up_b)
-            init.zeros_(module.down_b)
+from .towers_uni_moe import tower_class
 
 
 class UniMoEPreTrainedModel(ExpertsRouteMixin, QuantizationMixin, PreTrainedModel):
@@ -126,7 +67,7 @@ class UniMoEPreTrainedModel(ExpertsRouteMixin, QuantizationMixin, PreTrainedMode
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, SpeechConnector | AudioConnector):
+        if isinstance(module, SpeechConnector | QFormerConnector):
             # Not zeros as in the original: the Q-Former has no positions, so equal queries would stay equal for ever.
             init.normal_(module.query_tokens, mean=0.0, std=self.config.initializer_range)
 
@@ -147,7 +88,7 @@ class UniMoEPreTrainedModel(ExpertsRouteMixin, QuantizationMixin, PreTrainedMode
             ValueError: the experts hold no LoRA, or are quantised.
         """
         text_config = self.config.text_config
-        if not text_config.is_sparse or text_config.expert_lora_rank == 0:
+        if not is_sparse(text_config) or text_config.expert_lora_rank == 0:
             raise ValueError(
                 f"There is no expert LoRA to merge: {text_config.mlp_layer_types.count('sparse')} sparse layers, "
                 f"`expert_lora_rank={text_config.expert_lora_rank}`."
@@ -172,7 +113,7 @@ class UniMoEModel(UniMoEPreTrainedModel):
 
     def __init__(self, config: UniMoEConfig):
         super().__init__(config)
-        for tower_config in (config.vision_config, config.speech_config):
+        for tower_config in (config.vision_config, config.speech_config, config.audio_config):
             if tower_config is not None:
                 # Frozen, and not run where a batch lacks its modality: FSDP2 must not shard it.
                 tower_config.base_model_fsdp_plan = {}
@@ -180,13 +121,23 @@ class UniMoEModel(UniMoEPreTrainedModel):
             self.vision_tower = AutoModel.from_config(config.vision_config)
             self.vision_connector = VisionConnector(config)
         if config.speech_config is not None:
-            self.speech_tower = WhisperEncoder(config.speech_config)
-            self.speech_connector = SpeechConnector(config)
+            self.speech_tower = tower_class(config.speech_config, "speech")(config.speech_config)
+            has_decoder = config.speech_connector_config is None
+            self.speech_connector = SpeechConnector(config) if has_decoder else QFormerConnector(config, "speech")
         if config.audio_config is not None:
-            self.audio_tower = BeatsModel(config.audio_config)
-            self.audio_connector = AudioConnector(config)
-        self.language_model = UniMoETextModel(config.text_config)
+            self.audio_tower = tower_class(config.audio_config, "audio")(config.audio_config)
+            self.audio_connector = QFormerConnector(config)
+        self.language_model = build_decoder(config.text_config)
         self.post_init()
+
+    def train(self, mode: bool = True) -> "UniMoEModel":
+        """As in torch; frozen towers stay as they are in use: some draw at random, or count, what they see."""
+        super().train(mode)
+        for name in ("vision_tower", "speech_tower", "audio_tower"):
+            tower = getattr(self, name, None)
+            if tower is not None and not any(parameter.requires_grad for parameter in tower.parameters()):
+                tower.eval()
+        return self
 
     def _require(self, modality: str, argument: str) -> None:
         if modality not in self.config.modalities:
@@ -222,12 +173,14 @@ class UniMoEModel(UniMoEPreTrainedModel):
         self._require("image", "pixel_values")
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         outputs = self._run_vision_tower(pixel_values, layer=layer, **kwargs)
-        features = outputs.hidden_states[layer]  # (N, P + 1, tower width)
+        features = outputs.hidden_states[layer]  # (N, prefix + P, tower width)
+        if features.dim() == 4:  # a map, of towers that are no Transformers
+            features = features.flatten(2).transpose(1, 2)
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         if strategy not in ("default", "full"):
             raise ValueError(f"`vision_feature_select_strategy={strategy!r}` must be 'default' or 'full'.")
         if strategy == "default":
-            features = features[:, 1:]  # (N, P, tower width)
+            features = features[:, self.config.vision_prefix_length :]  # (N, P, tower width)
         outputs.pooler_output = self.vision_connector(features)  # (N, P, H)
         return outputs
 
@@ -292,7 +245,8 @@ class UniMoEModel(UniMoEPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         r"""
         Args:
-            input_values (`torch.Tensor` of shape `(num_windows, frames, 128)`): BEATs' filterbank.
+            input_values (`torch.Tensor` of shape `(num_windows, ...)`): As the encoder's own feature extractor makes
+                them: of BEATs and AST `(num_windows, frames, mel_bins)`.
             input_values_mask (`torch.Tensor` of shape `(num_windows, frames)`, *optional*): 1 = valid.
 
         Returns:
@@ -304,7 +258,9 @@ class UniMoEModel(UniMoEPreTrainedModel):
         """
         self._require("audio", "input_values")
         outputs = self.audio_tower(input_values, input_values_mask, return_dict=True, **kwargs)
-        return BaseModelOutputWithPooling(**outputs, pooler_output=self.audio_connector(outputs.last_hidden_state))
+        states = outputs.last_hidden_state  # (W, positions, tower width)
+        mask = self.audio_tower.position_mask(input_values_mask, states.shape[1])
+        return BaseModelOutputWithPooling(**outputs, pooler_output=self.audio_connector(states, mask))
 
     def encode_media(
         self,
@@ -580,7 +536,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = adjust_logits(self.lm_head(outputs.last_hidden_state[:, kept]), text_config)
 
         loss = aux_loss = None
         if labels is not None:
@@ -597,4 +553,4 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
         return UniMoECausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **others)
 
 
-__all__ = ["UniMoEForConditionalGeneration", "UniMoEModel", "UniMoEPreTrainedModel", "UniMoETextModel"]
+__all__ = ["UniMoEForConditionalGeneration", "UniMoEModel", "UniMoEPreTrainedModel"]

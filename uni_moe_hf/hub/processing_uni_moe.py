@@ -315,7 +315,7 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
             data["num_video_tokens"] = [self._num_video_tokens(self.video_frames)] * len(video_sizes)
         if audio_lengths is not None:
             per_window = getattr(self, f"num_{self._ear('audio')}_query_tokens")
-            windows = [self.feature_extractor.num_windows(range(length)) for length in audio_lengths]
+            windows = [self.feature_extractor.num_windows(length, self._ear("audio")) for length in audio_lengths]
             data["num_audio_tokens"] = [count * per_window for count in windows]
         return MultiModalData(**data)
 
@@ -325,7 +325,6 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
         """Model inputs of all clips, and how many tokens each clip stands for."""
         data, num_tokens = {}, {}
         image_kwargs = {**kwargs["images_kwargs"], "return_tensors": "np"}
-        rate = self.feature_extractor.sampling_rate
         if clips.get("image"):
             images = (self._framed(load_image(image, self.uploads_only)) for image in clips["image"])
             data["pixel_values"] = self._pixels(images, image_kwargs)
@@ -350,10 +349,12 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
             num_tokens["video"] = [self._num_video_tokens(int(count)) for count in counts]
         for modality, per_window in (("audio", self.num_audio_query_tokens), ("speech", self.num_speech_query_tokens)):
             if clips.get(modality):
+                rate = self.feature_extractor.rate_of(modality)
                 given = kwargs["audio_kwargs"].get("sampling_rate") or rate
                 waveforms = [load_waveform(clip, rate, self.uploads_only) for clip in clips[modality]]
                 data |= self.feature_extractor(**{modality: waveforms}, sampling_rate=given)
-                num_tokens[modality] = [self.feature_extractor.num_windows(wave) * per_window for wave in waveforms]
+                windows = [self.feature_extractor.num_windows(len(wave), modality) for wave in waveforms]
+                num_tokens[modality] = [count * per_window for count in windows]
         return data, num_tokens
 
     def _num_video_tokens(self, num_frames: int) -> int:

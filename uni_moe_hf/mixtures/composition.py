@@ -1,46 +1,63 @@
 """
-Building Uni-MoE models: from pretrained parts to a dense model, from PEFT adapters to a mixture of experts.
+Building a dense Uni-MoE from pretrained parts, and the processor that fits it.
 
-Growing moves the decoder's own feed-forward modules into the mixture: nothing is copied that can be shared.
+What a part is, and whether it can be one, is asked of its config and of an empty model, before weights are read.
 """
 
-import math
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoFeatureExtractor,
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     CLIPImageProcessorPil,
-    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ViTImageProcessorPil,
     WhisperModel,
 )
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.utils import logging
 
-from ..hub.beats_uni_moe import BeatsModel
-from ..hub.configuration_uni_moe import MODALITIES, UniMoEConfig, UniMoETextConfig
-from ..hub.experts_uni_moe import UniMoESparseMoeBlock
-from ..hub.feature_extraction_uni_moe import UniMoEFeatureExtractor
+from ..hub.configuration_uni_moe import MODALITIES, UniMoEConfig, width_of
+from ..hub.decoder_uni_moe import check_decoder
+from ..hub.feature_extraction_uni_moe import FRONT_ENDS, UniMoEFeatureExtractor
 from ..hub.files_uni_moe import reason
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 from ..hub.processing_uni_moe import UniMoEProcessor
-from .expert_adapters import ExpertAdapter, check_is_ours, choose_projectors, read_expert
-from .loading import load_part_config, load_whole
+from ..hub.towers_uni_moe import tower_class
+from .beats_file import is_beats_file, read_beats, read_beats_config
+from .loading import UNREAD, load_part_config, load_whole
+
+
+logger = logging.get_logger(__name__)
+
+# Kinds of LLMs with which `benchmarks/bench_families.py` was run in full.
+TESTED = frozenset(
+    "llama mistral ministral ministral3 qwen2 qwen3 smollm3 gemma gemma2 gemma3_text phi3 olmo olmo2 olmo3 granite "
+    "glm glm4 exaone4 cohere cohere2 seed_oss helium stablelm ernie4_5 hunyuan_v1_dense".split()
+)
+# Of values of order 1, by how much logits may differ that were computed in another order.
+CLOSE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+# In files of larger models; halves that are saved alone have none of it.
+PREFIXES = {"speech_tower": r"^(model\.)?encoder\.", "audio_tower": r"^(audio_model|(model\.)?encoder)\."}
 
 
 def from_pretrained_parts(
     language_model: str | PreTrainedModel,
     vision_tower: str | PreTrainedModel | None = None,
     speech_tower: str | PreTrainedModel | None = None,
-    audio_tower: str | BeatsModel | None = None,
+    audio_tower: str | PreTrainedModel | None = None,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
     **config,
@@ -48,13 +65,18 @@ def from_pretrained_parts(
     r"""
     Joins pretrained parts into a dense Uni-MoE with fresh connectors: where the three stages begin.
 
+    Text alone gives the same logits as before: the model is compared with the LLM on a few tokens.
+
     Args:
-        language_model (`str` or [`PreTrainedModel`]): A Llama, as a Hub id, a folder or a loaded `LlamaForCausalLM`.
-        vision_tower (`str` or [`PreTrainedModel`], *optional*): A vision backbone with patch tokens, CLIP or other;
-            how many it makes of a picture, and whether a CLS token is among them, is found by asking it.
+        language_model (`str` or [`PreTrainedModel`]): An LLM with a gated feed-forward network in every layer, such as
+            Llama, Qwen3 or Gemma 3: a Hub id, a folder, or a loaded model with its head.
+        vision_tower (`str` or [`PreTrainedModel`], *optional*): A vision backbone, CLIP or other; how many tokens it
+            makes of a picture, and how many stand before those of the patches, is found by asking it.
         speech_tower (`str` or [`PreTrainedModel`], *optional*): A Whisper model. Its encoder becomes the tower; its
-            decoder, where there is one, the start of the speech connector, as in the original.
-        audio_tower (`str` or [`BeatsModel`], *optional*): A BEATs saved by this package.
+            decoder, where there is one, the start of the speech connector, as in the original; without it that is a
+            Q-Former.
+        audio_tower (`str` or [`PreTrainedModel`], *optional*): An encoder of sound: BEATs, as a folder or as published
+            (`BEATs_iter3*.pt`), AST, CLAP (its audio half), or a Whisper (its encoder).
         dtype (`str` or `torch.dtype`, *optional*): Of the parts that are loaded here; as saved by default.
         attn_implementation (`str`, *optional*): Of the model, as in the library.
         config: Further fields of [`UniMoEConfig`], for example `video_pooling`.
@@ -63,124 +85,264 @@ def from_pretrained_parts(
         [`UniMoEForConditionalGeneration`] with dense layers only, in the dtype of `language_model`.
 
     Raises:
-        ValueError: `language_model` is not a Llama, a part is not of the expected kind, which is looked at before its
-            weights are read, or its weights are not all there.
+        ValueError: a part is not of a kind that can be one, its weights are not all there, or something of the LLM
+            would be lost.
 
     Source: Uni-MoE (https://huggingface.co/papers/2405.11273), figure 3.
     """
-    loading = {} if dtype is None else {"dtype": dtype}
-    kinds = {
-        name: _kind_of_part(part, name)
-        for name, part in (
-            ("language_model", language_model),
-            ("vision_tower", vision_tower),
-            ("speech_tower", speech_tower),
-            ("audio_tower", audio_tower),
-        )
+    parts = {
+        "language_model": language_model,
+        "vision_tower": vision_tower,
+        "speech_tower": speech_tower,
+        "audio_tower": audio_tower,
     }
-    for name, wanted in (("language_model", "llama"), ("speech_tower", "whisper"), ("audio_tower", "beats")):
-        if kinds[name] is not None and kinds[name].model_type != wanted:
-            raise ValueError(f"`{name}` is a '{kinds[name].model_type}' model, but a '{wanted}' is needed.")
-    if kinds["vision_tower"] is not None:
+    kinds = {name: _kind_of_part(part, name) for name, part in parts.items() if part is not None}
+    _check_llm(kinds["language_model"], language_model)
+    if vision_tower is not None:
         config = _patch_settings(kinds["vision_tower"], config) | config
-    llm = language_model
-    if isinstance(llm, str | Path):
-        llm = load_whole(AutoModelForCausalLM, llm, **loading)
-    if not isinstance(llm, LlamaForCausalLM):
-        kind = getattr(getattr(llm, "config", None), "model_type", "nothing known")
-        raise ValueError(
-            f"`language_model` is a {type(llm).__name__} ('{kind}'), but Uni-MoE takes a LlamaForCausalLM."
-        )
-    if getattr(llm, "is_quantized", False):
-        raise ValueError("`language_model` is quantised; build from unquantised parts and quantise what was saved.")
-    vision = load_whole(AutoModel, vision_tower, True, **loading) if is_named(vision_tower) else vision_tower
-    vision = getattr(vision, "vision_model", vision)
-    speech_encoder, speech_decoder = _speech_parts(speech_tower, loading)
-    audio = load_whole(BeatsModel, audio_tower, **loading) if is_named(audio_tower) else audio_tower
+    for ear in ("audio", "speech"):
+        if f"{ear}_tower" in kinds:
+            tower_class(kinds[f"{ear}_tower"], ear)
 
-    text = {k: v for k, v in llm.config.to_dict().items() if k not in ("model_type", "architectures", "dtype")}
-    text["mlp_layer_types"] = ["dense"] * llm.config.num_hidden_layers
-    for name, part in (("vision_config", vision), ("speech_config", speech_encoder), ("audio_config", audio)):
-        if part is not None:
-            config[name] = part.config.to_dict()
+    loading = {} if dtype is None else {"dtype": dtype}
+    llm = load_whole(AutoModelForCausalLM, language_model, **loading) if is_named(language_model) else language_model
+    towers: dict[str, PreTrainedModel] = {}
+    if vision_tower is not None:
+        vision = load_whole(AutoModel, vision_tower, UNREAD, **loading) if is_named(vision_tower) else vision_tower
+        towers["vision"] = getattr(vision, "vision_model", vision)
+    if speech_tower is not None:
+        towers["speech"], speech_decoder = _speech_parts(speech_tower, kinds["speech_tower"], loading)
+        if speech_decoder is None and config.get("speech_connector_config") is None:
+            config["speech_connector_config"] = {}
+    if audio_tower is not None:
+        towers["audio"] = _audio_part(audio_tower, kinds["audio_tower"], loading)
+
+    decoder, head = llm.get_decoder(), llm.get_output_embeddings()
+    text = {k: v for k, v in decoder.config.to_dict().items() if k not in ("architectures", "dtype")}
+    text |= {"mlp_layer_types": ["dense"] * decoder.config.num_hidden_layers}
+    text["tie_word_embeddings"] = head.weight is llm.get_input_embeddings().weight
+    config |= {f"{name}_config": tower.config.to_dict() for name, tower in towers.items()}
     # Built in the LLM's dtype, not cast to it: that would round the rotary embedding's frequencies as well.
     settings = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     model = UniMoEForConditionalGeneration._from_config(
         UniMoEConfig(text_config=text, **config), dtype=llm.dtype, **settings
     )
 
-    model.model.language_model.load_state_dict(llm.model.state_dict())
-    model.lm_head.load_state_dict(llm.lm_head.state_dict())
-    if vision is not None:
-        model.model.vision_tower.load_state_dict(vision.state_dict())
-    if speech_encoder is not None:
-        model.model.speech_tower.load_state_dict(speech_encoder.state_dict())
-    if speech_decoder is not None:
+    model.model.language_model.load_state_dict(decoder.state_dict())
+    model.lm_head.load_state_dict(head.state_dict())
+    for name, tower in towers.items():
+        getattr(model.model, f"{name}_tower").load_state_dict(tower.state_dict())
+    if speech_tower is not None and speech_decoder is not None and model.config.speech_connector_config is None:
         weights = {k: v for k, v in speech_decoder.state_dict().items() if not k.startswith("embed_tokens.")}
         model.model.speech_connector.decoder.load_state_dict(weights)
-    if audio is not None:
-        model.model.audio_tower.load_state_dict(audio.state_dict())
-    model.generation_config = llm.generation_config
+    model.generation_config = copy.deepcopy(llm.generation_config)
+    _check_nothing_is_lost(model, llm)
     return model
 
 
 def is_named(part: Any) -> bool:
-    """Whether a part is given as a Hub id or folder."""
+    """Whether a part is given as a Hub id, folder or file."""
     return isinstance(part, str | Path)
 
 
-def _kind_of_part(part: Any, argument: str) -> PreTrainedConfig | None:
-    """What a part is, by its config: of a vision tower that of the half with the pictures."""
-    if part is None:
-        return None
+def _kind_of_part(part: Any, argument: str) -> PreTrainedConfig:
+    """What a part is, by its config: of larger models that of the half that is meant."""
+    if argument == "audio_tower" and is_named(part) and is_beats_file(part):
+        return read_beats_config(part)
     kind = load_part_config(part, f"`{argument}`") if is_named(part) else getattr(part, "config", None)
     if kind is None:
         raise ValueError(f"`{argument}` is a {type(part).__name__}; give a model, a folder or a Hub id.")
-    return getattr(kind, "vision_config", kind) if argument == "vision_tower" else kind
+    half = {"vision_tower": "vision_config", "audio_tower": "audio_config"}.get(argument)
+    half = getattr(kind, half, None) if half else None
+    return half if isinstance(half, PreTrainedConfig) else kind
+
+
+# The LLM
+
+
+@torch.no_grad()
+def _check_llm(kind: PreTrainedConfig, llm: Any) -> None:
+    """
+    Whether an LLM can be the decoder, by an empty one of its kind.
+
+    Raises:
+        ValueError: it cannot; the message says what is missing.
+    """
+    named = is_named(llm)
+    if getattr(kind, "quantization_config", None) is not None or getattr(llm, "is_quantized", False):
+        raise ValueError("`language_model` is quantised; build from unquantised parts and quantise what was saved.")
+    made = type(llm).__name__ if not named else next(iter(kind.architectures or ()), "")
+    with_head = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(kind), None)
+    other_head = made.partition("For")[2] not in ("", "CausalLM", "ConditionalGeneration")
+    if with_head is None or other_head or not (named or llm.get_output_embeddings() is not None):
+        what = f"a '{kind.model_type}' model" if with_head is None or not made else f"a {made}"
+        raise ValueError(f"`language_model` is {what}, which has no head that predicts words; give an LLM.")
+    if getattr(kind, "is_encoder_decoder", False):
+        raise ValueError(f"`language_model` is a '{kind.model_type}' model, an encoder with a decoder; give an LLM.")
+    try:
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(copy.deepcopy(kind)) if named else llm
+        decoder, head = empty.get_decoder(), empty.get_output_embeddings()
+    except (AttributeError, ImportError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"`language_model` is a '{kind.model_type}' model that cannot be built ({reason(error)})."
+        ) from error
+    check_decoder(decoder)
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise ValueError(
+            f"`language_model` is a '{kind.model_type}' model whose head is no plain linear layer without a bias."
+        )
+    if decoder.config.model_type not in TESTED:
+        logger.warning(
+            f"LLMs of kind '{decoder.config.model_type}' were not tested here; it is taken because its parts are of "
+            "the known form, and if words alone give the same logits."
+        )
+
+
+@torch.no_grad()
+def _check_nothing_is_lost(model: UniMoEForConditionalGeneration, llm: PreTrainedModel) -> None:
+    """
+    Compares the logits of a few tokens, by the LLM's own attention and on its device.
+
+    Raises:
+        ValueError: they differ by more than rounding.
+    """
+    vocab_size = model.config.text_config.vocab_size
+    ids = torch.linspace(0, vocab_size - 1, 12).long().unique()[None]  # of the whole vocabulary
+    decoder, was_training = model.model.language_model, llm.training
+    asked, own = decoder.config._attn_implementation, llm.get_decoder().config._attn_implementation
+    llm.eval()
+    model.eval()
+    model.to(llm.device)
+    if asked != own:
+        decoder.set_attn_implementation(own)
+    try:
+        wanted = llm(input_ids=ids.to(llm.device)).logits
+        found = model(input_ids=ids.to(llm.device)).logits
+    finally:
+        llm.train(was_training)
+        if asked != own:
+            decoder.set_attn_implementation(asked)
+    if torch.equal(found, wanted):
+        return
+    gap = (found.float() - wanted.float()).abs().max().item()
+    scale = max(1.0, wanted.float().abs().max().item())
+    kind = model.config.text_config.model_type
+    if not gap <= CLOSE.get(wanted.dtype, 0.0) * scale:
+        raise ValueError(
+            f"Words alone give other logits than the '{kind}' LLM's (up to {gap:.3g} apart, of at most {scale:.3g}), "
+            "so something that it does would be lost; this kind of LLM cannot be the decoder yet."
+        )
+    logger.warning(f"Words alone give the '{kind}' LLM's logits but for rounding: they are up to {gap:.1e} apart.")
+
+
+# The towers
 
 
 @torch.no_grad()
 def _patch_settings(kind: PreTrainedConfig, config: Mapping[str, Any]) -> dict[str, Any]:
     """
-    How many tokens a vision tower makes of a picture, and whether the first of them stands for all of it. Asked of an
-    empty one, before weights are read.
+    Which hidden state of a vision tower is read, how many tokens it makes of a picture, and how many stand before the
+    patches. Asked of empty ones for pictures of two sizes: the patches become four times as many, the others do not.
     """
-    side, patch = (getattr(kind, name, None) for name in ("image_size", "patch_size"))
-    if not isinstance(side, int) or not isinstance(patch, int):
+    side = _side_of(kind)
+    states, larger = (_states_of_picture(kind, each, as_made_for=True) for each in (side, 2 * side))
+    is_pyramid = len({_count(state) for state in states}) > 1
+    layer = config.get("vision_feature_layer", -1 if is_pyramid else -2)
+    try:
+        count, four_times = _count(states[layer]), _count(larger[layer])
+    except IndexError:
+        raise ValueError(
+            f"`vision_feature_layer={layer}` is none of the {len(states)} states of a '{kind.model_type}' model."
+        ) from None
+    prefix, rest = divmod(4 * count - four_times, 3)
+    if rest or not 0 <= prefix < count:
+        raise ValueError(
+            f"`vision_tower` is a '{kind.model_type}' model that makes {count} tokens of a picture of {side} pixels "
+            f"and {four_times} of one of {2 * side}, so which are patches is unknown; use a backbone with square patches."
+        )
+    width = states[layer].shape[1 if states[layer].dim() == 4 else -1]
+    if width != width_of(kind):
+        raise ValueError(
+            f"`vision_feature_layer={layer}` of a '{kind.model_type}' model is {width} wide, its last {width_of(kind)}; use "
+            "the last."
+        )
+    keeps_all = config.get("vision_feature_select_strategy") == "full"
+    return {
+        "vision_feature_layer": layer,
+        "vision_prefix_length": prefix,
+        "image_seq_length": count if keeps_all else count - prefix,
+    }
+
+
+def _side_of(kind: PreTrainedConfig) -> int:
+    """Side of the pictures that a vision tower was made for, in pixels."""
+    side = getattr(kind, "image_size", None)
+    side = side[0] if isinstance(side, list | tuple) and len(set(side)) == 1 else side
+    if not isinstance(side, int):
         raise ValueError(
             f"`vision_tower` is a '{kind.model_type}' model, but a backbone for square pictures is needed."
         )
+    return side
+
+
+def _count(state: torch.Tensor) -> int:
+    """Tokens in a hidden state `(1, tokens, width)` or `(1, width, height, width)`."""
+    return state.shape[1] if state.dim() == 3 else state.shape[-2] * state.shape[-1]
+
+
+def _states_of_picture(kind: PreTrainedConfig, side: int, as_made_for: bool = False) -> tuple[torch.Tensor, ...]:
+    """Hidden states of a picture of so many pixels, without values; of a tower that was made for it, if asked."""
+    kind = copy.deepcopy(kind)
+    if as_made_for:
+        kind.image_size = [side, side] if isinstance(kind.image_size, list | tuple) else side
     try:
         with torch.device("meta"):
             tower = AutoModel.from_config(kind)
             picture = torch.zeros(1, getattr(kind, "num_channels", 3), side, side)
-        hidden = tower(pixel_values=picture, output_hidden_states=True).hidden_states
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+            states = tower(pixel_values=picture, output_hidden_states=True).hidden_states
+        if not states or any(state.dim() not in (3, 4) for state in states):
+            raise ValueError("it returns no hidden states")
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise ValueError(
-            f"`vision_tower` is a '{kind.model_type}' model, which gives no tokens of a picture ({reason(error)})."
+            f"`vision_tower` is a '{kind.model_type}' model, which gives no tokens of a picture of {side} pixels "
+            f"({reason(error)})."
         ) from error
-    count, patches = hidden[config.get("vision_feature_layer", -2)].shape[1], (side // patch) ** 2
-    registers = getattr(kind, "num_register_tokens", 0)
-    if count not in (patches, patches + 1 + registers) and "vision_feature_select_strategy" not in config:
-        raise ValueError(
-            f"`vision_tower` is a '{kind.model_type}' model that makes {count} tokens of {patches} patches, so which "
-            "are patches is unknown; say it with `vision_feature_select_strategy` ('full' keeps all, 'default' "
-            "drops the first)."
-        )
-    strategy = config.get("vision_feature_select_strategy", "full" if count == patches else "default")
-    return {"vision_feature_select_strategy": strategy, "image_seq_length": count - (strategy == "default")}
+    return states
 
 
 def _speech_parts(
-    tower: str | PreTrainedModel | None, loading: Mapping[str, Any]
-) -> tuple[PreTrainedModel | None, nn.Module | None]:
+    tower: str | PreTrainedModel, kind: PreTrainedConfig, loading: Mapping[str, Any]
+) -> tuple[PreTrainedModel, nn.Module | None]:
     """Encoder and, where there is one, decoder of a Whisper model."""
-    if tower is None:
-        return None, None
-    tower = load_whole(WhisperModel, tower, True, **loading) if is_named(tower) else tower
+    if is_named(tower):
+        with_decoder = next(iter(kind.architectures or ()), "") in ("WhisperModel", "WhisperForConditionalGeneration")
+        if not with_decoder:
+            prefix = {PREFIXES["speech_tower"]: ""}
+            return load_whole(tower_class(kind, "speech"), tower, "", key_mapping=prefix, **loading), None
+        tower = load_whole(WhisperModel, tower, "", **loading)
     if type(tower).__name__ == "WhisperEncoder":
         return tower, None
-    return tower.get_encoder(), tower.get_decoder()
+    decoder = getattr(tower.base_model, "decoder", None)
+    return tower.base_model.encoder if hasattr(tower.base_model, "encoder") else tower.encoder, decoder
+
+
+def _audio_part(tower: str | PreTrainedModel, kind: PreTrainedConfig, loading: Mapping[str, Any]) -> PreTrainedModel:
+    """An encoder of sound, from a file, a folder, or a larger model."""
+    if is_named(tower) and is_beats_file(tower):
+        return read_beats(tower).to(getattr(torch, str(loading.get("dtype", "float32")).removeprefix("torch.")))
+    if is_named(tower):
+        return load_whole(
+            tower_class(kind, "audio"), tower, "", config=kind, key_mapping={PREFIXES["audio_tower"]: ""}, **loading
+        )
+    for half in ("audio_model", "audio_spectrogram_transformer", "encoder"):
+        found = getattr(tower, half, None) or getattr(tower.base_model, half, None)
+        if isinstance(found, PreTrainedModel) and found.config.model_type == kind.model_type:
+            return found
+    return tower
+
+
+# The processor
 
 
 def build_processor(
@@ -189,6 +351,7 @@ def build_processor(
     image_processor=None,
     image_size: int | None = None,
     chunk_length: int = 30,
+    audio_feature_extractor=None,
     **settings,
 ) -> UniMoEProcessor:
     r"""
@@ -203,8 +366,10 @@ def build_processor(
             lies in. By default CLIP's at the tower's picture size: right for no other tower.
         image_size (`int`, *optional*): Side of pictures in pixels, in place of the image processor's, for towers that
             take any: fewer pixels are fewer tokens.
-        chunk_length (`int`, *optional*, defaults to 30): Seconds of a window of sound, in a model without a speech
-            tower; with one its `max_source_positions` decides.
+        chunk_length (`int`, *optional*, defaults to 30): Seconds of a window of sound for BEATs, in a model without a
+            speech tower; with one its `max_source_positions` decides.
+        audio_feature_extractor (`str` or feature extractor, *optional*): That of the encoder of sound, or the Hub id
+            or folder it lies in; BEATs has none.
         settings: Further arguments of [`UniMoEProcessor`], for example `video_frames`. The `chat_template` is the
             tokenizer's own where it has one, else Vicuna's.
 
@@ -212,8 +377,11 @@ def build_processor(
         [`UniMoEProcessor`].
 
     Raises:
-        ValueError: the speech tower's window is not a whole number of seconds, or pictures have no fixed size.
+        ValueError: a placeholder is a word of the LLM's, the speech tower's window is not a whole number of seconds,
+            pictures have no fixed size or do not fit the tower, or the encoder of sound needs its feature extractor.
     """
+    front_end = _front_end(config, audio_feature_extractor)
+    pictures = _image_processor(config, image_processor, image_size)
     _add_placeholders(config, tokenizer)
     feature_size = 80
     if config.speech_config is not None:
@@ -224,12 +392,17 @@ def build_processor(
                 f"`speech_config.max_source_positions={config.speech_config.max_source_positions}` is no whole number "
                 "of seconds at 50 positions per second; use a multiple of 50."
             )
-    mel_bins = config.audio_config.num_mel_bins if config.audio_config is not None else 128
+    mel_bins = config.audio_config.num_mel_bins if config.audio_config is not None and front_end is None else 128
     if settings.get("chat_template") is None:
         settings["chat_template"] = getattr(tokenizer, "chat_template", None)
     return UniMoEProcessor(
-        _image_processor(config, image_processor, image_size),
-        UniMoEFeatureExtractor(feature_size=feature_size, chunk_length=chunk_length, num_audio_mel_bins=mel_bins),
+        pictures,
+        UniMoEFeatureExtractor(
+            feature_size=feature_size,
+            chunk_length=chunk_length,
+            num_audio_mel_bins=mel_bins,
+            audio_front_end=front_end,
+        ),
         tokenizer,
         **{
             "modalities": list(config.modalities),
@@ -242,51 +415,121 @@ def build_processor(
     )
 
 
-def _load_image_processor(name: str) -> Any:
-    """One that needs Pillow alone."""
+@torch.no_grad()
+def _front_end(config: UniMoEConfig, extractor: Any) -> dict[str, Any] | None:
+    """Settings of the feature extractor of sound, which the encoder must understand; `None` for BEATs."""
+    if config.audio_config is None or config.audio_config.model_type == "beats":
+        return None
+    kind = config.audio_config.model_type
+    if extractor is None:
+        raise ValueError(
+            f"The encoder of sound is a '{kind}' model, which hears through its own feature extractor; pass "
+            "`audio_feature_extractor`, such as the folder that the encoder came from."
+        )
+    if is_named(extractor):
+        try:
+            extractor = AutoFeatureExtractor.from_pretrained(extractor)
+        except (OSError, ValueError, ImportError) as error:
+            raise ValueError(
+                f"`audio_feature_extractor` '{extractor}' could not be loaded ({reason(error)})."
+            ) from error
+    if type(extractor).__name__ not in FRONT_ENDS:
+        raise ValueError(f"`audio_feature_extractor` is a {type(extractor).__name__}; known are {list(FRONT_ENDS)}.")
+    settings = {k: v for k, v in extractor.to_dict().items() if k not in ("processor_class", "auto_map")}
+    ears = UniMoEFeatureExtractor(audio_front_end=settings)
+    features = ears(audio=np.zeros(ears.samples_of("audio"), np.float32), return_tensors="pt")
+    with torch.device("meta"):
+        tower = tower_class(config.audio_config, "audio")(copy.deepcopy(config.audio_config))
     try:
-        return AutoImageProcessor.from_pretrained(name, backend="pil")
-    except ImportError:  # older releases ask for torchvision whatever the backend
+        tower(**{name: tensor.to("meta") for name, tensor in features.items()})
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"`audio_feature_extractor` makes features of shape {tuple(features['input_values'].shape)}, which this "
+            f"'{kind}' model does not take ({reason(error)}); use the one that it came with."
+        ) from error
+    return settings
+
+
+def _load_image_processor(name: str) -> Any:
+    """One that needs Pillow alone: the class that is named, in its Pillow form, or the same steps by another."""
+    try:
         settings, _ = CLIPImageProcessorPil.get_image_processor_dict(name)
-        kind = settings["image_processor_type"].removesuffix("Fast").removesuffix("Pil") + "Pil"
-        return getattr(transformers, kind).from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"'{name}' holds no image processor ({reason(error)}); pass `image_processor`.") from error
+    kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""
+    kind = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
+    if kind and hasattr(transformers, f"{kind}Pil"):
+        return getattr(transformers, f"{kind}Pil").from_dict(settings)
+    if not kind:
+        try:
+            return AutoImageProcessor.from_pretrained(name, backend="pil")
+        except (ImportError, OSError, ValueError):
+            pass
+    if not {"image_mean", "image_std", "size"} <= settings.keys():
+        raise ValueError(
+            f"The image processor of '{name}' ({kind or 'of no stated kind'}) needs torchvision here; pass one that "
+            "needs Pillow alone as `image_processor`."
+        )
+    settings = {
+        key: value
+        for key, value in settings.items()
+        if value is not None and not key.endswith("_type") and key not in ("processor_class", "auto_map")
+    }
+    crops = bool(settings.get("do_center_crop"))
+    generic = CLIPImageProcessorPil if crops else ViTImageProcessorPil
+    return generic.from_dict(settings | {"do_center_crop": crops, "do_convert_rgb": True})
 
 
 def _image_processor(config: UniMoEConfig, processor: Any, side: int | None) -> Any:
     """The image processor, at another picture size if asked; counts the tokens of its pictures."""
-    if isinstance(processor, str):
-        processor = _load_image_processor(processor)
+    if is_named(processor):
+        processor = _load_image_processor(str(processor))
     if processor is None:
-        tower_side = config.vision_config.image_size if config.vision_config is not None else 336
+        tower_side = _side_of(config.vision_config) if config.vision_config is not None else 336
         square = {"height": tower_side, "width": tower_side}
         processor = CLIPImageProcessorPil(size={"shortest_edge": tower_side}, crop_size=square)
-    crops = getattr(processor, "do_center_crop", False)
     if side is not None:
         if not isinstance(side, int) or side < 1:
             raise ValueError(f"`image_size={side!r}` must be a number of pixels.")
         square = {"height": side, "width": side}
+        crops = getattr(processor, "do_center_crop", False)
         sizes = {"size": {"shortest_edge": side}, "crop_size": square} if crops else {"size": square}
         processor = type(processor).from_dict({**processor.to_dict(), **sizes})
     if config.vision_config is None:
         return processor
-    size, patch = processor.crop_size if crops else processor.size, config.vision_config.patch_size
-    if not (size.height and size.width):
-        raise ValueError(f"{type(processor).__name__} crops pictures to no fixed size ({size}); set `image_size`.")
-    # Patches form a square, and a few tokens of other kinds may be among them.
-    special = config.image_seq_length - math.isqrt(config.image_seq_length) ** 2
-    if special <= 8:  # any other number was given by hand, and stays
-        config.image_seq_length = (size.height // patch) * (size.width // patch) + special
+    wide, high = (
+        np.asarray(processor(Image.new("RGB", size), return_tensors="np")["pixel_values"]).shape[1:]
+        for size in ((96, 64), (64, 96))
+    )
+    if wide != high or len(wide) != 3 or wide[1] != wide[2]:
+        raise ValueError(
+            f"{type(processor).__name__} makes pictures of {wide} and {high} of wide and high ones, but they must be "
+            "squares of one size; set `image_size`."
+        )
+    if (found := wide[1]) != _side_of(config.vision_config):
+        states = _states_of_picture(config.vision_config, found)
+        count = _count(states[config.vision_feature_layer])
+        prefix = 0 if config.vision_feature_select_strategy == "full" else config.vision_prefix_length
+        config.image_seq_length = count - prefix
     return processor
 
 
 def _add_placeholders(config: UniMoEConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Four special tokens with ids of `vocab_size` or above, and a padding token."""
+    tokens = [f"<{modality}>" for modality in MODALITIES]
+    vocab_size = config.text_config.vocab_size
+    known = tokenizer.get_vocab()
+    inside = {token: known[token] for token in tokens if known.get(token, vocab_size) < vocab_size}
+    if inside:
+        raise ValueError(
+            f"The tokenizer has {inside} among the LLM's own {vocab_size} words, where placeholders cannot lie; use "
+            "an LLM that knows no such words, or rename them in its tokenizer."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    tokens = [f"<{modality}>" for modality in MODALITIES]
     if any(token not in tokenizer.get_vocab() for token in tokens):
         # Ids are given out in order, and many vocabularies are smaller than their padded embedding table.
-        missing = config.text_config.vocab_size - len(tokenizer)
+        missing = vocab_size - len(tokenizer)
         tokenizer.add_tokens([f"<reserved_{number}>" for number in range(missing)], special_tokens=True)
         tokenizer.add_tokens(tokens, special_tokens=True)
     for modality, token in zip(MODALITIES, tokens, strict=True):
@@ -296,159 +539,4 @@ def _add_placeholders(config: UniMoEConfig, tokenizer: PreTrainedTokenizerBase) 
         config.text_config.pad_token_id = tokenizer.pad_token_id
 
 
-@torch.no_grad()
-def grow_experts(
-    model: UniMoEForConditionalGeneration,
-    experts: Mapping[str, str | Path | None],
-    shared_base: bool = True,
-    layers: str | list[int] = "all",
-    num_experts_per_tok: int = 2,
-    lora_rank: int = 8,
-    lora_alpha: float = 16,
-    lora_dropout: float = 0.05,
-    projectors: Mapping[str, str] | None = None,
-) -> UniMoEForConditionalGeneration:
-    r"""
-    Turns a dense model into a mixture of experts, one per stage-2 adapter. Works in place and returns the model.
-
-    With a shared base each adapter *becomes* an expert: routed to that expert alone, the model computes what the dense
-    model with the adapter computes, to rounding (with `layers="all"`; a layer that stays dense keeps the plain LLM's
-    feed-forward network, as in the original). With own bases each adapter is merged into a copy, and a fresh LoRA is
-    added, as in the paper.
-
-    Args:
-        model ([`UniMoEForConditionalGeneration`]): Dense, the parent of all adapters.
-        experts (`dict[str, str | Path | None]`): Expert name -> adapter folder; `None` is the plain LLM's network.
-        shared_base (`bool`, *optional*, defaults to `True`): One frozen network for all experts, or a copy for each.
-        layers (`str` or `list[int]`, *optional*, defaults to `"all"`): `"all"`, `"even"`, or the sparse layers.
-        num_experts_per_tok (`int`, *optional*, defaults to 2): Experts per token.
-        lora_rank (`int`, *optional*, defaults to 8): Rank of the fresh LoRA of own bases. With a shared base the
-            adapters' largest rank counts instead, smaller ones are filled up without changing the function.
-        lora_alpha (`float`, *optional*, defaults to 16): Its scale.
-        lora_dropout (`float`, *optional*, defaults to 0.05): Dropout on the experts' LoRA.
-        projectors (`dict[str, str]`, *optional*): Modality ("image", "speech", ...) -> the expert whose trained
-            projector to keep; needed where experts bring different ones for the same connector.
-
-    Returns:
-        The same model, with sparse layers.
-
-    Raises:
-        ValueError: the model is sparse already or quantised, an adapter does not fit, or experts disagree about a
-            projector. Nothing has been changed then.
-
-    Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.3.
-    """
-    check_is_ours(model)
-    config = model.config.text_config
-    if getattr(model, "is_quantized", False):
-        raise ValueError("Experts are grown from an unquantised model; quantise what has been grown when loading it.")
-    if config.is_sparse:
-        raise ValueError(
-            f"The model already has {config.num_experts} experts in {config.mlp_layer_types.count('sparse')} layers; "
-            "experts are grown from a dense model."
-        )
-    if model.config.stage == "experts" and not hasattr(model, "_stage_before"):
-        raise ValueError(
-            "This model has had stage 'experts', so its feed-forward layers already hold an expert; grow from what "
-            "stage 1 left, with that expert's adapter."
-        )
-    if any(parameter.is_meta for parameter in model.model.language_model.parameters()):
-        raise ValueError("Layers are offloaded or empty; load the whole model into memory to grow experts.")
-    kinds = _layer_types(layers, config.num_hidden_layers)
-    sparse = [index for index, kind in enumerate(kinds) if kind == "sparse"]
-    adapters = {
-        name: None if folder is None else read_expert(name, folder, config, sparse) for name, folder in experts.items()
-    }
-    given = [adapter for adapter in adapters.values() if adapter is not None]
-    chosen = choose_projectors(model, given, projectors or {})
-    if shared_base and given:
-        largest = max(given, key=lambda adapter: adapter.rank)
-        lora_rank, lora_alpha = largest.rank, largest.scaling * largest.rank
-    fields = {
-        "mlp_layer_types": kinds,
-        "num_experts": len(adapters),
-        "num_experts_per_tok": num_experts_per_tok,
-        "expert_names": list(adapters),
-        "shared_expert_base": shared_base,
-        "expert_lora_rank": lora_rank,
-        "expert_lora_alpha": lora_alpha,
-        "expert_lora_dropout": lora_dropout,
-    }
-    UniMoETextConfig(**{**config.to_dict(), **fields})  # every check, before anything is changed
-
-    for name, value in fields.items():
-        setattr(config, name, value)
-    decoder = model.model.language_model
-    for index, layer in enumerate(decoder.layers):
-        if config.mlp_layer_types[index] == "sparse":
-            layer.mlp = _grown_block(layer.mlp, config, list(adapters.values()), index, decoder._init_weights)
-    model.load_state_dict({f"model.{key}": tensor for key, tensor in chosen.items()}, strict=False)
-    return model
-
-
-def _layer_types(layers: str | list[int], num_layers: int) -> list[str]:
-    indices = (
-        {"all": range(num_layers), "even": range(0, num_layers, 2)}.get(layers) if isinstance(layers, str) else layers
-    )
-    if not indices or not all(isinstance(index, int) and 0 <= index < num_layers for index in indices):
-        raise ValueError(f"`layers={layers!r}` must be 'all', 'even' or indices below the {num_layers} layers.")
-    return ["sparse" if index in indices else "dense" for index in range(num_layers)]
-
-
-def _grown_block(
-    mlp: LlamaMLP, config: UniMoETextConfig, adapters: list[ExpertAdapter | None], layer: int, init_weights
-) -> UniMoESparseMoeBlock:
-    """A mixture in place of `mlp`; the router starts fresh."""
-    weight = mlp.gate_proj.weight
-    with torch.device("meta"):  # the shared base is `mlp` itself, a second one is never allocated
-        block = UniMoESparseMoeBlock(config)
-    if block.experts.shared_base:
-        block.experts.base = mlp
-    wide = torch.promote_types(weight.dtype, torch.float32)  # of what will be trained
-    for module, dtype in ((block.gate, wide), (block.experts, weight.dtype), (block.experts.lora, wide)):
-        if module is not None:
-            for name, parameter in module.named_parameters(recurse=False):
-                empty = torch.empty_like(parameter, device=weight.device, dtype=dtype)
-                setattr(module, name, nn.Parameter(empty))
-    for module in block.modules():
-        if module is not mlp and not isinstance(module, nn.Linear):
-            init_weights(module)
-
-    for expert, adapter in enumerate(adapters):
-        factors = {} if adapter is None else {
-            (projection, side): tensor.to(weight.device, torch.float32)
-            for (at, projection, side), tensor in adapter.factors.items()
-            if at == layer
-        }  # fmt: skip
-        if block.experts.shared_base:
-            _fill_lora(block.experts, expert, adapter, factors)
-        else:
-            for row, name in enumerate(("gate", "up", "down")):
-                merged = getattr(mlp, f"{name}_proj").weight.float()
-                if adapter is not None:
-                    merged = merged + adapter.scaling * (factors[name, "B"] @ factors[name, "A"])
-                target = (
-                    block.experts.down_proj[expert]
-                    if name == "down"
-                    else block.experts.gate_up_proj[expert].chunk(2)[row]
-                )
-                target.copy_(merged)
-    return block
-
-
-def _fill_lora(experts: nn.Module, expert: int, adapter: ExpertAdapter | None, factors: dict) -> None:
-    """An adapter's factors into an expert's slots; slots above its rank keep a zero second factor."""
-    if adapter is None:
-        return
-    lora, rank, ratio = experts.lora, adapter.rank, adapter.scaling / experts.lora_scaling
-    slots = {
-        "gate": (lora.gate_up_a[expert].chunk(2)[0], lora.gate_up_b[expert].chunk(2)[0]),
-        "up": (lora.gate_up_a[expert].chunk(2)[1], lora.gate_up_b[expert].chunk(2)[1]),
-        "down": (lora.down_a[expert], lora.down_b[expert]),
-    }
-    for projection, (a, b) in slots.items():
-        a[:rank].copy_(factors[projection, "A"])
-        b[:, :rank].copy_(factors[projection, "B"] * ratio)
-
-
-__all__ = ["build_processor", "from_pretrained_parts", "grow_experts"]
+__all__ = ["build_processor", "from_pretrained_parts"]

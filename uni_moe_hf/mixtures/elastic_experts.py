@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
-from ..hub.configuration_uni_moe import UniMoETextConfig
+from ..hub.configuration_uni_moe import is_sparse
 from ..hub.experts_uni_moe import UniMoESparseMoeBlock
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 from .expert_adapters import CONNECTORS, check_is_ours, choose_projectors, expert_names, lora_factors, read_expert
@@ -305,11 +306,11 @@ def _balance(block: UniMoESparseMoeBlock, hidden: torch.Tensor, rounds: int) -> 
     return ratio(shares(hidden @ block.gate.weight.float().T))  # of what is stored, rounding included
 
 
-def _config_of(model: Any) -> UniMoETextConfig:
+def _config_of(model: Any) -> PreTrainedConfig:
     """Of a model whose experts can be changed."""
     check_is_ours(model)
     config = model.config.text_config
-    if not config.is_sparse:
+    if not is_sparse(config):
         raise ValueError("The model is dense; make experts with `grow_experts`.")
     if getattr(model, "is_quantized", False):
         raise ValueError("Experts of a quantised model cannot be changed; load it without `quantization_config`.")

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig
 
 from ..hub.compat_uni_moe import same_permissions
-from ..hub.configuration_uni_moe import UniMoETextConfig
+from ..hub.configuration_uni_moe import is_sparse
 from ..hub.experts_uni_moe import UniMoEExpertLora
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 
@@ -22,7 +23,7 @@ from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 PROJECTOR_FILE = "projector.safetensors"
 CONNECTORS = {"image": "vision", "video": "vision", "audio": "audio", "speech": "speech"}
 
-_LORA_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.(gate|up|down)_proj\.lora_([AB])\.weight$")
+_LORA_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.(gate|up|gate_up|down)_proj\.lora_([AB])\.weight$")
 _PROJECTOR_KEY = re.compile(r"(?:^|\.)((vision|speech|audio)_connector\.projector\..+)$")
 
 
@@ -46,13 +47,13 @@ class ExpertAdapter:
 
 
 def read_expert(
-    name: str, folder: str | Path, text_config: UniMoETextConfig, layers: Iterable[int] | None = None
+    name: str, folder: str | Path, text_config: PreTrainedConfig, layers: Iterable[int] | None = None
 ) -> ExpertAdapter:
     """
     Args:
         name (`str`): Of the expert, for messages.
         folder (`str` or `Path`): A PEFT adapter on the MLP projections: a stage-2 checkpoint or an exported one.
-        text_config ([`UniMoETextConfig`]): Of the model that it must fit.
+        text_config ([`PreTrainedConfig`]): Of the model that it must fit.
         layers (`Iterable[int]`, *optional*): Those that it must have LoRA for; all by default.
 
     Returns:
@@ -73,7 +74,11 @@ def read_expert(
     for key, tensor in tensors.items():
         if match := _LORA_KEY.search(key):
             layer, projection, side = match.groups()
-            adapter.factors[int(layer), projection, side] = tensor
+            # Of fused weights, gate and up have the first factor in common and halves of the second.
+            names = ("gate", "up") if projection == "gate_up" else (projection,)
+            parts = tensor.chunk(len(names)) if side == "B" else [tensor] * len(names)
+            for each, part in zip(names, parts, strict=True):
+                adapter.factors[int(layer), each, side] = part
         elif match := _PROJECTOR_KEY.search(key):
             adapter.projectors.setdefault(match.group(2), {})[match.group(1)] = tensor
         else:
@@ -123,7 +128,9 @@ def export_expert(
     if isinstance(source, UniMoEForConditionalGeneration):
         lora, projectors, peft_config = *_expert_of(source, name), {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
         text = source.config.text_config
-        peft_config |= {"r": text.expert_lora_rank, "lora_alpha": text.expert_lora_alpha, "bias": "none"}
+        rank = next(iter(lora.values())).shape[0]  # may be twice the model's, where gate and up are fused
+        alpha = text.expert_lora_alpha * (rank // text.expert_lora_rank)
+        peft_config |= {"r": rank, "lora_alpha": alpha, "bias": "none"}
         peft_config |= {"lora_dropout": text.expert_lora_dropout, "inference_mode": True}
         sparse = [layer for layer, kind in enumerate(text.mlp_layer_types) if kind == "sparse"]
         if len(sparse) < text.num_hidden_layers:
@@ -131,7 +138,7 @@ def export_expert(
     else:
         lora, projectors, peft_config = _stage_2_tensors(Path(source))
     peft_config |= {
-        "target_modules": ["down_proj", "gate_proj", "up_proj"],
+        "target_modules": sorted({key.split(".")[-3] for key in lora}),
         "modules_to_save": None,
         "auto_mapping": None,
         "base_model_name_or_path": None,
@@ -234,21 +241,44 @@ def _expert_of(model: UniMoEForConditionalGeneration, name: str | None) -> tuple
     """LoRA of one expert of a mixture, by the plain LLM's names."""
     text = model.config.text_config
     names = expert_names(text)
-    if not text.is_sparse or name not in names:
-        raise ValueError(f"There is no expert {name!r}; the model has {names if text.is_sparse else 'none'}.")
+    if not is_sparse(text) or name not in names:
+        raise ValueError(f"There is no expert {name!r}; the model has {names if is_sparse(text) else 'none'}.")
     if not text.shared_expert_base or not text.expert_lora_rank:
         raise ValueError(
             f"Expert '{name}' has a base of its own, so its LoRA alone is not the expert; only experts with a shared "
             "base become adapters of the plain LLM. `export_expert_stack` writes the LoRA of all of them."
         )
-    index, tensors = names.index(name), {}
+    index, layers = names.index(name), {}
     for layer, module in enumerate(model.model.language_model.layers):
         if text.mlp_layer_types[layer] == "sparse":
-            for projection, a, b in lora_factors(module.mlp.experts.lora):
-                stem = f"base_model.model.model.layers.{layer}.mlp.{projection}_proj"
-                tensors[f"{stem}.lora_A.weight"] = a[index].detach().cpu().clone()
-                tensors[f"{stem}.lora_B.weight"] = b[index].detach().cpu().clone()
+            factors = lora_factors(module.mlp.experts.lora)
+            layers[layer] = {p: (a[index].detach().cpu(), b[index].detach().cpu()) for p, a, b in factors}
+            is_fused = module.mlp.experts.has_fused_base
+    if is_fused:
+        layers = _fused(layers)
+    tensors = {}
+    for layer, pairs in layers.items():
+        for projection, pair in pairs.items():
+            stem = f"base_model.model.model.layers.{layer}.mlp.{projection}_proj"
+            tensors |= {f"{stem}.lora_{side}.weight": each.clone() for side, each in zip("AB", pair, strict=True)}
     return tensors, {}
+
+
+def _fused(layers: dict[int, dict[str, tuple[torch.Tensor, torch.Tensor]]]) -> dict[int, dict[str, tuple]]:
+    """
+    LoRA of gate and up as LoRA of the two fused: at the same rank where they have their first factor in common, as
+    adapters of the plain LLM have; else at twice the rank, as one product whose second factor is block diagonal.
+    """
+    in_common = all(torch.equal(pairs["gate"][0], pairs["up"][0]) for pairs in layers.values())
+    fused = {}
+    for layer, pairs in layers.items():
+        (gate_a, gate_b), (up_a, up_b), (down_a, down_b) = pairs["gate"], pairs["up"], pairs["down"]
+        if in_common:
+            fused[layer] = {"gate_up": (gate_a, torch.cat([gate_b, up_b])), "down": (down_a, down_b)}
+            continue
+        wider = (torch.cat([down_a, torch.zeros_like(down_a)]), torch.cat([down_b, torch.zeros_like(down_b)], dim=1))
+        fused[layer] = {"gate_up": (torch.cat([gate_a, up_a]), torch.block_diag(gate_b, up_b)), "down": wider}
+    return fused
 
 
 def export_expert_stack(model: UniMoEForConditionalGeneration, output_folder: str | Path) -> Path:
@@ -268,7 +298,7 @@ def export_expert_stack(model: UniMoEForConditionalGeneration, output_folder: st
         ValueError: the experts share their base, so there is no stack, or have no LoRA.
     """
     text, output_folder = model.config.text_config, Path(output_folder)
-    if not text.is_sparse or text.shared_expert_base or not text.expert_lora_rank:
+    if not is_sparse(text) or text.shared_expert_base or not text.expert_lora_rank:
         raise ValueError(
             "Only experts with bases of their own and LoRA form stacks that PEFT can adapt; this model has "
             f"`shared_expert_base={text.shared_expert_base}`, `expert_lora_rank={text.expert_lora_rank}`."
@@ -304,7 +334,7 @@ def export_expert_stack(model: UniMoEForConditionalGeneration, output_folder: st
     return output_folder
 
 
-def expert_names(text_config: UniMoETextConfig) -> list[str]:
+def expert_names(text_config: PreTrainedConfig) -> list[str]:
     """Names of a model's experts; their numbers where they have none."""
     return list(text_config.expert_names or map(str, range(text_config.num_experts)))
 

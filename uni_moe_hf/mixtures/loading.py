@@ -3,7 +3,10 @@ Loading pretrained weights: all of them or none. The library reports weights tha
 ones; here that is an error. What a folder holds is looked at before a weight is read.
 """
 
+import pickle
 import re
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,17 +19,17 @@ from ..hub.files_uni_moe import cause_of, reason
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 
 
-# What a backbone's checkpoint may lack, since nothing of it is read here: poolers and heads behind the last layer.
+# What a vision backbone's checkpoint may lack: poolers, heads and norms behind the layer that is read.
 UNREAD = r"(^|\.)(pooler|head|classifier|layernorm|visual_projection|text_projection|logit_scale)(\.|$)"
 
 
-def load_whole(kind: Any, checkpoint: str | Path, is_part: bool = False, **kwargs: Any) -> PreTrainedModel:
+def load_whole(kind: Any, checkpoint: str | Path, may_lack: str | None = None, **kwargs: Any) -> PreTrainedModel:
     """
     Args:
         kind (`type`): A model class or Auto class with `from_pretrained`.
         checkpoint (`str` or `Path`): A folder or Hub id.
-        is_part (`bool`, *optional*, defaults to `False`): Whether it may be one half of a larger model, whose other
-            weights are left, and lack the heads that are not read.
+        may_lack (`str`, *optional*): Given where it may be one half of a larger model, whose other weights are left:
+            a regular expression of what it may lack, since nothing of it is read; "" for nothing.
         kwargs: For `from_pretrained`.
 
     Returns:
@@ -37,13 +40,13 @@ def load_whole(kind: Any, checkpoint: str | Path, is_part: bool = False, **kwarg
             shape.
     """
     check_there(checkpoint)
-    if not is_part and Path(checkpoint).is_dir():
+    if may_lack is None and Path(checkpoint).is_dir():
         config = loaded(AutoConfig.from_pretrained, checkpoint)
         if config.model_type == "uni_moe":
             empty_model(checkpoint, config)
     model, report = loaded(kind.from_pretrained, checkpoint, output_loading_info=True, **kwargs)
-    missing = [name for name in report["missing_keys"] if not (is_part and re.search(UNREAD, name))]
-    unexpected = [] if is_part else list(report["unexpected_keys"])
+    missing = [name for name in report["missing_keys"] if not (may_lack and re.search(may_lack, name))]
+    unexpected = [] if may_lack is not None else list(report["unexpected_keys"])
     shapes = [entry[0] if isinstance(entry, tuple) else entry for entry in report.get("mismatched_keys") or ()]
     _refuse(checkpoint, missing, "are missing from its weights")
     _refuse(checkpoint, unexpected, "are in its weights and in no place of the model")
@@ -158,4 +161,62 @@ def check_there(checkpoint: str | Path) -> None:
         raise ValueError(f"The folder '{name}' holds no model but {found}.")
 
 
-__all__ = ["check_there", "empty_model", "load_part_config", "load_whole", "loaded"]
+def load_pickle(file: str | Path) -> dict:
+    """
+    Args:
+        file (`str` or `Path`): Saved by `torch.save`.
+
+    Returns:
+        `dict` on the CPU; its tensors are mapped from the file, not read, where the format allows it.
+
+    Raises:
+        ValueError: the file is damaged, holds anything but tensors and plain values, or is no dict.
+    """
+    check_readable(Path(file))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the pickle protocol: either it can be read or it cannot
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        what = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"'{file}' is refused: {f'it would run {what.group(1)}' if what else 'it holds more than tensors'}; only "
+            "pure tensors are read."
+        ) from error
+    except Exception as error:  # a damaged pickle fails in any way
+        raise ValueError(
+            f"'{file}' is truncated or no checkpoint ({first_line(error)}); download it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"'{file}' holds a {type(content).__name__}, not a dict of tensors.")
+    return content
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(". ")
+
+
+def check_readable(file: Path) -> None:
+    """What the readers would describe in their own, less helpful words."""
+    try:
+        with open(file, "rb") as opened:
+            start = opened.read(40)
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no file '{file}'; check the path.") from error
+    except OSError as error:
+        raise ValueError(f"'{file}' cannot be read ({error.strerror or error}).") from error
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"'{file}' is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`.")
+
+
+__all__ = [
+    "UNREAD",
+    "check_readable",
+    "check_there",
+    "empty_model",
+    "first_line",
+    "load_part_config",
+    "load_pickle",
+    "load_whole",
+    "loaded",
+]

@@ -238,7 +238,9 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
     # By name: a checkpoint's own code has its own copy of every class.
     named = [(name, module, type(module).__name__) for name, module in model.named_modules()]
     roots = [module for _, module, kind in named if kind == "UniMoEModel"]
-    roots = roots or [module for _, module, kind in named if kind == "UniMoETextModel"]
+    roots = roots or [
+        module for _, module, _ in named if any(k.__name__ == "SparseDecoderMixin" for k in type(module).__mro__)
+    ]
     if not roots:
         raise ValueError(f"A {type(model).__name__} holds no Uni-MoE, so there is no routing to record.")
     # PEFT keeps a trained copy of a router beside the original; whichever runs is counted.

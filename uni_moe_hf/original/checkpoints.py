@@ -7,11 +7,8 @@ Pickles are read with `weights_only=True`, and through a memory map where their 
 import glob
 import json
 import os
-import pickle
-import re
 import shutil
 import uuid
-import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +19,8 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
+
+from ..mixtures.loading import check_readable, first_line, load_pickle
 
 
 # In the order of preference where a folder holds several formats.
@@ -98,54 +97,6 @@ def read_json(file: str | Path) -> dict:
     return content
 
 
-def load_pickle(file: str | Path) -> dict:
-    """
-    Args:
-        file (`str` or `Path`): Saved by `torch.save`.
-
-    Returns:
-        `dict` on the CPU; its tensors are mapped from the file, not read, where the format allows it.
-
-    Raises:
-        ValueError: the file is damaged, holds anything but tensors and plain values, or is no dict.
-    """
-    _check_readable(Path(file))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of the pickle protocol: either it can be read or it cannot
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        what = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(
-            f"'{file}' is refused: {f'it would run {what.group(1)}' if what else 'it holds more than tensors'}; only "
-            "pure tensors are read."
-        ) from error
-    except Exception as error:  # a damaged pickle fails in any way
-        raise ValueError(
-            f"'{file}' is truncated or no checkpoint ({_first_line(error)}); download it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"'{file}' holds a {type(content).__name__}, not a dict of tensors.")
-    return content
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(". ")
-
-
-def _check_readable(file: Path) -> None:
-    """What the readers would describe in their own, less helpful words."""
-    try:
-        with open(file, "rb") as opened:
-            start = opened.read(40)
-    except FileNotFoundError as error:
-        raise ValueError(f"There is no file '{file}'; check the path.") from error
-    except OSError as error:
-        raise ValueError(f"'{file}' cannot be read ({error.strerror or error}).") from error
-    if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"'{file}' is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`.")
-
-
 def read_metadata(file: str | Path) -> dict[str, str]:
     """What a safetensors file says about itself."""
     with safe_open(file, "pt") as opened:
@@ -194,7 +145,7 @@ class TensorFiles:
 
     def _open(self, file: Path) -> Iterator[tuple[str, TensorInfo]]:
         if file.suffix == ".safetensors":
-            _check_readable(file)
+            check_readable(file)
             try:
                 with safe_open(file, "pt") as opened:
                     for name in opened.keys():
@@ -204,7 +155,7 @@ class TensorFiles:
                         yield name, TensorInfo(tuple(entry.get_shape()), _DTYPES[entry.get_dtype()])
             except SafetensorError as error:
                 raise ValueError(
-                    f"'{file}' is truncated or no checkpoint ({_first_line(error)}); download it again."
+                    f"'{file}' is truncated or no checkpoint ({first_line(error)}); download it again."
                 ) from error
             return
         for name, tensor in self._pickled(file).items():
@@ -452,7 +403,6 @@ __all__ = [
     "adapted_weight",
     "check_new",
     "check_room",
-    "load_pickle",
     "new_folder",
     "read_json",
     "read_metadata",

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
-from ..hub.configuration_uni_moe import UniMoEConfig
+from ..hub.configuration_uni_moe import UniMoEConfig, check_mixture
 from ..hub.conversations_uni_moe import VICUNA_CHAT_TEMPLATE
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 from ..mixtures.composition import build_processor
@@ -132,7 +132,7 @@ def convert_checkpoint(
         config = original.config(Path(vision_tower), speech_tower, audio_tower, keep=lora == "keep")
         if expert_names:
             config.text_config.expert_names = list(expert_names)
-            config.text_config.validate_architecture()
+            check_mixture(config.text_config)
         config.dtype = getattr(torch, dtype) if dtype else original.dtype
         with torch.device("meta"):
             model = UniMoEForConditionalGeneration(config)

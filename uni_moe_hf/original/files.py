@@ -16,12 +16,13 @@ import torch
 from transformers import AutoConfig, Blip2QFormerConfig
 
 from ..hub.configuration_uni_moe import UniMoEConfig
+from ..mixtures.beats_file import beats_config
 from ..mixtures.expert_adapters import check_plain_lora
+from ..mixtures.loading import load_pickle
 from .checkpoints import (
     TensorFiles,
     TensorInfo,
     adapted_weight,
-    load_pickle,
     read_json,
     weight_files,
     write_adapter,
@@ -33,7 +34,6 @@ from .formats import (
     ROUTER_LORA,
     Key,
     Part,
-    beats_config,
     canonical,
     ear_of,
     is_dropped,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from transformers import WhisperConfig
 
-from ..hub.configuration_uni_moe import MAX_DEPTH, BeatsConfig
+from ..hub.configuration_uni_moe import MAX_DEPTH
 from .checkpoints import TensorInfo
 
 
@@ -91,31 +91,6 @@ TEXT_FIELDS = (
     "max_position_embeddings initializer_range rms_norm_eps rope_theta rope_scaling bos_token_id eos_token_id "
     "pad_token_id tie_word_embeddings num_experts_per_tok"
 ).split()
-BEATS_FIELDS = {
-    "encoder_embed_dim": "hidden_size",
-    "encoder_layers": "num_hidden_layers",
-    "encoder_attention_heads": "num_attention_heads",
-    "encoder_ffn_embed_dim": "intermediate_size",
-    "embed_dim": "patch_embedding_size",
-    "input_patch_size": "patch_size",
-    "conv_pos": "num_conv_pos_embeddings",
-    "conv_pos_groups": "num_conv_pos_embedding_groups",
-    "num_buckets": "num_buckets",
-    "max_distance": "max_bucket_distance",
-    "deep_norm": "deep_norm",
-    "activation_fn": "hidden_act",
-    "dropout": "dropout",
-    "attention_dropout": "attention_dropout",
-    "activation_dropout": "activation_dropout",
-}
-BEATS_OPTIONAL = ("activation_fn", "dropout", "attention_dropout", "activation_dropout")
-# What a BEATs can be and our encoder is not.
-BEATS_FIXED = {
-    "conv_bias": False,
-    "layer_norm_first": False,
-    "relative_position_embedding": True,
-    "gru_rel_pos": True,
-}
 # No file states the number of heads of the Q-Former; the released one is a BLIP-2 Q-Former with its defaults.
 QFORMER_HEADS = 12
 
@@ -315,7 +290,7 @@ def text_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         source (`str`): Its name, for messages.
 
     Returns:
-        `dict`: fields of [`UniMoETextConfig`].
+        `dict`: fields of the `text_config`.
 
     Raises:
         ValueError: it describes something that the model cannot be.
@@ -405,26 +380,6 @@ def query_decoder_fields(keys: Mapping[str, TensorInfo], whisper: WhisperConfig)
     }
 
 
-def beats_config(cfg: Mapping[str, Any], source: str = "BEATs") -> BeatsConfig:
-    """
-    Args:
-        cfg (`dict`): The entry of that name in a BEATs file.
-        source (`str`, *optional*): Its name, for messages.
-
-    Returns:
-        [`BeatsConfig`].
-
-    Raises:
-        ValueError: a field is missing, or of a kind of BEATs that was never released.
-    """
-    if missing := [name for name in BEATS_FIELDS if name not in cfg and name not in BEATS_OPTIONAL]:
-        raise ValueError(f"The `cfg` in '{source}' lacks {missing}; use a published BEATs checkpoint.")
-    for name, known in BEATS_FIXED.items():
-        if cfg.get(name, known) != known:
-            raise ValueError(f"The `cfg` in '{source}' has `{name}={cfg[name]}`, but only {known} is supported.")
-    return BeatsConfig(**{ours: cfg[theirs] for theirs, ours in BEATS_FIELDS.items() if theirs in cfg})
-
-
 def _layers(keys: Mapping[str, TensorInfo], prefix: str, suffix: str = r"\.") -> list[int]:
     return sorted({int(match[1]) for key in keys if (match := re.match(rf"{re.escape(prefix)}(\d+){suffix}", key))})
 
@@ -442,7 +397,6 @@ __all__ = [
     "Key",
     "Layout",
     "Part",
-    "beats_config",
     "canonical",
     "ear_of",
     "is_dropped",

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from ..hub.configuration_uni_moe import UniMoEConfig
+from ..hub.configuration_uni_moe import UniMoEConfig, is_sparse
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 from ..hub.processing_uni_moe import UniMoEProcessor
 from ..mixtures.composition import build_processor
@@ -46,9 +46,9 @@ class _Side:
             raise ValueError(f"'{folder}' holds no config.json; give the folder of a converted model.")
         self.config = UniMoEConfig.from_pretrained(folder)
         ears = [modality for modality in self.config.modalities if modality in EARS]
-        if ears != [ear] or not self.config.text_config.is_sparse:
+        if ears != [ear] or not is_sparse(self.config.text_config):
             raise ValueError(
-                f"'{folder}' is a {'sparse' if self.config.text_config.is_sparse else 'dense'} model with ears for "
+                f"'{folder}' is a {'sparse' if is_sparse(self.config.text_config) else 'dense'} model with ears for "
                 f"{ears}, but a sparse one for {ear} alone is needed."
             )
         self.files = TensorFiles(weight_files(folder))

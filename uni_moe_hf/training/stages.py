@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from ..hub.configuration_uni_moe import is_sparse
+from ..hub.expert_kernels_uni_moe import is_quantised
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
-from ..hub.quantization_uni_moe import is_quantised
 from ..mixtures.expert_adapters import CONNECTORS
 
 
@@ -59,7 +60,7 @@ STAGES = {
         "experts",
         connector_part=".projector",
         learning_rate=4e-5,
-        lora_targets=r"model\.language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj",
+        lora_targets=r"model\.language_model\.layers\.\d+\.mlp\.(gate|up|gate_up|down)_proj",
         lora_rank=64,
         lora_dropout=0.05,
     ),
@@ -67,7 +68,7 @@ STAGES = {
         "moe",
         connector_part=".projector",
         learning_rate=4e-5,
-        lora_targets=r"model\.language_model\.layers\.\d+\.self_attn\.[qkvo]_proj",
+        lora_targets=r"model\.language_model\.layers\.\d+\.self_attn\.\w*proj\w*",
         trained_modules=(
             r"model\.language_model\.layers\.\d+\.mlp\.gate",
             r"model\.language_model\.layers\.\d+\.mlp\.experts\.lora",
@@ -107,7 +108,7 @@ def prepare_stage(
     if stage not in STAGES:
         raise ValueError(f"There is no stage {stage!r}; the stages are {list(STAGES)}.")
     plan, config = STAGES[stage], model.config
-    if plan.sparse_parent != config.text_config.is_sparse:
+    if plan.sparse_parent != is_sparse(config.text_config):
         wanted, found = ("sparse", "dense") if plan.sparse_parent else ("dense", "sparse")
         remedy = "grow experts with `grow_experts` first" if plan.sparse_parent else "start from a stage-1 model"
         raise ValueError(f"Stage '{stage}' starts from a {wanted} model but this one is {found}; {remedy}.")

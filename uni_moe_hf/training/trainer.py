@@ -21,6 +21,7 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from ..hub.compat_uni_moe import same_permissions
+from ..hub.configuration_uni_moe import is_sparse
 from ..mixtures.routing import record_routing
 from .data import NO_ROW, UniMoEDataCollator
 from .model_card import trained_card
@@ -210,7 +211,7 @@ class UniMoESFTTrainer(SFTTrainer):
         with ExitStack() as stack:
             stack.enter_context(only_run_in(self.args.output_dir, self.args.should_save))
             stack.enter_context(self._losses)
-            if self.model.config.get_text_config().is_sparse:
+            if is_sparse(self.model.config.get_text_config()):
                 self._routing = stack.enter_context(record_routing(self.model))
             result = super().train(resume_from_checkpoint, **kwargs)
         if self._batches and self._empty_batches == self._batches:

@@ -1,9 +1,11 @@
 """
-BEATs: a Transformer over patches of a log-mel filterbank, with a gated relative position bias.
+The ears: which encoders of speech and of sound are known, and BEATs, which the library lacks.
 
-Source: BEATs (https://huggingface.co/papers/2212.09058), section 2; the gate is WavLM's
-(https://huggingface.co/papers/2110.13900), section 3.1.
-Letters: W windows, F frames, M mel bins, T patch tokens, D hidden, A heads.
+An encoder of sound is a model with a `forward` and a `position_mask`, see [`SoundTower`]; to add a kind, write a
+subclass of the library's class, name it in `SOUND_TOWERS`, and say in `FRONT_ENDS` of `feature_extraction_uni_moe.py`
+how long its windows are.
+
+Letters: W windows, F frames, M mel bins, T tokens, D hidden, A heads.
 """
 
 import math
@@ -12,13 +14,34 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn import init
-from transformers import PreTrainedModel
+from transformers import ASTModel, ClapAudioModel, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .compat_uni_moe import GradientCheckpointingLayer, can_return_tuple
+from .compat_uni_moe import GradientCheckpointingLayer, WhisperEncoder, can_return_tuple
 from .configuration_uni_moe import BeatsConfig
+
+
+class SoundTower:
+    """
+    What an encoder of sound is asked for, besides being a [`PreTrainedModel`] with a `config`.
+
+    `forward(input_values, input_values_mask, **kwargs)` takes the features of whole windows, `(W, ...)` as the kind's
+    own feature extractor makes them, and which of their 10 ms are valid, `(W, F)`. It returns a [`BaseModelOutput`]
+    whose `last_hidden_state` is `(W, T, D)`, in the order of time.
+    """
+
+    def position_mask(self, input_values_mask: torch.Tensor | None, num_positions: int) -> torch.Tensor | None:
+        """
+        Args:
+            input_values_mask (`torch.Tensor` of shape `(W, F)`, *optional*): 1 = valid.
+            num_positions (`int`): T.
+
+        Returns:
+            `torch.Tensor` of shape `(W, T)`, 1 = what the connector may look at; `None` for everything.
+        """
+        return None
 
 
 def eager_attention_forward(
@@ -36,6 +59,9 @@ def eager_attention_forward(
     weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+# BEATs: a Transformer over patches of a log-mel filterbank, with a gated relative position bias.
 
 
 class BeatsAttention(nn.Module):
@@ -197,11 +223,12 @@ class BeatsEncoder(nn.Module):
         )
 
 
-class BeatsModel(PreTrainedModel):
+class BeatsModel(SoundTower, PreTrainedModel):
     """
-    The BEATs audio encoder.
+    The BEATs audio encoder. Its connector looks at padding too, as in the original.
 
-    Source: BEATs (https://huggingface.co/papers/2212.09058); `Uni_MoE_audio/model/audio_encoder@f5e82dd` for what of
+    Source: BEATs (https://huggingface.co/papers/2212.09058), section 2; the gate is WavLM's
+    (https://huggingface.co/papers/2110.13900), section 3.1; `Uni_MoE_audio/model/audio_encoder@f5e82dd` for what of
     it Uni-MoE uses: the self-supervised encoder without a classifier.
     """
 
@@ -298,4 +325,105 @@ class BeatsModel(PreTrainedModel):
         return self.encoder(hidden_states, padding_mask, output_hidden_states, output_attentions, **kwargs)
 
 
-__all__ = ["BeatsModel"]
+def frames_to_positions(frame_mask: torch.Tensor, num_positions: int) -> torch.Tensor:
+    """`(W, F)` to `(W, T)`: a position is valid if any of the frames that it stands for is."""
+    return F.adaptive_max_pool1d(frame_mask[:, None].float(), num_positions)[:, 0].to(frame_mask.dtype)
+
+
+class AstTower(SoundTower, ASTModel):
+    """The Audio Spectrogram Transformer, whose patches are put in the order of time, low frequencies first."""
+
+    def forward(
+        self, input_values: torch.Tensor, input_values_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutput:
+        """`(W, F, M)` to `(W, columns * rows, D)`, without the two tokens before the patches."""
+        outputs = super().forward(input_values.to(self.dtype), **{**kwargs, "return_dict": True})
+        patches = outputs.last_hidden_state[:, 2:].unflatten(1, (self._num_rows, -1))  # (W, rows, columns, D)
+        return BaseModelOutput(patches.transpose(1, 2).flatten(1, 2), outputs.hidden_states, outputs.attentions)
+
+    def position_mask(self, input_values_mask: torch.Tensor | None, num_positions: int) -> torch.Tensor | None:
+        """Columns of nothing but padding are left out."""
+        if input_values_mask is None:
+            return None
+        columns = frames_to_positions(input_values_mask, num_positions // self._num_rows)
+        return columns.repeat_interleave(self._num_rows, dim=1)
+
+    @property
+    def _num_rows(self) -> int:
+        return (self.config.num_mel_bins - self.config.patch_size) // self.config.frequency_stride + 1
+
+
+class ClapTower(SoundTower, ClapAudioModel):
+    """CLAP's audio half. Short clips are repeated until the window is full, so nothing in it is padding."""
+
+    # All kernels may be named; its attention is plain in any case.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def forward(
+        self, input_values: torch.Tensor, input_values_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutput:
+        """`(W, 1 or 4, F, M)` to `(W, steps * bands, D)`. Its other hidden states are maps, and are left out."""
+        # No window is longer than the encoder hears at once; the extractor says so of one at random.
+        is_longer = torch.zeros(len(input_values), 1, dtype=torch.bool, device=input_values.device)
+        outputs = super().forward(input_values.to(self.dtype), is_longer=is_longer, return_dict=True)
+        return BaseModelOutput(outputs.last_hidden_state.permute(0, 3, 2, 1).flatten(1, 2))
+
+
+class WhisperTower(SoundTower, WhisperEncoder):
+    """A Whisper encoder that listens to sound."""
+
+    def forward(
+        self, input_values: torch.Tensor, input_values_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutput:
+        """`(W, M, F)` to `(W, F / 2, D)`."""
+        return super().forward(input_values.to(self.dtype), **{**kwargs, "return_dict": True})
+
+    def position_mask(self, input_values_mask: torch.Tensor | None, num_positions: int) -> torch.Tensor | None:
+        """Two frames are a position."""
+        return None if input_values_mask is None else frames_to_positions(input_values_mask, num_positions)
+
+
+# `model_type` -> class.
+SOUND_TOWERS = {
+    "beats": BeatsModel,
+    "audio-spectrogram-transformer": AstTower,
+    "clap_audio_model": ClapTower,
+    "whisper": WhisperTower,
+}
+SPEECH_TOWERS = {"whisper": WhisperEncoder}
+
+
+def tower_class(config: PreTrainedConfig, ear: str) -> type[PreTrainedModel]:
+    """
+    Args:
+        config ([`PreTrainedConfig`]): Of an encoder.
+        ear (`str`): What it shall hear, "audio" or "speech".
+
+    Returns:
+        `type`: the class of its model.
+
+    Raises:
+        ValueError: its kind is not known.
+    """
+    known = {"audio": SOUND_TOWERS, "speech": SPEECH_TOWERS}[ear]
+    if config.model_type not in known:
+        raise ValueError(
+            f"A '{config.model_type}' model is no encoder of {'sound' if ear == 'audio' else ear} that is known here; "
+            f"use one of {', '.join(known)}."
+        )
+    return known[config.model_type]
+
+
+__all__ = [
+    "SOUND_TOWERS",
+    "SPEECH_TOWERS",
+    "AstTower",
+    "BeatsModel",
+    "ClapTower",
+    "SoundTower",
+    "WhisperTower",
+    "tower_class",
+]

@@ -10,7 +10,7 @@ from tiny import ROUNDING, checkpoint_activations
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from uni_moe_hf import BeatsConfig, BeatsModel
-from uni_moe_hf.original.formats import beats_config
+from uni_moe_hf.mixtures.beats_file import beats_config
 
 
 @pytest.fixture(scope="module")
