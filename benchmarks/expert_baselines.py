@@ -188,7 +188,7 @@ class _FastestDense(torch.autograd.Function):
     def forward(ctx, rows, gate_weight, up_weight, down_weight):
         gate, up = _linear(rows, gate_weight), _linear(rows, up_weight)
         ctx.save_for_backward(gate, up, gate_weight, up_weight, down_weight)
-        return _linear(_swiglu(gate, up, torch.empty_like(gate)), down_weight)
+        return _linear(_gated(gate, up, ACTIVATIONS["silu"], torch.empty_like(gate)), down_weight)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -199,7 +199,7 @@ class _FastestDense(torch.autograd.Function):
             torch.empty_like(gate),
             torch.empty_like(up),
         )
-        _, grad_gate, grad_up, _ = _swiglu_backward(grad_inner, gate, up, ones, inner, grad_up)
+        _, grad_gate, grad_up, _ = _gated_backward(grad_inner, gate, up, ones, ACTIVATIONS["silu"], inner, grad_up)
         grad_rows = _add_linear(_linear(grad_gate, gate_weight.t()), grad_up, up_weight.t())
         return grad_rows, None, None, None
 

@@ -9,20 +9,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import ROOT, child_environment, make_inputs, tiny_config, tiny_processor, tiny_tokenizer
+from tiny import child_environment, make_inputs, tiny_config, tiny_processor, tiny_tokenizer
 from tiny_training import make_trainer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, StaticCache
 
 from uni_moe_hf import UniMoEForConditionalGeneration, export_expert, from_pretrained_parts, grow_experts
-from uni_moe_hf.hub.experts_uni_moe import read_feed_forward
 from uni_moe_hf.hub.expert_kernels_uni_moe import is_quantised
+from uni_moe_hf.hub.experts_uni_moe import read_feed_forward
 from uni_moe_hf.training.stages import prepare_stage
 
 
@@ -67,7 +66,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "OLMo 3": ("olmo3", ALTERNATING),
     "Granite": (
         "granite",
-        {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1},
+        {
+            "embedding_multiplier": 12.0,
+            "logits_scaling": 8.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.1,
+        },
     ),
     "GLM": ("glm", {}),
     "GLM-4": ("glm4", {}),
@@ -336,7 +340,12 @@ def check_batches(name: str, folder: Path) -> str:
     rows = [
         {"text": "<image> what is it", "images": [picture()]},
         {"text": "hello"},
-        {"text": "is <speech> it <audio> a bird <image>", "speech": [tone(1.5)], "audio": [tone()], "images": [picture(2)]},
+        {
+            "text": "is <speech> it <audio> a bird <image>",
+            "speech": [tone(1.5)],
+            "audio": [tone()],
+            "images": [picture(2)],
+        },
         {"text": "<video> red", "videos": [film()]},
     ]
     together: dict[str, Any] = {"text": [row["text"] for row in rows]}

@@ -29,8 +29,6 @@ PUBLIC = {
     "UniMoEPreTrainedModel",
     "UniMoEProcessor",
     "UniMoESFTTrainer",
-    "UniMoETextConfig",
-    "UniMoETextModel",
     "__version__",
     "add_expert",
     "balance_routers",

@@ -11,8 +11,7 @@ from transformers import BitsAndBytesConfig, FineGrainedFP8Config, TorchAoConfig
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from uni_moe_hf import UniMoEForConditionalGeneration, UniMoEModel, grow_experts
-from uni_moe_hf.hub.expert_kernels_uni_moe import _fits_grouped_mm
-from uni_moe_hf.hub.expert_kernels_uni_moe import is_quantised
+from uni_moe_hf.hub.expert_kernels_uni_moe import _fits_grouped_mm, is_quantised
 from uni_moe_hf.training.stages import prepare_stage
 
 

@@ -191,6 +191,13 @@ except ImportError:
     WhisperEncoder = WhisperDecoder = missing("WhisperEncoder", "speech cannot be heard")
 
 
+try:
+    # Encoders of sound.
+    from transformers import ASTModel, ClapAudioModel
+except ImportError:
+    ASTModel = ClapAudioModel = missing("ASTModel and ClapAudioModel", "these cannot hear sound")
+
+
 def register_multimodal_type(model_type: str, architecture: str) -> None:
     """
     `transformers serve` and the stock `any-to-any` pipeline look a model's type up here before its own code. Where

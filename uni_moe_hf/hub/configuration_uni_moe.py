@@ -72,7 +72,7 @@ def check_sizes(config: PreTrainedConfig) -> None:
             raise ValueError(f"`{name}={value}` of a '{config.model_type}' is no number.")
     limits = dict.fromkeys(DEPTHS, MAX_DEPTH) | {"num_experts": MAX_EXPERTS} | dict.fromkeys(WIDTHS, MAX_WIDTH)
     for name, limit in limits.items():
-        value = getattr(config, name, None)
+        value = vars(config).get(name)
         several = isinstance(value, list | tuple) and name not in ("hidden_size", "vocab_size", *DEPTHS)
         for each in value if several else () if value is None else (value,):  # some have one for each layer or side
             if not isinstance(each, int) or isinstance(each, bool) or not 1 <= each <= limit:
@@ -384,8 +384,9 @@ class UniMoEConfig(PreTrainedConfig):
         if any(not hasattr(self.text_config, name) for name in MIXTURE):
             # A copy: it may be the config of a plain LLM that goes on being one.
             self.text_config = copy.deepcopy(self.text_config)
-            for name, value in MIXTURE.items():
-                setattr(self.text_config, name, getattr(self.text_config, name, value))
+        for name, value in MIXTURE.items():
+            if getattr(self.text_config, name, None) is None:
+                setattr(self.text_config, name, value)
         if self.text_config.mlp_layer_types is None:
             self.text_config.mlp_layer_types = ["sparse"] * self.text_config.num_hidden_layers
         super().__post_init__(**kwargs)

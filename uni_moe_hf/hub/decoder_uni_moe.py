@@ -184,12 +184,10 @@ def check_decoder(decoder: PreTrainedModel) -> None:
     config = decoder.config
     layers = getattr(decoder, "layers", None)
     try:
-        if getattr(config, "is_encoder_decoder", False):
-            raise ValueError("it is an encoder with a decoder")
         if not isinstance(layers, nn.ModuleList) or not len(layers):
             raise ValueError("it has no list of layers called `layers`")
         if others := sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION):
-            raise ValueError(f"it has layers of type '{others[0]}', which are no attention over what came before")
+            raise ValueError(f"it has layers of type '{others[0]}', which do more than attend to what came before")
         if getattr(config, "hidden_size_per_layer_input", None):
             raise ValueError("its layers take inputs of their own for every token, which media do not have")
         for layer in layers:
@@ -197,13 +195,9 @@ def check_decoder(decoder: PreTrainedModel) -> None:
                 raise ValueError(f"its layers ({type(layer).__name__}) have no attention called `self_attn`")
             read_feed_forward(getattr(layer, "mlp", None))
     except ValueError as error:
-        kind = config.model_type
-        dense = kind.removesuffix("_text").removesuffix("_moe")
-        has_sibling = kind.removesuffix("_text") != dense and dense in transformers.CONFIG_MAPPING
-        sibling = f" (the dense '{dense}' may do)" if has_sibling else ""
         raise ValueError(
-            f"A '{kind}' LLM cannot be the decoder: {error}; use one with attention and a gated feed-forward network "
-            f"without biases in every layer, such as a Llama, Qwen3 or Gemma 3{sibling}."
+            f"A '{config.model_type}' LLM cannot be the decoder: {error}; use one with attention and a gated `mlp` in "
+            "every layer, such as a Llama, Qwen3 or Gemma 3."
         ) from None
 
 

@@ -68,7 +68,7 @@ def read_feed_forward(mlp: nn.Module | None) -> FeedForward:
 
 def activation_name(act_fn: Callable[[torch.Tensor], torch.Tensor]) -> str | None:
     """The one of `ACTIVATIONS` that a function computes, whatever it is called; `None` for others."""
-    points = torch.linspace(-6, 6, 49, device="cpu", dtype=torch.float32)
+    points = torch.linspace(-20, 20, 161, device="cpu", dtype=torch.float32)
     with torch.no_grad():
         values = act_fn(points)
     for name, activation in ACTIVATIONS.items():

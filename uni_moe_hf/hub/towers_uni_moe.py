@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn import init
-from transformers import ASTModel, ClapAudioModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .compat_uni_moe import GradientCheckpointingLayer, WhisperEncoder, can_return_tuple
+from .compat_uni_moe import ASTModel, ClapAudioModel, GradientCheckpointingLayer, WhisperEncoder, can_return_tuple
 from .configuration_uni_moe import BeatsConfig
 
 

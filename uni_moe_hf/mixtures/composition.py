@@ -15,6 +15,7 @@ import transformers
 from PIL import Image
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoFeatureExtractor,
     AutoImageProcessor,
@@ -49,8 +50,10 @@ TESTED = frozenset(
 )
 # Of values of order 1, by how much logits may differ that were computed in another order.
 CLOSE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 5e-3}
-# In files of larger models; halves that are saved alone have none of it.
-PREFIXES = {"speech_tower": r"^(model\.)?encoder\.", "audio_tower": r"^(audio_model|(model\.)?encoder)\."}
+# By what configs of LLMs that are mixtures already count their experts.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# Of weights in files of larger models; halves that are saved alone have none of it.
+PREFIXES = {"whisper": r"^(model\.)?encoder\.", "clap_audio_model": r"^audio_model\."}
 
 
 def from_pretrained_parts(
@@ -171,14 +174,14 @@ def _check_llm(kind: PreTrainedConfig, llm: Any) -> None:
     named = is_named(llm)
     if getattr(kind, "quantization_config", None) is not None or getattr(llm, "is_quantized", False):
         raise ValueError("`language_model` is quantised; build from unquantised parts and quantise what was saved.")
+    if getattr(kind, "is_encoder_decoder", False):
+        raise ValueError(f"`language_model` is a '{kind.model_type}' model, an encoder with a decoder; give an LLM.")
     made = type(llm).__name__ if not named else next(iter(kind.architectures or ()), "")
     with_head = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(kind), None)
     other_head = made.partition("For")[2] not in ("", "CausalLM", "ConditionalGeneration")
     if with_head is None or other_head or not (named or llm.get_output_embeddings() is not None):
         what = f"a '{kind.model_type}' model" if with_head is None or not made else f"a {made}"
         raise ValueError(f"`language_model` is {what}, which has no head that predicts words; give an LLM.")
-    if getattr(kind, "is_encoder_decoder", False):
-        raise ValueError(f"`language_model` is a '{kind.model_type}' model, an encoder with a decoder; give an LLM.")
     try:
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(copy.deepcopy(kind)) if named else llm
@@ -187,6 +190,17 @@ def _check_llm(kind: PreTrainedConfig, llm: Any) -> None:
         raise ValueError(
             f"`language_model` is a '{kind.model_type}' model that cannot be built ({reason(error)})."
         ) from error
+    if not isinstance(decoder, PreTrainedModel):
+        raise ValueError(
+            f"`language_model` is a '{kind.model_type}' model, whose decoder cannot be told from its head."
+        )
+    if name := next((name for name in EXPERT_COUNTS if getattr(decoder.config, name, None)), None):
+        dense = kind.model_type.partition("_moe")[0]
+        offer = f", such as a '{dense}'" if dense != kind.model_type and dense in CONFIG_MAPPING else ""
+        raise ValueError(
+            f"`language_model` is a '{kind.model_type}' model, a mixture of experts already "
+            f"(`{name}={getattr(decoder.config, name)}`); give a dense LLM{offer}."
+        )
     check_decoder(decoder)
     if type(head) is not nn.Linear or head.bias is not None:
         raise ValueError(
@@ -259,13 +273,13 @@ def _patch_settings(kind: PreTrainedConfig, config: Mapping[str, Any]) -> dict[s
     if rest or not 0 <= prefix < count:
         raise ValueError(
             f"`vision_tower` is a '{kind.model_type}' model that makes {count} tokens of a picture of {side} pixels "
-            f"and {four_times} of one of {2 * side}, so which are patches is unknown; use a backbone with square patches."
+            f"and {four_times} of one of {2 * side}, so which are patches is unknown; use one with square patches."
         )
     width = states[layer].shape[1 if states[layer].dim() == 4 else -1]
     if width != width_of(kind):
         raise ValueError(
-            f"`vision_feature_layer={layer}` of a '{kind.model_type}' model is {width} wide, its last {width_of(kind)}; use "
-            "the last."
+            f"`vision_feature_layer={layer}` of a '{kind.model_type}' model is {width} wide, the last "
+            f"{width_of(kind)}; use the last."
         )
     keeps_all = config.get("vision_feature_select_strategy") == "full"
     return {
@@ -318,8 +332,7 @@ def _speech_parts(
     if is_named(tower):
         with_decoder = next(iter(kind.architectures or ()), "") in ("WhisperModel", "WhisperForConditionalGeneration")
         if not with_decoder:
-            prefix = {PREFIXES["speech_tower"]: ""}
-            return load_whole(tower_class(kind, "speech"), tower, "", key_mapping=prefix, **loading), None
+            return _load_half(tower_class(kind, "speech"), tower, kind, loading), None
         tower = load_whole(WhisperModel, tower, "", **loading)
     if type(tower).__name__ == "WhisperEncoder":
         return tower, None
@@ -332,14 +345,20 @@ def _audio_part(tower: str | PreTrainedModel, kind: PreTrainedConfig, loading: M
     if is_named(tower) and is_beats_file(tower):
         return read_beats(tower).to(getattr(torch, str(loading.get("dtype", "float32")).removeprefix("torch.")))
     if is_named(tower):
-        return load_whole(
-            tower_class(kind, "audio"), tower, "", config=kind, key_mapping={PREFIXES["audio_tower"]: ""}, **loading
-        )
+        return _load_half(tower_class(kind, "audio"), tower, kind, loading)
     for half in ("audio_model", "audio_spectrogram_transformer", "encoder"):
         found = getattr(tower, half, None) or getattr(tower.base_model, half, None)
         if isinstance(found, PreTrainedModel) and found.config.model_type == kind.model_type:
             return found
     return tower
+
+
+def _load_half(
+    tower: type[PreTrainedModel], checkpoint: str | Path, kind: PreTrainedConfig, loading: Mapping[str, Any]
+) -> PreTrainedModel:
+    """An encoder from the folder of a larger model, or from its own."""
+    mapping = {"key_mapping": {PREFIXES[kind.model_type]: ""}} if kind.model_type in PREFIXES else {}
+    return load_whole(tower, checkpoint, "", config=kind, **mapping, **loading)
 
 
 # The processor

@@ -193,6 +193,7 @@ def load_pickle(file: str | Path) -> dict:
 
 
 def first_line(error: Exception) -> str:
+    """The first sentence of what an error says."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(". ")
 
 
