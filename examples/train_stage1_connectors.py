@@ -6,9 +6,9 @@ Stage 1: join an LLM and encoders, and train the connectors between them on capt
 
 accelerate launch examples/train_stage1_connectors.py \
     --config examples/configs/stage1_connectors.yaml \
-    --llm lmsys/vicuna-7b-v1.5 \
-    --vision_tower openai/clip-vit-large-patch14-336 \
-    --speech_tower openai/whisper-small \
+    --llm Qwen/Qwen3-0.6B \
+    --vision_tower google/siglip2-base-patch16-224 \
+    --speech_tower openai/whisper-large-v3-turbo \
     --dataset_name data/captions.jsonl \
     --output_dir outputs/stage1
 
@@ -43,6 +43,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, parts: PartsArgu
         AutoTokenizer.from_pretrained(parts.llm),
         image_processor=parts.vision_tower,
         image_size=parts.image_size,
+        audio_feature_extractor=parts.audio_tower,
         chat_template=parts.chat_template and Path(parts.chat_template).read_text(encoding="utf-8"),
     )
     prepare_stage(model, "connectors")

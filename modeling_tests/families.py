@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -401,6 +402,7 @@ def check_devices(name: str, folder: Path) -> str:
 @torch.no_grad()
 def check_quantised(name: str, folder: Path) -> str:
     """8 and 4 bits with a shared base: what is a linear layer of the decoder is quantised, and little is lost."""
+    pytest.importorskip("bitsandbytes")
     model = grown(composed(plain_llm(name)))
     expected = model(input_ids=words()).logits
     model.save_pretrained(folder / "saved")

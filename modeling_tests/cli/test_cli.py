@@ -19,7 +19,7 @@ from uni_moe_hf.cli import main
 from uni_moe_hf.cli.common import encoded
 
 
-COMMANDS = ("generate", "info", "routing", "connectors")
+COMMANDS = ("generate", "info", "routing", "connectors", "beats")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,14 @@ from families import CHECKS, FAMILIES, REPRESENTATIVES, SMALL, gap, grown, plain
 from huggingface_hub.errors import StrictDataclassError
 from tiny import tiny_config, tiny_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from uni_moe_hf import UniMoEConfig, UniMoEForConditionalGeneration, from_pretrained_parts, grow_experts
@@ -104,7 +111,7 @@ def test_plans_keep_the_librarys_and_name_only_what_is_there(name, shared):
     assert {key for key in llm.config.base_model_tp_plan if ".mlp." not in key} <= plan
     has_own = any(".experts" in key for key in plan)
     assert has_own == (not (shared and name == "Phi-3")), "a fused base that is shared is copied, not split"
-    experts = UniMoEForConditionalGeneration(model.config).ep_plan
+    experts = model.config.text_config.base_model_ep_plan
     assert any(key.endswith("mlp.experts") for key in experts) == (not shared)
     assert {type(layer).__name__ for layer in model.model.language_model.layers} <= set(model._no_split_modules)
 

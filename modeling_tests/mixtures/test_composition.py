@@ -1,10 +1,17 @@
 """Building models and processors from parts."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import DENSE, ROUNDING, film, picture, tiny_config, tiny_model, tiny_processor, tiny_tokenizer, tone
 from tiny_parts import parts, save_dino
+from tiny_towers import EARS, FLAT, SMALL, VISION, ear, vision_tower
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoProcessor,
     BitImageProcessorPil,
     CLIPImageProcessorPil,
@@ -16,6 +23,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from uni_moe_hf import UniMoEForConditionalGeneration
 from uni_moe_hf.hub.configuration_uni_moe import is_sparse
 from uni_moe_hf.mixtures.composition import build_processor, from_pretrained_parts
 
@@ -180,3 +188,187 @@ def test_pictures_of_no_fixed_size_are_refused(dino):
     with pytest.raises(ValueError, match="BitImageProcessorPil makes pictures of .* must be squares of one size"):
         build_processor(model.config, tiny_tokenizer(), image_processor=given)
     assert model.config.image_seq_length == 49
+
+
+# Towers of every kind
+
+
+@pytest.mark.parametrize("kind", VISION)
+@torch.no_grad()
+def test_a_vision_tower_of_any_kind_sees_through_its_connector(kind, tmp_path):
+    """Whole and from a folder, saved and loaded; what is read are the patches of the layer that the config names."""
+    tower, (_, tokens, prefix) = vision_tower(kind), VISION[kind]
+    llm = parts()["language_model"]
+    model = from_pretrained_parts(llm, vision_tower=tower).eval()
+    config = model.config
+    assert (config.image_seq_length, config.vision_prefix_length) == (tokens, prefix)
+    side = tower.config.image_size if isinstance(tower.config.image_size, int) else tower.config.image_size[0]
+    given = ViTImageProcessorPil(size={"height": side, "width": side})
+    processor = build_processor(config, tiny_tokenizer(), image_processor=given)
+    inputs = processor(text="<image> what", images=picture(), return_tensors="pt")
+    assert (inputs["input_ids"] == config.image_token_id).sum() == tokens
+    states = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[config.vision_feature_layer]
+    patches = states.flatten(2).transpose(1, 2) if states.dim() == 4 else states[:, prefix:]
+    seen = model.model.get_image_features(inputs["pixel_values"]).pooler_output
+    torch.testing.assert_close(seen, model.model.vision_connector(patches), **ROUNDING)
+    expected = model(**inputs).logits
+    tower.save_pretrained(tmp_path / "tower")
+    other = from_pretrained_parts(llm, vision_tower=str(tmp_path / "tower"))
+    state = model.model.vision_tower.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in other.model.vision_tower.state_dict().items())
+    model.save_pretrained(tmp_path / "model")
+    loaded = UniMoEForConditionalGeneration.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(loaded(**inputs).logits, expected, **ROUNDING)
+
+
+def test_what_stands_before_the_patches_does_not_look_at_one_of_them():
+    """Of the embeddings, each patch token changes with its own pixels and with no others."""
+    for kind, (settings, _, prefix) in VISION.items():
+        if "patch_size" not in settings or "window_size" in settings:
+            continue
+        tower = vision_tower(kind)
+        pixels = torch.randn(1, 3, 32, 32)
+        first, last = pixels.clone(), pixels.clone()
+        first[..., :8, :8] += 1
+        last[..., -8:, -8:] += 1
+        with torch.no_grad():
+            embeddings = [tower(each, output_hidden_states=True).hidden_states[0][0] for each in (pixels, first, last)]
+        moved = [(each != embeddings[0]).any(dim=-1).nonzero().flatten().tolist() for each in embeddings[1:]]
+        assert moved == [[prefix], [prefix + 15]], kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "reason"),
+    [
+        ("siglip2_vision_model", {**FLAT, "num_patches": 16}, "gives no tokens of a picture of 32 pixels"),
+        ("vit_mae", FLAT, "makes .* tokens of a picture of 32 pixels and .* so which are patches is unknown"),
+        ("resnet", {"hidden_sizes": [8, 8], "depths": [1, 1], "embedding_size": 8}, "a backbone for square pictures"),
+    ],
+)
+def test_a_vision_tower_that_cannot_be_read_is_refused(kind, settings, reason):
+    tower = AutoModel.from_config(AutoConfig.for_model(kind, **settings))
+    with pytest.raises(ValueError, match=f"`vision_tower` is a '{kind}' model.*{reason}") as caught:
+        from_pretrained_parts(parts()["language_model"], vision_tower=tower)
+    assert len(str(caught.value)) < 350
+
+
+def test_pictures_that_do_not_fit_the_tower_are_refused_when_the_processor_is_made():
+    model = from_pretrained_parts(parts()["language_model"], vision_tower=vision_tower("siglip_vision_model"))
+    given = ViTImageProcessorPil(size={"height": 48, "width": 48})
+    with pytest.raises(ValueError, match="'siglip_vision_model' model, which gives no tokens of a picture of 48"):
+        build_processor(model.config, tiny_tokenizer(), image_processor=given)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"image_processor_type": "DINOv3ViTImageProcessorFast"}, "ViTImageProcessorPil"),
+        ({"image_processor_type": "SiglipImageProcessorFast"}, "SiglipImageProcessorPil"),
+        ({"feature_extractor_type": "CLIPFeatureExtractor", "do_center_crop": True}, "CLIPImageProcessorPil"),
+        ({"image_processor_type": "SomeOtherImageProcessor", "do_center_crop": True}, "CLIPImageProcessorPil"),
+        ({"image_processor_type": "BitImageProcessor"}, "BitImageProcessorPil"),
+    ],
+)
+def test_image_processors_run_on_pillow_alone(settings, steps, tmp_path):
+    square = {"height": 32, "width": 32}
+    common = {"size": square, "image_mean": [0.4] * 3, "image_std": [0.2] * 3, "do_resize": True, "resample": 2}
+    common |= {"do_normalize": True, "do_rescale": True, "rescale_factor": 1 / 255}
+    if settings.get("do_center_crop") or "Bit" in str(settings):
+        common |= {"size": {"shortest_edge": 32}, "crop_size": square}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**common, **settings}))
+    model = from_pretrained_parts(parts()["language_model"], vision_tower=vision_tower("dinov3_vit"))
+    processor = build_processor(model.config, tiny_tokenizer(), image_processor=str(tmp_path))
+    assert type(processor.image_processor).__name__ == steps
+    for mode in ("L", "RGBA", "P", "RGB"):
+        inputs = processor(images=Image.fromarray(picture()).convert(mode), return_tensors="pt")
+        assert inputs["pixel_values"].shape == (1, 3, 32, 32)
+    expected = Image.fromarray(picture()).resize((32, 32), 2)
+    wanted = (torch.tensor(np.asarray(expected)).permute(2, 0, 1) / 255 - 0.4) / 0.2
+    if "crop_size" not in common:
+        torch.testing.assert_close(inputs["pixel_values"][0], wanted, atol=2e-2, rtol=0)  # a step of 8 bits
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "OddImageProcessor"}))
+    with pytest.raises(ValueError, match="needs torchvision here; pass one that needs Pillow alone"):
+        build_processor(model.config, tiny_tokenizer(), image_processor=str(tmp_path))
+    with pytest.raises(ValueError, match="holds no image processor"):
+        build_processor(model.config, tiny_tokenizer(), image_processor=str(tmp_path / "nowhere"))
+
+
+HEARING = [(name, "audio") for name in EARS] + [(name, "speech") for name in EARS if "Whisper" in name]
+
+
+@pytest.mark.parametrize(("name", "kind"), HEARING, ids=[f"{name}-{kind}" for name, kind in HEARING])
+def test_an_ear_of_any_kind_hears_through_its_own_front_end(name, kind, tmp_path):
+    """Whole and from a folder; features are the extractor's own; saved and loaded."""
+    whole, extractor = ear(name)
+    whole.save_pretrained(tmp_path / "tower")
+    extractor.save_pretrained(tmp_path / "tower")
+    settings = {"num_audio_query_tokens": 5, "num_speech_query_tokens": 3}
+    has_decoder = name in ("Whisper", "Whisper v3")
+    if kind == "audio" or not has_decoder:
+        settings[f"{kind}_connector_config"] = {**SMALL, "num_hidden_layers": 2, "vocab_size": 9}
+    llm = parts()["language_model"]
+    model, other = (
+        from_pretrained_parts(llm, **{f"{kind}_tower": given}, **settings).eval()
+        for given in (str(tmp_path / "tower"), whole)
+    )
+    state = other.state_dict()
+    towers = {key: tensor for key, tensor in model.state_dict().items() if "_tower" in key}
+    assert towers and all(torch.equal(tensor, state[key]) for key, tensor in towers.items())
+    if kind == "speech":
+        assert type(model.model.speech_connector).__name__ == (
+            "SpeechConnector" if has_decoder else "QFormerConnector"
+        )
+
+    given = str(tmp_path / "tower") if kind == "audio" else None
+    processor = build_processor(model.config, tiny_tokenizer(), audio_feature_extractor=given)
+    rate = extractor.sampling_rate
+    clip = tone(2.5, rate=rate)
+    inputs = processor(text=f"<{kind}> what", **{kind: clip}, return_tensors="pt")
+    features = inputs["input_values" if kind == "audio" else "input_features"]
+    window = processor.feature_extractor.samples_of(kind)
+    for number, found in enumerate(features):
+        piece = clip[number * window : (number + 1) * window]
+        own = extractor(piece, sampling_rate=rate, return_tensors="pt")[extractor.model_input_names[0]]
+        torch.testing.assert_close(found, own[0], atol=1e-5, rtol=0)
+    assert len(features) == -(-len(clip) // window)
+    expected = model(**inputs).logits
+    assert expected.isfinite().all()
+
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    loaded = UniMoEForConditionalGeneration.from_pretrained(tmp_path / "model")
+    again = AutoProcessor.from_pretrained(tmp_path / "model")(
+        text=f"<{kind}> what", **{kind: clip}, return_tensors="pt"
+    )
+    assert all(torch.equal(again[key], inputs[key]) for key in inputs)
+    assert torch.equal(loaded(**again).logits, expected)
+
+
+def test_an_ear_with_its_own_front_end_asks_for_it(tmp_path):
+    whole, _ = ear("AST")
+    settings = {"audio_connector_config": {**SMALL, "vocab_size": 9}}
+    model = from_pretrained_parts(parts()["language_model"], audio_tower=whole, **settings)
+    _, narrow = ear("Whisper")
+    for given, reason in (
+        (None, "hears through its own feature extractor; pass `audio_feature_extractor`"),
+        (str(tmp_path), "could not be loaded"),
+        (BitImageProcessorPil(), "is a BitImageProcessorPil; known are"),
+        (narrow, r"makes features of shape .* 'audio-spectrogram-transformer' model does not take"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            build_processor(model.config, tiny_tokenizer(), audio_feature_extractor=given)
+
+
+def test_a_tokenizer_that_uses_placeholders_as_words_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    config = tiny_config({"vocab_size": len(tokenizer)})
+    with pytest.raises(ValueError, match=r"has \{'<image>': \d+\} among the LLM's own \d+ words"):
+        build_processor(config, tokenizer)
+
+
+def test_frozen_towers_stay_in_use_while_the_rest_trains():
+    model = from_pretrained_parts(**parts(), num_speech_query_tokens=3).train()
+    assert model.training and model.model.language_model.training and model.model.vision_connector.training
+    model.requires_grad_(False).train()
+    assert not any(getattr(model.model, f"{name}_tower").training for name in ("vision", "speech", "audio"))

@@ -59,6 +59,8 @@ WIDTHS = (
 
 def width_of(config: PreTrainedConfig) -> int:
     """How wide a tower's features are; of one that grows wider from stage to stage, the last."""
+    if config.model_type == "clap_audio_model":  # its `hidden_size` is not read by the library
+        return config.patch_embeds_hidden_size * 2 ** (len(config.depths) - 1)
     return getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
 
 

@@ -262,7 +262,8 @@ def _patch_settings(kind: PreTrainedConfig, config: Mapping[str, Any]) -> dict[s
     side = _side_of(kind)
     states, larger = (_states_of_picture(kind, each, as_made_for=True) for each in (side, 2 * side))
     is_pyramid = len({_count(state) for state in states}) > 1
-    layer = config.get("vision_feature_layer", -1 if is_pyramid else -2)
+    # The last by its number: of towers that grow narrower, not all say how many there are.
+    layer = config.get("vision_feature_layer", len(states) - 1 if is_pyramid else -2)
     try:
         count, four_times = _count(states[layer]), _count(larger[layer])
     except IndexError:
@@ -270,7 +271,9 @@ def _patch_settings(kind: PreTrainedConfig, config: Mapping[str, Any]) -> dict[s
             f"`vision_feature_layer={layer}` is none of the {len(states)} states of a '{kind.model_type}' model."
         ) from None
     prefix, rest = divmod(4 * count - four_times, 3)
-    if rest or not 0 <= prefix < count:
+    patch = getattr(kind, "patch_size", None)
+    leaves_out = not is_pyramid and isinstance(patch, int) and count - prefix < (side // patch) ** 2
+    if rest or leaves_out or not 0 <= prefix < count:
         raise ValueError(
             f"`vision_tower` is a '{kind.model_type}' model that makes {count} tokens of a picture of {side} pixels "
             f"and {four_times} of one of {2 * side}, so which are patches is unknown; use one with square patches."
@@ -357,8 +360,10 @@ def _load_half(
     tower: type[PreTrainedModel], checkpoint: str | Path, kind: PreTrainedConfig, loading: Mapping[str, Any]
 ) -> PreTrainedModel:
     """An encoder from the folder of a larger model, or from its own."""
-    mapping = {"key_mapping": {PREFIXES[kind.model_type]: ""}} if kind.model_type in PREFIXES else {}
-    return load_whole(tower, checkpoint, "", config=kind, **mapping, **loading)
+    if kind.model_type not in PREFIXES:
+        return load_whole(AutoModel, checkpoint, "", **loading)
+    mapping = {PREFIXES[kind.model_type]: ""}
+    return load_whole(tower, checkpoint, "", config=kind, key_mapping=mapping, **loading)
 
 
 # The processor
@@ -461,6 +466,8 @@ def _front_end(config: UniMoEConfig, extractor: Any) -> dict[str, Any] | None:
         tower = tower_class(config.audio_config, "audio")(copy.deepcopy(config.audio_config))
     try:
         tower(**{name: tensor.to("meta") for name, tensor in features.items()})
+    except NotImplementedError:
+        pass  # what depends on values is not known without them
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ValueError(
             f"`audio_feature_extractor` makes features of shape {tuple(features['input_values'].shape)}, which this "

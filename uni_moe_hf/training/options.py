@@ -159,15 +159,15 @@ class StageArguments(ScriptArguments):
 class PartsArguments:
     """What stage 1 builds a model from; see [`from_pretrained_parts`] and [`build_processor`]."""
 
-    llm: str = field(metadata={"help": "Llama to start from, Hub id or folder."})
-    vision_tower: str | None = field(default=None, metadata={"help": "CLIP or another vision backbone."})
-    speech_tower: str | None = field(default=None, metadata={"help": "Whisper."})
-    audio_tower: str | None = field(default=None, metadata={"help": "BEATs, as saved by this package."})
+    llm: str = field(metadata={"help": "LLM to start from, Hub id or folder: Llama, Qwen3, Gemma 3, ..."})
+    vision_tower: str | None = field(default=None, metadata={"help": "CLIP, SigLIP, DINO or another backbone."})
+    speech_tower: str | None = field(default=None, metadata={"help": "A Whisper of any size."})
+    audio_tower: str | None = field(default=None, metadata={"help": "BEATs (folder or .pt), AST, CLAP or Whisper."})
     image_size: int | None = field(default=None, metadata={"help": "Of pictures in pixels; else the tower's own."})
     num_speech_query_tokens: int = field(default=50, metadata={"help": "Tokens of a window of speech."})
     num_audio_query_tokens: int = field(default=50, metadata={"help": "Tokens of a window of sound."})
     audio_connector_config: dict | str | None = field(default=None, metadata={"help": "Of the Q-Former, as JSON."})
-    chat_template: str | None = field(default=None, metadata={"help": "Jinja file in place of Vicuna's template."})
+    chat_template: str | None = field(default=None, metadata={"help": "Jinja file in place of the LLM's own."})
 
     def __post_init__(self) -> None:
         self.audio_connector_config = json_object("audio_connector_config", self.audio_connector_config)
