@@ -27,7 +27,16 @@ import torch
 from comparing import WARM_UP, quotient
 
 
-SHAPES = {"tiny": (64, 128, 256), "mid": (512, 1376, 1024), "large": (1024, 2816, 2048), "7b": (4096, 11008, 8192)}
+# Hidden, intermediate, tokens; and the activation of an LLM whose layers are so large, where it is not SiLU.
+SHAPES = {
+    "tiny": (64, 128, 256),
+    "mid": (512, 1376, 1024),
+    "large": (1024, 2816, 2048),
+    "7b": (4096, 11008, 8192),
+    "qwen3-0.6b": (1024, 3072, 1024),
+    "gemma3-1b": (1152, 6912, 1024),
+}
+ACTIVATION_OF = {"gemma3-1b": "gelu_pytorch_tanh"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Relative error (Frobenius) against (b) that counts as agreement: rounding of the dtype, summed in another order.
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
@@ -72,6 +81,9 @@ def cases(device: str) -> list[Case]:
             listed += [Case(storage, "mid", dtype, "train", experts=64)]
             listed += [Case(storage, shape, dtype, "decode") for shape in ("tiny", "mid", "large")]
             listed += [Case(storage, "mid", dtype, "decode", tokens=8)]
+    for shape in ("qwen3-0.6b", "gemma3-1b"):
+        for storage, dtype in (("own", "fp32"), ("shared", "fp32"), ("shared", "bf16")):
+            listed += [Case(storage, shape, dtype, kind) for kind in ("forward", "train", "decode")]
     return listed
 
 
@@ -95,6 +107,7 @@ class Candidate:
         hidden, inner, _ = SHAPES[case.shape]
         shape = {"hidden_size": hidden, "intermediate_size": inner, "num_experts": case.experts}
         shape |= {"expert_lora_rank": case.rank, "shared_expert_base": case.storage == "shared"}
+        shape |= {"hidden_act": ACTIVATION_OF.get(case.shape, "silu")}
         recompute = "recompute" if name == "ours, recompute" else "save"
         build = {
             "(a)": layers.Dense,

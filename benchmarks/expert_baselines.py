@@ -61,7 +61,10 @@ class OriginalExperts(nn.Module):
         self.checkpointed = checkpointed
         config, rank = experts.config, experts.lora_rank
         sizes = LlamaConfig(
-            hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, num_attention_heads=1
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_attention_heads=1,
+            hidden_act=config.hidden_act,
         )
         dtype = next(experts.parameters()).dtype
         self.experts = nn.ModuleList(LlamaMLP(sizes).to(dtype) for _ in range(config.num_experts))
@@ -112,6 +115,7 @@ class MixtralPeftExperts(nn.Module):
             hidden_size=experts.hidden_size,
             intermediate_size=experts.intermediate_size,
             num_local_experts=experts.num_experts,
+            hidden_act=experts.config.hidden_act,
         )
         config._experts_implementation = implementation
         self.experts = MixtralExperts(config).to(next(experts.parameters()).dtype)
@@ -137,6 +141,7 @@ class MixLoraExperts(nn.Module):
     def __init__(self, experts: UniMoELoraExperts):
         super().__init__()
         self.base, self.scaling, self.rank = experts.base, experts.lora_scaling, experts.lora_rank
+        self.act_fn = experts.act_fn
         self.lora = nn.ParameterDict({n: nn.Parameter(getattr(experts.lora, n).detach().clone()) for n in FACTORS})
 
     def forward(self, tokens, index, weights):
@@ -150,7 +155,7 @@ class MixLoraExperts(nn.Module):
             b_gate, b_up = self.lora["gate_up_b"][number].chunk(2)
             gate = base_gate[token] + self.scaling * F.linear(F.linear(rows, a_gate), b_gate)
             up = base_up[token] + self.scaling * F.linear(F.linear(rows, a_up), b_up)
-            inner = F.silu(gate) * up
+            inner = self.act_fn(gate) * up
             low = F.linear(F.linear(inner, self.lora["down_a"][number]), self.lora["down_b"][number])
             results[token] += weights[token, slot, None] * (self.base.down_proj(inner) + self.scaling * low)
         return results
@@ -161,18 +166,19 @@ class MixLoraExperts(nn.Module):
 
 
 class Dense(nn.Module):
-    """(a) One frozen SwiGLU through `F.linear`, on as many rows as the mixture's frozen products see."""
+    """(a) One frozen gated network through `F.linear`, on as many rows as the mixture's frozen products see."""
 
     def __init__(self, experts: UniMoELoraExperts):
         super().__init__()
         self.weights = [weight.detach().clone() for weight in frozen_of(experts, 0).values()]
         self.repeats = 1 if experts.shared_base else experts.config.num_experts_per_tok
+        self.act_fn, self.activation = experts.act_fn, experts.activation
 
     def forward(self, tokens, index, weights):
         """As our experts, without routing."""
         gate, up, down = self.weights
         rows = tokens.repeat(self.repeats, 1)
-        return F.linear(F.silu(F.linear(rows, gate)) * F.linear(rows, up), down)
+        return F.linear(self.act_fn(F.linear(rows, gate)) * F.linear(rows, up), down)
 
 
 class FastestDense(Dense):
@@ -180,15 +186,16 @@ class FastestDense(Dense):
 
     def forward(self, tokens, index, weights):
         """As our experts, without routing."""
-        return _FastestDense.apply(tokens.repeat(self.repeats, 1), *self.weights)
+        return _FastestDense.apply(tokens.repeat(self.repeats, 1), *self.weights, ACTIVATIONS[self.activation])
 
 
 class _FastestDense(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, gate_weight, up_weight, down_weight):
+    def forward(ctx, rows, gate_weight, up_weight, down_weight, activation):
+        ctx.activation = activation
         gate, up = _linear(rows, gate_weight), _linear(rows, up_weight)
         ctx.save_for_backward(gate, up, gate_weight, up_weight, down_weight)
-        return _linear(_gated(gate, up, ACTIVATIONS["silu"], torch.empty_like(gate)), down_weight)
+        return _linear(_gated(gate, up, activation, torch.empty_like(gate)), down_weight)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -199,16 +206,17 @@ class _FastestDense(torch.autograd.Function):
             torch.empty_like(gate),
             torch.empty_like(up),
         )
-        _, grad_gate, grad_up, _ = _gated_backward(grad_inner, gate, up, ones, ACTIVATIONS["silu"], inner, grad_up)
+        _, grad_gate, grad_up, _ = _gated_backward(grad_inner, gate, up, ones, ctx.activation, inner, grad_up)
         grad_rows = _add_linear(_linear(grad_gate, gate_weight.t()), grad_up, up_weight.t())
-        return grad_rows, None, None, None
+        return grad_rows, None, None, None, None
 
 
 class DenseOnSameBytes(nn.Module):
-    """(a) for decoding: a SwiGLU as wide as the chosen experts together, so that it reads what they read."""
+    """(a) for decoding: a gated network as wide as the chosen experts together, so that it reads what they read."""
 
     def __init__(self, experts: UniMoELoraExperts, chosen: int):
         super().__init__()
+        self.act_fn = experts.act_fn
         chosen = range(1 if experts.shared_base else chosen)
         parts = [frozen_of(experts, index) for index in chosen]
         self.gate, self.up, self.down = (
@@ -218,4 +226,4 @@ class DenseOnSameBytes(nn.Module):
 
     def forward(self, tokens, index, weights):
         """As our experts, without routing."""
-        return F.linear(F.silu(F.linear(tokens, self.gate)) * F.linear(tokens, self.up), self.down)
+        return F.linear(self.act_fn(F.linear(tokens, self.gate)) * F.linear(tokens, self.up), self.down)

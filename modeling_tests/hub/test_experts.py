@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from uni_moe_hf import UniMoEConfig
 from uni_moe_hf.hub import expert_kernels_uni_moe, expert_segments_uni_moe
@@ -57,8 +58,8 @@ def make_config(shared: bool = False, route: str = "eager", **fields) -> LlamaCo
     return config
 
 
-def experts_of(config: LlamaConfig) -> UniMoELoraExperts:
-    return UniMoELoraExperts(config, LlamaMLP(config))
+def experts_of(config: LlamaConfig, mlp: type[nn.Module] = LlamaMLP) -> UniMoELoraExperts:
+    return UniMoELoraExperts(config, mlp(config))
 
 
 def block_of(config: LlamaConfig) -> UniMoESparseMoeBlock:
@@ -413,8 +414,9 @@ both_activations = pytest.mark.parametrize("activations", ["save", "recompute"])
 @both_bases
 @both_activations
 @every_routing
-def test_segments_give_the_eager_output_and_gradients_in_float64(shared, activations, routing):
-    experts = freeze(make_experts(shared, expert_activations=activations).double())
+@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh"])
+def test_segments_give_the_eager_output_and_gradients_in_float64(shared, activations, routing, act):
+    experts = freeze(make_experts(shared, expert_activations=activations, hidden_act=act).double())
     tokens, index, weights = routing
     routing = tokens.double(), index, weights.double()
     expected = output_and_gradients(experts, *routing)
@@ -426,16 +428,18 @@ def test_segments_give_the_eager_output_and_gradients_in_float64(shared, activat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("draw", range(12))
 def test_segments_of_random_shapes_give_the_eager_gradients_of_float64(activations, dtype, draw):
-    """Within 1e-5 of each tensor's norm in float32; in half precision within four times eager's rounding."""
+    """Within 1e-5 of each tensor's norm in float32; in half precision within four times eager's rounding and two of their own."""
     pick = random.Random(draw).choice
     sizes = {
         "hidden_size": pick([8, 40, 130]),
         "intermediate_size": pick([12, 130, 700]),
         "num_experts": pick([1, 3, 16]),
         "expert_lora_rank": pick([0, 1, 8, 32]),
+        "hidden_act": pick(["silu", "gelu_pytorch_tanh", "gelu"]),
     }
     sizes["num_experts_per_tok"] = pick(range(1, min(3, sizes["num_experts"]) + 1))
-    experts = experts_of(make_config(pick([False, True]), "eager", expert_activations=activations, **sizes))
+    config = make_config(pick([False, True]), "eager", expert_activations=activations, **sizes)
+    experts = experts_of(config, pick([LlamaMLP, Phi3MLP]))
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     experts = freeze(experts.to(dtype))
@@ -458,15 +462,16 @@ def test_segments_of_random_shapes_give_the_eager_gradients_of_float64(activatio
             error, rounding = (
                 (result[name].double() - tensor).norm() / tensor.norm().clamp(min=1e-9) for result in (actual, eager)
             )
-            assert error <= (1e-5 if dtype == torch.float32 else 4 * rounding + 5e-3), f"{name}: {error}, {rounding}"
+            assert error <= (1e-5 if dtype == torch.float32 else 4 * rounding + 1e-2), f"{name}: {error}, {rounding}"
 
 
 @both_bases
 @both_activations
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_gradients_of_segments_are_the_differences_of_their_output(shared, activations, dropout):
+@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh"])
+def test_gradients_of_segments_are_the_differences_of_their_output(shared, activations, dropout, act):
     """`gradcheck` in float64; with dropout, under one seed."""
-    fields = {"hidden_size": 6, "intermediate_size": 10, "expert_lora_rank": 2}
+    fields = {"hidden_size": 6, "intermediate_size": 10, "expert_lora_rank": 2, "hidden_act": act}
     experts = make_experts(shared, "auto", expert_lora_dropout=dropout, expert_activations=activations, **fields)
     experts = freeze(experts.double()).train()
     tokens, index, weights = routed(9, hidden=6)

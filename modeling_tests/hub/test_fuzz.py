@@ -309,7 +309,8 @@ root = Path(sys.argv[1])
 results = {}
 for mode in ("crop", "pad"):
     # Of CLIP's own size: a picture of one pixel's height would be enlarged to 3 GB.
-    processor = tiny_processor(image_mode=mode, image_processor=CLIPImageProcessorPil())
+    processor = tiny_processor(image_mode=mode)
+    processor.image_processor = CLIPImageProcessorPil()
     for path in sorted(root.glob("*/*")):
         kind = path.parent.name
         if mode == "pad" and kind != "image":

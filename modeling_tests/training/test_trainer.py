@@ -136,6 +136,13 @@ class Keep(TrainerCallback):
         self.logs.append(dict(logs))
 
 
+def without_dropout(model) -> None:
+    for module in model.modules():
+        for name in ("p", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
 @pytest.mark.parametrize("coefficient", [0.0, 0.1])
 def test_losses_by_modality_and_loads_add_up_to_what_was_trained(trainer, media, coefficient):
     keep, names = Keep(), {"expert_names": ["a", "b", "c", "d"]}
@@ -148,9 +155,7 @@ def test_losses_by_modality_and_loads_add_up_to_what_was_trained(trainer, media,
         per_device_train_batch_size=6,
     )
     sft.add_callback(keep)
-    for module in sft.model.modules():  # the Q-Former's, which is frozen but in training mode as in the original
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    without_dropout(sft.model)  # the Q-Former's, which is frozen but in training mode as in the original
     sft.train()
     logs, reference = keep.logs[0], tiny_model(names)
     # By hand: each row alone through the untrained model, which the first step saw.
@@ -237,9 +242,7 @@ def test_evaluation_does_not_change_what_is_logged_of_training(trainer):
     for settings in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
         model = tiny_model()
         settings |= {"peft_config": prepare_stage(model, "moe", lora_dropout=0.0)}
-        for module in model.modules():  # evaluation draws random numbers that dropout would have had
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        without_dropout(model)  # evaluation draws random numbers that it would have had
         sft = trainer(model, "moe", data=data, own={"eval_dataset": data.select([2, 3])}, **settings)
         sft.train()
         loads.append([{k: v for k, v in each.items() if "load/" in k} for each in sft.state.log_history])
