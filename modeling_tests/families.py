@@ -353,7 +353,9 @@ def check_batches(name: str, folder: Path) -> str:
     for kind in ("images", "speech", "audio", "videos"):
         together[kind] = [clip for row in rows for clip in row.get(kind, [])]
     batch = processor(**together, padding=True, return_tensors="pt")
-    logits = model(**batch).logits
+    # As `generate` counts them. Where a norm follows the rotation, as in Hunyuan, more than distances count.
+    positions = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+    logits = model(**batch, position_ids=positions).logits
     seen = []
     for index, row in enumerate(rows):
         alone = model(**processor(**row, return_tensors="pt")).logits[0]

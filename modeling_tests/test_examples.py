@@ -19,7 +19,7 @@ from tiny import ROOT, picture, tiny_processor, tiny_tokenizer, tone, user
 from tiny_parts import parts, save_dino
 from transformers import AutoModel, AutoProcessor
 
-from uni_moe_hf import check_rows
+from uni_moe_hf import YamnetConfig, YamnetFeatureExtractor, YamnetModel, check_rows
 from uni_moe_hf.training.trainer import REQUIRED
 
 
@@ -210,6 +210,7 @@ def packages(folder: Path) -> None:
             (stamps / kind / f"{index}.txt").write_text(
                 f"bird {index}\nes.utf8=p\u00e1jaro {index}\n", encoding="utf-8"
             )
+        soundfile.write(stamps / f"animals/{index}.ogg", tone(0.5, pitch=300 + 10 * index), 16000)
         with av.open(str(sounds / f"prompt{index}.g722"), "w", format="g722") as container:
             stream = container.add_stream("g722", rate=16000, layout="mono")
             samples = (tone(0.5, pitch=200 + 10 * index) * 20000).astype(np.int16)[None]
@@ -235,7 +236,7 @@ def test_rows_of_the_real_parts_are_held_out_by_their_texts(tmp_path):
         for file in (tmp_path / "data").glob("*.jsonl")
     }
     assert {name: bool(lines) for name, lines in rows.items()} == dict.fromkeys(
-        ("stage1", "stage2_vision", "stage2_speech", "stage3", "test"), True
+        ("stage1", "stage2_vision", "stage2_sound", "stage2_speech", "stage3", "test"), True
     )
     texts = {
         name: {row["messages"][1]["content"][0]["text"] for row in lines if row["task"] in ("picture", "recording")}
@@ -243,7 +244,7 @@ def test_rows_of_the_real_parts_are_held_out_by_their_texts(tmp_path):
     }
     assert len(texts["stage1"] | texts["test"]) == 80 and not texts["stage1"] & texts["test"]
     assert texts["stage3"] == texts["stage1"]
-    assert {row["task"] for row in rows["test"]} == {"picture", "kind", "recording", "both"}
+    assert {row["task"] for row in rows["test"]} == {"picture", "kind", "sound", "recording", "both"}
     assert list(check_rows(tmp_path / "data/stage3.jsonl")) == []
 
 
@@ -254,10 +255,13 @@ def test_the_real_parts_script_trains_measures_and_asks(workplace, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
     arguments = [str(tmp_path), "--max_steps", "12", "--llm", str(workplace / "language_model")]
     arguments += ["--vision_tower", save_dino(tmp_path / "dino"), "--speech_tower", str(workplace / "speech_tower")]
+    YamnetModel(YamnetConfig()).save_pretrained(tmp_path / "yamnet")
+    YamnetFeatureExtractor(chunk_length=2).save_pretrained(tmp_path / "yamnet")
+    arguments += ["--audio_tower", str(tmp_path / "yamnet")]
     for script in (["make_data.py", str(tmp_path / "unpacked"), str(tmp_path / "data")], ["run.py", *arguments]):
         command = [sys.executable, str(scripts / script[0]), *script[1:]]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
     report = (tmp_path / "report.md").read_text()
-    assert report.count("\n| ") == 2 + 4 + 8
+    assert report.count("\n| ") == 2 + 5 + 10
     assert "picture" in report.partition("asked in a process")[2]

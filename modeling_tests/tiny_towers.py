@@ -23,6 +23,8 @@ from transformers import (
     WhisperModel,
 )
 
+from uni_moe_hf import YamnetConfig, YamnetFeatureExtractor, YamnetModel
+
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 FLAT = {**SMALL, "image_size": 32, "patch_size": 8}
@@ -77,6 +79,7 @@ def clap_extractor(truncation: str) -> ClapFeatureExtractor:
 
 # Name -> the model of which the ear is a part, and its feature extractor.
 EARS: dict[str, tuple[Callable[[], torch.nn.Module], Any]] = {
+    "YAMNet": (lambda: YamnetModel(YamnetConfig()), YamnetFeatureExtractor(chunk_length=1)),
     "AST": (lambda: ASTModel(AST), ASTFeatureExtractor(num_mel_bins=32, max_length=104)),
     "AST with its classifier": (
         lambda: ASTForAudioClassification(AST),

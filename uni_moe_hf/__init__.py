@@ -15,9 +15,9 @@ __version__ = "0.1.0"
 
 # Public names, by the module that defines them. Hub files are imported at once, tools on first use.
 _PUBLIC = {
-    "hub.towers_uni_moe": ["BeatsModel"],
-    "hub.configuration_uni_moe": ["BeatsConfig", "UniMoEConfig"],
-    "hub.feature_extraction_uni_moe": ["UniMoEFeatureExtractor"],
+    "hub.towers_uni_moe": ["BeatsModel", "YamnetModel"],
+    "hub.configuration_uni_moe": ["BeatsConfig", "UniMoEConfig", "YamnetConfig"],
+    "hub.feature_extraction_uni_moe": ["UniMoEFeatureExtractor", "YamnetFeatureExtractor"],
     "hub.modeling_uni_moe": [
         "UniMoEForConditionalGeneration",
         "UniMoEModel",
@@ -59,22 +59,24 @@ def register() -> None:
     )
     from transformers.pipelines import PIPELINE_REGISTRY
 
-    from .hub.configuration_uni_moe import BeatsConfig, UniMoEConfig
-    from .hub.feature_extraction_uni_moe import UniMoEFeatureExtractor
+    from .hub.configuration_uni_moe import BeatsConfig, UniMoEConfig, YamnetConfig
+    from .hub.feature_extraction_uni_moe import UniMoEFeatureExtractor, YamnetFeatureExtractor
     from .hub.modeling_uni_moe import UniMoEForConditionalGeneration
     from .hub.pipeline_uni_moe import AnyToTextPipeline
     from .hub.processing_uni_moe import UniMoEProcessor
-    from .hub.towers_uni_moe import BeatsModel
+    from .hub.towers_uni_moe import BeatsModel, YamnetModel
 
     AutoConfig.register("uni_moe", UniMoEConfig, exist_ok=True)
-    AutoConfig.register("beats", BeatsConfig, exist_ok=True)
+    for name, config, model in (("beats", BeatsConfig, BeatsModel), ("yamnet", YamnetConfig, YamnetModel)):
+        AutoConfig.register(name, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
     AutoModel.register(UniMoEConfig, UniMoEForConditionalGeneration, exist_ok=True)
-    AutoModel.register(BeatsConfig, BeatsModel, exist_ok=True)
     AutoModelForCausalLM.register(UniMoEConfig, UniMoEForConditionalGeneration, exist_ok=True)
     AutoModelForMultimodalLM.register(UniMoEConfig, UniMoEForConditionalGeneration, exist_ok=True)
     AutoModelForImageTextToText.register(UniMoEConfig, UniMoEForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(UniMoEConfig, UniMoEProcessor, exist_ok=True)
     AutoFeatureExtractor.register(UniMoEConfig, UniMoEFeatureExtractor, exist_ok=True)
+    AutoFeatureExtractor.register(YamnetConfig, YamnetFeatureExtractor, exist_ok=True)
     if "any-to-text" not in PIPELINE_REGISTRY.get_supported_tasks():
         PIPELINE_REGISTRY.register_pipeline(
             "any-to-text", pipeline_class=AnyToTextPipeline, pt_model=(AutoModelForMultimodalLM,), type="multimodal"

@@ -1,6 +1,6 @@
 """
-Real pictures and recordings as training rows: the stamps of Tux Paint with their captions, and the prompts of Asterisk
-with their transcripts, both from Debian.
+Real pictures, sounds and recordings as training rows: the stamps of Tux Paint with their captions and, where they have
+one, the sound of the thing; and the prompts of Asterisk with their transcripts, both from Debian.
 
     apt-get download tuxpaint-stamps-default asterisk-core-sounds-en asterisk-core-sounds-en-g722
     for package in *.deb; do dpkg-deb -x "$package" unpacked; done
@@ -15,6 +15,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import av
@@ -29,6 +30,7 @@ LONGEST = 12.0  # seconds of a recording
 QUESTIONS = {
     "picture": "What is in the picture?",
     "kind": "What kind of thing is it?",
+    "sound": "What makes this sound?",
     "recording": "Write down what is said.",
     "both": "What is in the picture, and what is said?",
 }
@@ -40,7 +42,9 @@ def held_out(text: str) -> bool:
 
 
 def stamps(unpacked: Path, out: Path) -> list[dict]:
-    """`caption`, `spanish`, `kind` and `path` of each stamp that is a picture of something; letters are left out."""
+    """
+    `caption`, `spanish`, `kind`, `path` and `sound` of each stamp that shows something; letters are left out.
+    """
     root = unpacked / "usr/share/tuxpaint/stamps"
     found = []
     for png in sorted(root.rglob("*.png")):
@@ -56,7 +60,12 @@ def stamps(unpacked: Path, out: Path) -> list[dict]:
         square.paste(picture, ((square.width - picture.width) // 2, (square.height - picture.height) // 2), picture)
         target = out / "pictures" / f"{'-'.join(name.parts)}.png"
         square.save(target)
-        found.append({"caption": caption.strip(), "spanish": spanish, "kind": name.parts[0], "path": str(target)})
+        item = {"caption": caption.strip(), "spanish": spanish, "kind": name.parts[0], "path": str(target)}
+        sound = next((file for ending in (".ogg", ".wav") if (file := png.with_suffix(ending)).is_file()), None)
+        if sound is not None:
+            item["sound"] = str(out / "sounds" / f"{'-'.join(name.parts)}{sound.suffix}")
+            shutil.copyfile(sound, item["sound"])
+        found.append(item)
     return found
 
 
@@ -95,6 +104,9 @@ def rows(pictures: list[dict], recordings: list[dict], shuffler: random.Random) 
         speech = {"type": "speech", "path": prompt["path"]}
         answer = f"{stamp['caption']} {prompt['transcript']}"
         made["both"].append(row("both", [image, speech], QUESTIONS["both"], answer))
+        if "sound" in stamp:
+            sound = {"type": "audio", "path": stamp["sound"]}
+            made["sound"].append(row("sound", [sound], QUESTIONS["sound"], stamp["caption"]))
         if stamp["spanish"]:
             made["text"].append(row("text", [], f"Translate into Spanish: {stamp['caption']}", stamp["spanish"]))
     for prompt in recordings:
@@ -104,13 +116,14 @@ def rows(pictures: list[dict], recordings: list[dict], shuffler: random.Random) 
 
 
 def main(unpacked: str, out: str) -> None:
-    """Writes `out/{stage1,stage2_vision,stage2_speech,stage3,test}.jsonl`, `out/pictures` and `out/recordings`."""
+    """Writes `out/{stage1,stage2_vision,stage2_sound,stage2_speech,stage3,test}.jsonl`, and folders of media."""
     folder = Path(out)
-    for name in ("pictures", "recordings"):
+    for name in ("pictures", "sounds", "recordings"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     pictures, recordings = stamps(Path(unpacked), folder), prompts(Path(unpacked), folder)
     for item in (*pictures, *recordings):
-        item["path"] = str(Path(item["path"]).relative_to(folder))
+        for key in item.keys() & {"path", "sound"}:
+            item[key] = str(Path(item[key]).relative_to(folder))
     shuffler = random.Random(0)
 
     def split(items: list[dict], key: str, test: bool) -> list[dict]:
@@ -121,8 +134,9 @@ def main(unpacked: str, out: str) -> None:
         for which in (False, True)
     )
     files = {
-        "stage1": train["picture"] + train["recording"],
+        "stage1": train["picture"] + train["sound"] + train["recording"],
         "stage2_vision": train["picture"] + train["kind"],
+        "stage2_sound": train["sound"],
         "stage2_speech": train["recording"],
         "stage3": [made for task in train.values() for made in task],
         "test": [made for task, kind in test.items() if task != "text" for made in kind],

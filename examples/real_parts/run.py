@@ -1,10 +1,11 @@
 """
-The three stages on real parts and real files: SmolLM2-135M-Instruct, DINOv2-small and Whisper tiny.en learn to say
-what is in a picture and what is said in a recording. Half an hour or so on two cores.
+The three stages on real parts and real files: a small LLM, DINOv2-small, Whisper tiny.en and YAMNet learn to say what
+is in a picture, what makes a sound and what is said in a recording. An hour or two on two cores.
 
     python examples/real_parts/make_data.py unpacked outputs/real_parts/data
     python examples/real_parts/run.py outputs/real_parts --llm HuggingFaceTB/SmolLM2-135M-Instruct \
-        --vision_tower facebook/dinov2-small --speech_tower openai/whisper-tiny.en
+        --vision_tower facebook/dinov2-small --speech_tower openai/whisper-tiny.en \
+        --audio_tower outputs/real_parts/yamnet
 
 Trains with the example scripts, asks the finished model in a process without this package, and writes a report: losses
 at both ends of every stage, and losses of held-out answers beside their own media and beside another row's.
@@ -27,7 +28,7 @@ import torch
 import transformers
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from uni_moe_hf import UniMoEDataCollator
 
@@ -41,11 +42,14 @@ import train_stage3_moe  # noqa: E402
 
 
 CONFIGS = HERE.parent / "configs"
+PARTS = ("llm", "vision_tower", "speech_tower", "audio_tower")
 # What a small model on two cores needs instead of the paper's numbers. Every step is logged, the last one saved.
 SMALL = (
     "--gradient_checkpointing false --per_device_train_batch_size 8 --gradient_accumulation_steps 2 --logging_steps 1 "
     "--report_to none --dataloader_num_workers 1 --seed 0"
 ).split()
+# Of the Q-Former that hears: a small one, for a hundred sounds.
+QFORMER = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 4}
 ENDS = 10  # steps at each end of a stage whose losses are compared
 
 
@@ -60,7 +64,8 @@ def options(config: str, data: Path, output: Path, **settings) -> list[str]:
 
 def stage1(root: Path, steps: int, parts: dict[str, str]) -> None:
     settings = {"max_steps": steps, "learning_rate": 5e-4, "learning_rates": json.dumps({"vision connector": 1e-3})}
-    settings |= {"chat_template": HERE / "chatml.jinja", "image_size": 112, "num_speech_query_tokens": 16}
+    settings |= {"image_size": 112, "num_speech_query_tokens": 16, "num_audio_query_tokens": 16}
+    settings |= {"audio_connector_config": json.dumps(QFORMER)}
     args = options("stage1_connectors.yaml", root / "data/stage1.jsonl", root / "stage1", **settings, **parts)
     train_stage1_connectors.main(*train_stage1_connectors.parse(args))
 
@@ -74,16 +79,19 @@ def stage2(root: Path, steps: int, expert: str, modality: str) -> None:
 
 
 def stage3(root: Path, steps: int) -> None:
-    experts = ["text=", *(f"{name}={root / 'stage2' / name / 'expert'}" for name in ("vision", "speech"))]
+    experts = ["text=", *(f"{name}={root / 'stage2' / name / 'expert'}" for name in EXPERTS)]
     settings = {"max_steps": steps, "learning_rate": 3e-4, "model_name_or_path": root / "stage1", "experts": experts}
     args = options("stage3_moe.yaml", root / "data/stage3.jsonl", root / "stage3", **settings)
     train_stage3_moe.main(*train_stage3_moe.parse(args))
 
 
+# Expert -> the modality that it is for.
+EXPERTS = {"vision": "image", "sound": "audio", "speech": "speech"}
 # Folder of what is left -> title and steps.
 STAGES = {
     "stage1": ("1 connectors", 120),
     "stage2/vision": ("2 the vision expert", 60),
+    "stage2/sound": ("2 the sound expert", 60),
     "stage2/speech": ("2 the speech expert", 60),
     "stage3": ("3 mixture of experts", 100),
 }
@@ -94,8 +102,10 @@ def train(root: Path, parts: dict[str, str], max_steps: int | None) -> dict[str,
     steps = {name: max_steps or planned for name, (_, planned) in STAGES.items()}
     jobs = {
         "stage1": lambda n: stage1(root, n, parts),
-        "stage2/vision": lambda n: stage2(root, n, "vision", "image"),
-        "stage2/speech": lambda n: stage2(root, n, "speech", "speech"),
+        **{
+            f"stage2/{name}": lambda n, name=name, modality=modality: stage2(root, n, name, modality)
+            for name, modality in EXPERTS.items()
+        },
         "stage3": lambda n: stage3(root, n),
     }
     noted = root / "minutes.json"
@@ -169,9 +179,11 @@ def held_out(folder: Path, data: Path) -> dict[str, tuple[list[float], list[floa
 
 
 def report(root: Path, minutes: dict[str, float]) -> str:
+    config = AutoConfig.from_pretrained(root / "model", trust_remote_code=True).text_config
+    llm = f"a '{config.model_type}' LLM, {config.num_hidden_layers} layers of {config.hidden_size}"
     lines = [
-        f"The three stages on real parts, {date.today()}: SmolLM2-135M-Instruct, DINOv2-small at 112 pixels, Whisper "
-        f"tiny.en; Tux Paint's stamps and Asterisk's prompts; torch {torch.__version__}, {platform.machine()}, "
+        f"The three stages on real parts, {date.today()}: {llm}, DINOv2-small at 112 pixels, Whisper tiny.en, YAMNet; "
+        f"Tux Paint's stamps and Asterisk's prompts; torch {torch.__version__}, {platform.machine()}, "
         f"{os.cpu_count()} cores, bfloat16 with what is trained in float32; batches of 16, one run, seed 0.",
         "",
         f"Training loss, mean of {ENDS} steps and its standard error:",
@@ -211,7 +223,7 @@ def report(root: Path, minutes: dict[str, float]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("root", type=Path, help="folder with data/, as make_data.py leaves it")
-    for part in ("llm", "vision_tower", "speech_tower"):
+    for part in PARTS:
         parser.add_argument(f"--{part}", help="Hub id or folder")
     parser.add_argument("--max_steps", type=int, help="of every stage, to try it out")
     parser.add_argument("--report", type=Path, help="file for the report; ROOT/report.md by default")
@@ -222,7 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.measure_only:
         minutes = json.loads((root / "minutes.json").read_text())
     else:
-        parts = {part: getattr(args, part) for part in ("llm", "vision_tower", "speech_tower")}
+        parts = {part: getattr(args, part) for part in PARTS}
         minutes = train(root, parts, args.max_steps)
     text = report(root, minutes)
     (args.report or root / "report.md").write_text(text, encoding="utf-8")

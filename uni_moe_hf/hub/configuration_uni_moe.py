@@ -143,8 +143,33 @@ class BeatsConfig(PreTrainedConfig):
                 )
 
 
+@strict
+class YamnetConfig(PreTrainedConfig):
+    r"""
+    Configuration of the YAMNet audio encoder, a MobileNet over patches of a mel spectrogram; there is one size.
+
+    Args:
+        hidden_size (`int`, *optional*, defaults to 1024): Width of what it gives.
+        num_mel_bins (`int`, *optional*, defaults to 64): Mel bins of the input.
+        patch_frames (`int`, *optional*, defaults to 96): Frames of a patch, which is seen alone.
+        patch_hop (`int`, *optional*, defaults to 48): Frames from one patch to the next.
+
+    Source: MobileNets (https://huggingface.co/papers/1704.04861), table 1, with 64 mel bins in place of a picture, as
+    in `models/research/audioset/yamnet` of TensorFlow.
+    """
+
+    model_type = "yamnet"
+    base_config_key = "audio_config"
+    base_model_fsdp_plan: ClassVar[dict[str, str]] = {}  # frozen, like every tower
+
+    hidden_size: int = 1024
+    num_mel_bins: int = 64
+    patch_frames: int = 96
+    patch_hop: int = 48
+
+
 # Kinds of configs that the library lacks.
-OWN_CONFIGS = {"beats": BeatsConfig}
+OWN_CONFIGS = {"beats": BeatsConfig, "yamnet": YamnetConfig}
 
 # What a part is where its dict names no `model_type`.
 DEFAULT_TYPES = {
@@ -468,4 +493,4 @@ class UniMoEConfig(PreTrainedConfig):
             )
 
 
-__all__ = ["BeatsConfig", "UniMoEConfig"]
+__all__ = ["BeatsConfig", "UniMoEConfig", "YamnetConfig"]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import BatchFeature, WhisperFeatureExtractor
+from transformers import BatchFeature, FeatureExtractionMixin, WhisperFeatureExtractor
 from transformers.audio_utils import mel_filter_bank
 
 from .media_uni_moe import check_waveform
@@ -24,12 +24,41 @@ from .media_uni_moe import check_waveform
 FBANK_FLOOR = 1.192092955078125e-07
 
 
+class YamnetFeatureExtractor(FeatureExtractionMixin):
+    r"""
+    YAMNet's log-mel: 25 ms frames every 10 ms, magnitudes in 64 bins from 125 to 7500 Hz.
+
+    Args:
+        chunk_length (`int`, *optional*, defaults to 12): Seconds of a window, which a clip is filled up to with zeros;
+            12 is a whole number of patches.
+    """
+
+    model_input_names = ["input_values"]
+    sampling_rate = 16000
+
+    def __init__(self, chunk_length: int = 12, **kwargs):
+        super().__init__(**kwargs)
+        self.chunk_length = chunk_length
+
+    def __call__(self, audio: np.ndarray, return_tensors: str | None = None, **kwargs) -> BatchFeature:
+        """`(num_samples,)` of at most a window to `input_values` `(1, 100 * chunk_length, 64)`."""
+        samples = self.chunk_length * self.sampling_rate
+        waveform = torch.zeros(samples + 240)  # so that there is a frame for each 10 ms
+        waveform[: len(audio)] = torch.from_numpy(np.asarray(audio, dtype=np.float32))
+        spectrum = torch.fft.rfft(waveform.unfold(0, 400, 160) * torch.hann_window(400), n=512).abs()  # (frames, 257)
+        filters = mel_filter_bank(257, 64, 125, 7500, 16000, mel_scale="htk", triangularize_in_mel_space=True)
+        log_mel = torch.log(spectrum @ torch.from_numpy(filters).float() + 0.001)
+        return BatchFeature({"input_values": log_mel[None].numpy()}, tensor_type=return_tensors)
+
+
 # Feature extractors of sound -> seconds of a window, by their settings.
 FRONT_ENDS: dict[str, Callable[[Any], float]] = {
     "ASTFeatureExtractor": lambda extractor: extractor.max_length / 100,  # frames of 10 ms
     "ClapFeatureExtractor": lambda extractor: extractor.max_length_s,
     "WhisperFeatureExtractor": lambda extractor: extractor.chunk_length,
+    "YamnetFeatureExtractor": lambda extractor: extractor.chunk_length,
 }
+OWN_FRONT_ENDS = {"YamnetFeatureExtractor": YamnetFeatureExtractor}
 # AST takes no fewer samples than one of its frames has.
 FEWEST_SAMPLES = 400
 
@@ -118,7 +147,8 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
         """The feature extractor of sound; `None` for BEATs' own way."""
         if self.audio_front_end is None:
             return None
-        return getattr(transformers, self.audio_front_end["feature_extractor_type"]).from_dict(self.audio_front_end)
+        kind = self.audio_front_end["feature_extractor_type"]
+        return (OWN_FRONT_ENDS.get(kind) or getattr(transformers, kind)).from_dict(self.audio_front_end)
 
     def rate_of(self, ear: str) -> int:
         """In hertz, what "audio" or "speech" is heard at."""
@@ -307,4 +337,4 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
         return output
 
 
-__all__ = ["UniMoEFeatureExtractor"]
+__all__ = ["FRONT_ENDS", "UniMoEFeatureExtractor", "YamnetFeatureExtractor"]

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .compat_uni_moe import ASTModel, ClapAudioModel, GradientCheckpointingLayer, WhisperEncoder, can_return_tuple
-from .configuration_uni_moe import BeatsConfig
+from .configuration_uni_moe import BeatsConfig, YamnetConfig
 
 
 class SoundTower:
@@ -386,12 +386,77 @@ class WhisperTower(SoundTower, WhisperEncoder):
         return None if input_values_mask is None else frames_to_positions(input_values_mask, num_positions)
 
 
+class YamnetModel(SoundTower, PreTrainedModel):
+    """
+    YAMNet without its classifier: 3.2 M parameters, for machines on which no other encoder fits.
+
+    Each patch of frames gives a map, whose positions follow each other in time, low frequencies first.
+
+    Source: MobileNets (https://huggingface.co/papers/1704.04861), table 1.
+    """
+
+    config: YamnetConfig
+    base_model_prefix = "yamnet"
+    main_input_name = "input_values"
+    input_modalities = ("audio",)
+    _input_embed_layer = "stem"
+    # It has no attention, so whatever kernel is named is right.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    widths = (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
+    halving = (2, 4, 6, 12)  # blocks, counted from 1, that halve the map
+
+    def __init__(self, config: YamnetConfig):
+        super().__init__(config)
+        self.stem = nn.Conv2d(1, self.widths[0], 3, 2)
+        pairs = list(zip(self.widths, self.widths[1:], strict=False))
+        strides = [2 if number in self.halving else 1 for number in range(1, len(pairs) + 1)]
+        self.depthwise = nn.ModuleList(
+            nn.Conv2d(width, width, 3, stride, groups=width) for (width, _), stride in zip(pairs, strides, strict=True)
+        )
+        self.pointwise = nn.ModuleList(nn.Conv2d(width, wider, 1) for width, wider in pairs)
+        self.post_init()
+
+    def forward(
+        self, input_values: torch.Tensor, input_values_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutput:
+        """`(W, F, M)` log-mel to `(W, patches * 6, D)`."""
+        patches = input_values.to(self.dtype).unfold(
+            1, self.config.patch_frames, self.config.patch_hop
+        )  # (W, P, M, f)
+        maps = patches.flatten(0, 1).transpose(1, 2)[:, None]  # (W * P, 1, f, M)
+        maps = F.relu6(self._padded(self.stem, maps))
+        for depthwise, pointwise in zip(self.depthwise, self.pointwise, strict=True):
+            maps = F.relu6(pointwise(F.relu6(self._padded(depthwise, maps))))
+        tokens = maps.flatten(2).transpose(1, 2)  # (W * P, 6, D)
+        return BaseModelOutput(tokens.unflatten(0, (len(input_values), -1)).flatten(1, 2))
+
+    @staticmethod
+    def _padded(layer: nn.Conv2d, maps: torch.Tensor) -> torch.Tensor:
+        """A convolution padded as TensorFlow does it: as little as a map of half the size needs, more of it behind."""
+        stride, size = layer.stride[0], layer.kernel_size[0]
+        needed = [max((-(-length // stride) - 1) * stride + size - length, 0) for length in maps.shape[-2:]]
+        high, wide = ((each // 2, each - each // 2) for each in needed)
+        return layer(F.pad(maps, (*wide, *high)))
+
+    def position_mask(self, input_values_mask: torch.Tensor | None, num_positions: int) -> torch.Tensor | None:
+        """Patches of nothing but padding are left out."""
+        if input_values_mask is None:
+            return None
+        patches = input_values_mask.unfold(1, self.config.patch_frames, self.config.patch_hop).amax(dim=-1)  # (W, P)
+        return patches.repeat_interleave(num_positions // patches.shape[1], dim=1)
+
+
 # `model_type` -> class.
 SOUND_TOWERS = {
     "beats": BeatsModel,
     "audio-spectrogram-transformer": AstTower,
     "clap_audio_model": ClapTower,
     "whisper": WhisperTower,
+    "yamnet": YamnetModel,
 }
 SPEECH_TOWERS = {"whisper": WhisperEncoder}
 
@@ -425,5 +490,6 @@ __all__ = [
     "ClapTower",
     "SoundTower",
     "WhisperTower",
+    "YamnetModel",
     "tower_class",
 ]
