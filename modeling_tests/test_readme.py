@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from families import plain_llm
 from golden import FIXTURES
 from originals import write_original
 from peft import get_peft_model
-from tiny import PACKAGE, ROOT, tiny_model, tiny_processor
+from tiny import PACKAGE, ROOT, tiny_model, tiny_processor, tiny_tokenizer
+from tiny_towers import WHISPER_V3, vision_tower
+from transformers import SiglipImageProcessorPil, WhisperConfig, WhisperForConditionalGeneration
 
 from uni_moe_hf import convert_checkpoint
 from uni_moe_hf.cli import main
@@ -38,6 +41,14 @@ def workplace(tmp_path_factory) -> Path:
         model = tiny_model(dense)
         get_peft_model(model, prepare_stage(model, "experts", [modality])).save_pretrained(demo / "stage2" / name)
         export_expert(demo / "stage2" / name, demo / "stage2" / name / "expert")
+    # The parts that the README names, tiny.
+    llm, eyes, ears = root / "Qwen/Qwen3-0.6B", root / "google/siglip2-base-patch16-224", root / "openai"
+    plain_llm("Qwen3").save_pretrained(llm)
+    tiny_tokenizer().save_pretrained(llm)
+    vision_tower("siglip_vision_model").save_pretrained(eyes)
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(eyes)
+    config = {**WHISPER_V3.to_dict(), "max_target_positions": 60}
+    WhisperForConditionalGeneration(WhisperConfig(**config)).save_pretrained(ears / "whisper-large-v3-turbo")
     return root
 
 
