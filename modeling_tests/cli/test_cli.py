@@ -172,6 +172,7 @@ def test_info_counts_what_the_model_holds(checkpoint, capsys):
     assert facts["memory_gb"] == {"float32": 4e-9 * total, "bfloat16": 2e-9 * total, "float16": 2e-9 * total}
     assert facts["experts"] == ("4 (text, vision, sound, speech), 2 per token; one shared base, LoRA of rank 8")
     assert facts["takes"] == "text, image, video, audio, speech" and facts["dtype"] == "bfloat16"
+    assert facts["kinds"] == "llama, clip_vision_model, whisper, beats"
     assert facts["stage"] == "mixture of experts" and "not stated" in facts["licence"]
     code, out, _ = run(capsys, "info", checkpoint)
     assert code == 0 and f"{total:,}" in out and "router" in out and "vision connector" in out

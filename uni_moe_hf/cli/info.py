@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     lines += [f"{'total':<28}{facts['parameters']['total']:>18,}"]
     lines += [f"{'active per word of text':<28}{facts['parameters']['active']:>18,}", ""]
     lines += [f"{f'memory in {dtype}':<28}{size:>15.3f} GB" for dtype, size in facts["memory_gb"].items()]
-    lines += ["", *(f"{name:<28}{facts[name]}" for name in ("takes", "experts", "stage", "dtype", "licence"))]
+    lines += ["", *(f"{name:<28}{facts[name]}" for name in ("kinds", "takes", "experts", "stage", "dtype", "licence"))]
     sys.stdout.write("\n".join(lines) + "\n")
 
 
@@ -41,7 +41,7 @@ def describe(checkpoint: str) -> dict[str, Any]:
         checkpoint (`str`): A folder or a Hub id.
 
     Returns:
-        `dict` of plain values: `description`, `takes`, `experts`, `stage`, `dtype`, `licence`; `parameters` (`parts`,
+        `dict` of plain values: `description`, `kinds` of decoder and towers, `takes`, `experts`, `stage`, `dtype`, `licence`; `parameters` (`parts`,
         `total`, and `active`: what one word of text meets, with K of E experts and no tower); `memory_gb` of the
         weights in each dtype, in 10^9 bytes.
 
@@ -60,6 +60,8 @@ def describe(checkpoint: str) -> dict[str, Any]:
         if "_tower." not in name and "_connector." not in name:
             is_stack = ".mlp.experts." in name and ".base." not in name
             active += parameter.numel() * (text.num_experts_per_tok / text.num_experts if is_stack else 1)
+    towers = (config.vision_config, config.speech_config, config.audio_config)
+    kinds = [part.model_type for part in (text, *towers) if part is not None]
     total, sparse = sum(parts.values()), text.mlp_layer_types.count("sparse")
     experts = "none (every layer is dense)"
     if sparse:
@@ -69,6 +71,7 @@ def describe(checkpoint: str) -> dict[str, Any]:
         experts = f"{text.num_experts} ({names}), {text.num_experts_per_tok} per token; {base}, {lora}"
     return {
         "description": f"Uni-MoE, {total / 1e6:,.1f} M parameters, {sparse} of {text.num_hidden_layers} layers sparse",
+        "kinds": ", ".join(kinds),
         "takes": ", ".join(("text", *config.modalities)),
         "experts": experts,
         "stage": config.stage or ("mixture of experts" if sparse else "before the mixture: dense"),
