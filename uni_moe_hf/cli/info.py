@@ -41,9 +41,9 @@ def describe(checkpoint: str) -> dict[str, Any]:
         checkpoint (`str`): A folder or a Hub id.
 
     Returns:
-        `dict` of plain values: `description`, `kinds` of decoder and towers, `takes`, `experts`, `stage`, `dtype`, `licence`; `parameters` (`parts`,
-        `total`, and `active`: what one word of text meets, with K of E experts and no tower); `memory_gb` of the
-        weights in each dtype, in 10^9 bytes.
+        `dict` of plain values: `description`, `kinds` (of decoder and towers), `takes`, `experts`, `stage`, `dtype`,
+        `licence`; `parameters` (`parts`, `total`, and `active`: what one word of text meets, with K of E experts and
+        no tower); `memory_gb` of the weights in each dtype, in 10^9 bytes.
 
     Raises:
         ValueError: there is no such checkpoint, or it is of another kind.
