@@ -359,12 +359,19 @@ def test_an_ear_with_its_own_front_end_asks_for_it(tmp_path):
             build_processor(model.config, tiny_tokenizer(), audio_feature_extractor=given)
 
 
-def test_a_tokenizer_that_uses_placeholders_as_words_is_refused():
+def test_a_tokenizer_that_uses_placeholders_as_words_is_refused(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     config = tiny_config({"vocab_size": len(tokenizer)})
     with pytest.raises(ValueError, match=r"has \{'<image>': \d+\} among the LLM's own \d+ words"):
         build_processor(config, tokenizer)
+    llm = parts()["language_model"]
+    llm.resize_token_embeddings(len(tokenizer))
+    llm.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights are to be read")
+    with pytest.raises(ValueError, match="among the LLM's own"):
+        from_pretrained_parts(str(tmp_path))
 
 
 def test_frozen_towers_stay_in_use_while_the_rest_trains():

@@ -21,6 +21,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
+    AutoTokenizer,
     CLIPImageProcessorPil,
     PreTrainedConfig,
     PreTrainedModel,
@@ -50,6 +51,7 @@ TESTED = frozenset(
 )
 # Of values of order 1, by how much logits may differ that were computed in another order.
 CLOSE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+PLACEHOLDERS = {modality: f"<{modality}>" for modality in MODALITIES}
 # By what configs of LLMs that are mixtures already count their experts.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Of weights in files of larger models; halves that are saved alone have none of it.
@@ -85,7 +87,8 @@ def from_pretrained_parts(
         config: Further fields of [`UniMoEConfig`], for example `video_pooling`.
 
     Returns:
-        [`UniMoEForConditionalGeneration`] with dense layers only, in the dtype of `language_model`.
+        [`UniMoEForConditionalGeneration`] with dense layers only, in evaluation mode; dtype and device are those of
+        `language_model`.
 
     Raises:
         ValueError: a part is not of a kind that can be one, its weights are not all there, or something of the LLM
@@ -101,6 +104,8 @@ def from_pretrained_parts(
     }
     kinds = {name: _kind_of_part(part, name) for name, part in parts.items() if part is not None}
     _check_llm(kinds["language_model"], language_model)
+    if is_named(language_model):
+        _check_tokenizer_of(language_model, kinds["language_model"].get_text_config().vocab_size)
     if vision_tower is not None:
         config = _patch_settings(kinds["vision_tower"], config) | config
     for ear in ("audio", "speech"):
@@ -211,6 +216,15 @@ def _check_llm(kind: PreTrainedConfig, llm: Any) -> None:
             f"LLMs of kind '{decoder.config.model_type}' were not tested here; it is taken because its parts are of "
             "the known form, and if words alone give the same logits."
         )
+
+
+def _check_tokenizer_of(checkpoint: str | Path, vocab_size: int) -> None:
+    """Of the tokenizer that lies beside an LLM, if one does; see [`_check_words`]."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    except Exception:  # any other tokenizer may be given to the processor
+        return
+    _check_words(tokenizer, vocab_size)
 
 
 @torch.no_grad()
@@ -540,25 +554,32 @@ def _image_processor(config: UniMoEConfig, processor: Any, side: int | None) -> 
     return processor
 
 
-def _add_placeholders(config: UniMoEConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Four special tokens with ids of `vocab_size` or above, and a padding token."""
-    tokens = [f"<{modality}>" for modality in MODALITIES]
-    vocab_size = config.text_config.vocab_size
+def _check_words(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """
+    Raises:
+        ValueError: a placeholder is one of the words that an LLM has an embedding of.
+    """
     known = tokenizer.get_vocab()
-    inside = {token: known[token] for token in tokens if known.get(token, vocab_size) < vocab_size}
+    inside = {token: known[token] for token in PLACEHOLDERS.values() if known.get(token, vocab_size) < vocab_size}
     if inside:
         raise ValueError(
             f"The tokenizer has {inside} among the LLM's own {vocab_size} words, where placeholders cannot lie; use "
             "an LLM that knows no such words, or rename them in its tokenizer."
         )
+
+
+def _add_placeholders(config: UniMoEConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Four special tokens with ids of `vocab_size` or above, and a padding token."""
+    vocab_size = config.text_config.vocab_size
+    _check_words(tokenizer, vocab_size)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    if any(token not in tokenizer.get_vocab() for token in tokens):
+    if any(token not in tokenizer.get_vocab() for token in PLACEHOLDERS.values()):
         # Ids are given out in order, and many vocabularies are smaller than their padded embedding table.
         missing = vocab_size - len(tokenizer)
         tokenizer.add_tokens([f"<reserved_{number}>" for number in range(missing)], special_tokens=True)
-        tokenizer.add_tokens(tokens, special_tokens=True)
-    for modality, token in zip(MODALITIES, tokens, strict=True):
+        tokenizer.add_tokens(list(PLACEHOLDERS.values()), special_tokens=True)
+    for modality, token in PLACEHOLDERS.items():
         setattr(config, f"{modality}_token_id", tokenizer.convert_tokens_to_ids(token))
     config.validate_architecture()
     if config.text_config.pad_token_id is None:
