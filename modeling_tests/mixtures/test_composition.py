@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import DENSE, ROUNDING, film, picture, tiny_config, tiny_model, tiny_processor, tiny_tokenizer, tone
 from tiny_parts import parts, save_dino
 from tiny_towers import EARS, FLAT, SMALL, VISION, ear, vision_tower
@@ -26,6 +27,7 @@ from transformers import (
 from uni_moe_hf import UniMoEForConditionalGeneration
 from uni_moe_hf.hub.configuration_uni_moe import is_sparse
 from uni_moe_hf.mixtures.composition import build_processor, from_pretrained_parts
+from uni_moe_hf.mixtures.loading import load_whole
 
 
 def text_ids() -> torch.Tensor:
@@ -217,8 +219,16 @@ def test_a_vision_tower_of_any_kind_sees_through_its_connector(kind, tmp_path):
     state = model.model.vision_tower.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in other.model.vision_tower.state_dict().items())
     model.save_pretrained(tmp_path / "model")
+    # By the library, and by the tools, which look at the file's names first: some kinds are saved under others.
     loaded = UniMoEForConditionalGeneration.from_pretrained(tmp_path / "model")
     torch.testing.assert_close(loaded(**inputs).logits, expected, **ROUNDING)
+    checked = load_whole(AutoModel, tmp_path / "model").model.vision_tower.state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in checked.items())
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    del tensors[next(key for key in tensors if "_tower" in key)]
+    save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1 tensors are missing|tensors are missing from its weights"):
+        load_whole(AutoModel, tmp_path / "model")
 
 
 def test_what_stands_before_the_patches_does_not_look_at_one_of_them():
@@ -379,3 +389,35 @@ def test_frozen_towers_stay_in_use_while_the_rest_trains():
     assert model.training and model.model.language_model.training and model.model.vision_connector.training
     model.requires_grad_(False).train()
     assert not any(getattr(model.model, f"{name}_tower").training for name in ("vision", "speech", "audio"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"vision_twoer": "x"}, "knows no `vision_twoer`; did you mean `vision_tower`"),
+        ({"video_poling": "none"}, "did you mean `video_pooling`"),
+        ({"torch_dtype": torch.float32}, "it is called `dtype`"),
+        ({"device_map": "cpu"}, "knows no `device_map`; it is no field"),
+        ({"dtype": torch.bfloat16}, "`language_model` has been loaded in float32, but `dtype` asks for bfloat16"),
+        ({"language_model": tiny_model(DENSE)}, "is a Uni-MoE already"),
+        ({"vision_tower": "nowhere/to/be"}, "`vision_tower`: There is no checkpoint"),
+    ],
+)
+def test_an_argument_that_is_not_understood_is_named(arguments, reason):
+    given = {"language_model": parts()["language_model"], **arguments}
+    with pytest.raises(ValueError, match=reason):
+        from_pretrained_parts(**given)
+
+
+def test_a_processor_needs_what_the_tower_came_with(tmp_path):
+    model = from_pretrained_parts(parts()["language_model"], vision_tower=vision_tower("dinov2"))
+    with pytest.raises(ValueError, match="'dinov2' model, which sees through its own image processor"):
+        build_processor(model.config, tiny_tokenizer())
+    with pytest.raises(ValueError, match="`image_processor` is a int"):
+        build_processor(model.config, tiny_tokenizer(), image_processor=3)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    given = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    processor = build_processor(model.config, str(tmp_path), image_processor=given)
+    assert processor.image_token_id == model.config.image_token_id
+    with pytest.raises(ValueError, match="could not be loaded"):
+        build_processor(model.config, str(tmp_path / "nowhere"), image_processor=given)

@@ -5,7 +5,10 @@ What a part is, and whether it can be one, is asked of its config and of an empt
 """
 
 import copy
+import inspect
 from collections.abc import Mapping
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,7 @@ from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 from ..hub.processing_uni_moe import UniMoEProcessor
 from ..hub.towers_uni_moe import tower_class
 from .beats_file import is_beats_file, read_beats, read_beats_config
-from .loading import UNREAD, load_part_config, load_whole
+from .loading import UNREAD, load_part_config, load_whole, loaded
 
 
 logger = logging.get_logger(__name__)
@@ -52,6 +55,8 @@ TESTED = frozenset(
 # Of values of order 1, by how much logits may differ that were computed in another order.
 CLOSE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 PLACEHOLDERS = {modality: f"<{modality}>" for modality in MODALITIES}
+# Towers whose image processor is CLIP's.
+CLIP = ("clip_vision_model", "chinese_clip_vision_model")
 # By what configs of LLMs that are mixtures already count their experts.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Of weights in files of larger models; halves that are saved alone have none of it.
@@ -75,27 +80,31 @@ def from_pretrained_parts(
     Args:
         language_model (`str` or [`PreTrainedModel`]): An LLM with a gated feed-forward network in every layer, such as
             Llama, Qwen3 or Gemma 3: a Hub id, a folder, or a loaded model with its head.
-        vision_tower (`str` or [`PreTrainedModel`], *optional*): A vision backbone, CLIP or other; how many tokens it
-            makes of a picture, and how many stand before those of the patches, is found by asking it.
+        vision_tower (`str` or [`PreTrainedModel`], *optional*): A vision backbone: CLIP, SigLIP, DINOv2, DINOv3,
+            AIMv2, ViT, Swin, ConvNeXt, ... How many tokens it makes of a picture, and how many CLS tokens and registers
+            stand before them, is found by asking it.
         speech_tower (`str` or [`PreTrainedModel`], *optional*): A Whisper model. Its encoder becomes the tower; its
             decoder, where there is one, the start of the speech connector, as in the original; without it that is a
             Q-Former.
         audio_tower (`str` or [`PreTrainedModel`], *optional*): An encoder of sound: BEATs, as a folder or as published
-            (`BEATs_iter3*.pt`), AST, CLAP (its audio half), or a Whisper (its encoder).
-        dtype (`str` or `torch.dtype`, *optional*): Of the parts that are loaded here; as saved by default.
+            (`BEATs_iter3*.pt`), AST, CLAP (its audio half), a Whisper (its encoder), or YAMNet.
+        dtype (`str` or `torch.dtype`, *optional*): Of parts that are given as folders or Hub ids; as saved by default.
+            Parts that have been loaded must have it already.
         attn_implementation (`str`, *optional*): Of the model, as in the library.
-        config: Further fields of [`UniMoEConfig`], for example `video_pooling`.
+        config: Further fields of [`UniMoEConfig`], for example `video_pooling`, or `audio_connector_config` for a
+            smaller Q-Former than the paper's, which has 102 M parameters.
 
     Returns:
         [`UniMoEForConditionalGeneration`] with dense layers only, in evaluation mode; dtype and device are those of
         `language_model`.
 
     Raises:
-        ValueError: a part is not of a kind that can be one, its weights are not all there, or something of the LLM
-            would be lost.
+        ValueError: a part is not of a kind that can be one, its weights are not all there, an argument is not known,
+            or something of the LLM would be lost.
 
     Source: Uni-MoE (https://huggingface.co/papers/2405.11273), figure 3.
     """
+    _check_arguments(config)
     parts = {
         "language_model": language_model,
         "vision_tower": vision_tower,
@@ -113,6 +122,7 @@ def from_pretrained_parts(
             tower_class(kinds[f"{ear}_tower"], ear)
 
     loading = {} if dtype is None else {"dtype": dtype}
+    _check_dtypes(parts, dtype)
     llm = load_whole(AutoModelForCausalLM, language_model, **loading) if is_named(language_model) else language_model
     towers: dict[str, PreTrainedModel] = {}
     if vision_tower is not None:
@@ -148,6 +158,37 @@ def from_pretrained_parts(
     return model
 
 
+def _check_arguments(config: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: a field is none of [`UniMoEConfig`]'s.
+    """
+    known = [field.name for field in fields(UniMoEConfig)]
+    for name in config:
+        if name not in known:
+            near = get_close_matches(name, [*known, *inspect.signature(from_pretrained_parts).parameters], 1, 0.8)
+            remedy = f"did you mean `{near[0]}`?" if near else "it is no field of `UniMoEConfig`."
+            if name == "torch_dtype":
+                remedy = "it is called `dtype`."
+            raise ValueError(f"`from_pretrained_parts` knows no `{name}`; {remedy}")
+
+
+def _check_dtypes(parts: Mapping[str, Any], dtype: str | torch.dtype | None) -> None:
+    """
+    Raises:
+        ValueError: a part that has been loaded has another dtype than is asked for.
+    """
+    wanted = str(dtype).removeprefix("torch.")
+    for name, part in parts.items():
+        if dtype not in (None, "auto") and isinstance(part, PreTrainedModel):
+            found = str(part.dtype).removeprefix("torch.")
+            if found != wanted:
+                raise ValueError(
+                    f"`{name}` has been loaded in {found}, but `dtype` asks for {wanted}; load it in {wanted}, or "
+                    "leave out `dtype`."
+                )
+
+
 def is_named(part: Any) -> bool:
     """Whether a part is given as a Hub id, folder or file."""
     return isinstance(part, str | Path)
@@ -177,6 +218,8 @@ def _check_llm(kind: PreTrainedConfig, llm: Any) -> None:
         ValueError: it cannot; the message says what is missing.
     """
     named = is_named(llm)
+    if kind.model_type == "uni_moe":
+        raise ValueError("`language_model` is a Uni-MoE already; load it with `from_pretrained`, or give its LLM.")
     if getattr(kind, "quantization_config", None) is not None or getattr(llm, "is_quantized", False):
         raise ValueError("`language_model` is quantised; build from unquantised parts and quantise what was saved.")
     if getattr(kind, "is_encoder_decoder", False):
@@ -385,7 +428,7 @@ def _load_half(
 
 def build_processor(
     config: UniMoEConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: str | PreTrainedTokenizerBase,
     image_processor=None,
     image_size: int | None = None,
     chunk_length: int = 30,
@@ -398,10 +441,10 @@ def build_processor(
     Args:
         config ([`UniMoEConfig`]): Of the model; its four placeholder ids are set to the tokenizer's, its
             `image_seq_length` follows the pictures' size.
-        tokenizer ([`PreTrainedTokenizerBase`]): Of the LLM. Gets the four placeholder tokens, behind the vocabulary,
-            and a padding token where it has none.
+        tokenizer (`str` or [`PreTrainedTokenizerBase`]): Of the LLM, or the Hub id or folder it lies in. Gets the four
+            placeholder tokens, behind the vocabulary, and a padding token where it has none.
         image_processor (`str` or image processor, *optional*): That of the vision tower, or the Hub id or folder it
-            lies in. By default CLIP's at the tower's picture size: right for no other tower.
+            lies in: needed for every tower but CLIP, whose own at the tower's picture size is the default.
         image_size (`int`, *optional*): Side of pictures in pixels, in place of the image processor's, for towers that
             take any: fewer pixels are fewer tokens.
         chunk_length (`int`, *optional*, defaults to 30): Seconds of a window of sound for BEATs, in a model without a
@@ -418,6 +461,8 @@ def build_processor(
         ValueError: a placeholder is a word of the LLM's, the speech tower's window is not a whole number of seconds,
             pictures have no fixed size or do not fit the tower, or the encoder of sound needs its feature extractor.
     """
+    if is_named(tokenizer):
+        tokenizer = loaded(AutoTokenizer.from_pretrained, tokenizer)
     front_end = _front_end(config, audio_feature_extractor)
     pictures = _image_processor(config, image_processor, image_size)
     _add_placeholders(config, tokenizer)
@@ -524,6 +569,13 @@ def _image_processor(config: UniMoEConfig, processor: Any, side: int | None) -> 
     """The image processor, at another picture size if asked; counts the tokens of its pictures."""
     if is_named(processor):
         processor = _load_image_processor(str(processor))
+    if processor is None and config.vision_config is not None and config.vision_config.model_type not in CLIP:
+        raise ValueError(
+            f"The vision tower is a '{config.vision_config.model_type}' model, which sees through its own image "
+            "processor; pass `image_processor`, such as the folder that the tower came from."
+        )
+    if not (processor is None or (callable(processor) and hasattr(processor, "to_dict"))):
+        raise ValueError(f"`image_processor` is a {type(processor).__name__}; give an image processor or its folder.")
     if processor is None:
         tower_side = _side_of(config.vision_config) if config.vision_config is not None else 336
         square = {"height": tower_side, "width": tower_side}

@@ -10,11 +10,15 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from ..hub.configuration_uni_moe import check_mixture, is_sparse
 from ..hub.experts_uni_moe import UniMoESparseMoeBlock
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 from .expert_adapters import ExpertAdapter, check_is_ours, choose_projectors, read_expert
+
+
+logger = logging.get_logger(__name__)
 
 
 @torch.no_grad()
@@ -60,6 +64,8 @@ def grow_experts(
     Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.3.
     """
     check_is_ours(model)
+    if not isinstance(experts, Mapping):
+        raise ValueError(f"`experts` is a {type(experts).__name__}; map each expert's name to its adapter or `None`.")
     config = model.config.text_config
     if getattr(model, "is_quantized", False):
         raise ValueError("Experts are grown from an unquantised model; quantise what has been grown when loading it.")
@@ -97,6 +103,11 @@ def grow_experts(
     }
     check_mixture(config, **fields)  # before anything is changed
 
+    if len(adapters) == num_experts_per_tok > 1:
+        logger.warning(
+            f"Every token goes to all {len(adapters)} experts (`num_experts_per_tok={num_experts_per_tok}`), so there "
+            "is nothing to route; lower it, or add experts."
+        )
     for name, value in fields.items():
         setattr(config, name, value)
     decoder = model.model.language_model

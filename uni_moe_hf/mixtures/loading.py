@@ -3,22 +3,26 @@ Loading pretrained weights: all of them or none. The library reports weights tha
 ones; here that is an error. What a folder holds is looked at before a weight is read.
 """
 
+import math
 import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..hub.files_uni_moe import cause_of, reason
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 
 
+MISSING = "are missing from its weights"
 # What a vision backbone's checkpoint may lack: poolers, heads and norms behind the layer that is read.
 UNREAD = r"(^|\.)(pooler|head|classifier|layernorm|visual_projection|text_projection|logit_scale)(\.|$)"
 
@@ -44,14 +48,26 @@ def load_whole(kind: Any, checkpoint: str | Path, may_lack: str | None = None, *
         config = loaded(AutoConfig.from_pretrained, checkpoint)
         if config.model_type == "uni_moe":
             empty_model(checkpoint, config)
-    model, report = loaded(kind.from_pretrained, checkpoint, output_loading_info=True, **kwargs)
+    with _quiet() if may_lack is not None else nullcontext():  # of the other half's weights
+        model, report = loaded(kind.from_pretrained, checkpoint, output_loading_info=True, **kwargs)
     missing = [name for name in report["missing_keys"] if not (may_lack and re.search(may_lack, name))]
     unexpected = [] if may_lack is not None else list(report["unexpected_keys"])
     shapes = [entry[0] if isinstance(entry, tuple) else entry for entry in report.get("mismatched_keys") or ()]
-    _refuse(checkpoint, missing, "are missing from its weights")
+    _refuse(checkpoint, missing, MISSING)
     _refuse(checkpoint, unexpected, "are in its weights and in no place of the model")
     _refuse(checkpoint, shapes, "have another shape in its weights than in the model")
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The library reports weights that are not read at length."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def loaded(load: Callable, checkpoint: str | Path, **kwargs: Any) -> Any:
@@ -107,7 +123,8 @@ def empty_model(checkpoint: str | Path, config: PreTrainedConfig) -> UniMoEForCo
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
     wrong = sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])
-    _refuse(checkpoint, list(wanted.keys() - found.keys() - tied), "are missing from its weights")
+    missing = wanted.keys() - found.keys() - tied
+    _refuse(checkpoint, [name for name in missing if not _is_renamed(name, wanted, found)], MISSING)
     if wrong:
         name = wrong[0]
         raise ValueError(
@@ -115,6 +132,21 @@ def empty_model(checkpoint: str | Path, config: PreTrainedConfig) -> UniMoEForCo
             f"{f', and {len(wrong) - 1} more like it' if len(wrong) > 1 else ''}; do the two belong together?"
         )
     return model
+
+
+def _is_renamed(name: str, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> bool:
+    """
+    Whether a tower's tensor may stand under another name, which the library writes and reads of some kinds: what is
+    missing of that tower and what is not known of it then hold as many numbers.
+    """
+    tower = re.match(r"model\.\w+_tower\.", name)
+    if tower is None:
+        return False
+    sizes = [
+        sum(math.prod(shape) for key, shape in shapes.items() if key.startswith(tower[0]) and key not in others)
+        for shapes, others in ((wanted, found), (found, wanted))
+    ]
+    return sizes[0] == sizes[1]
 
 
 def _refuse(checkpoint: str | Path, names: list[str], what: str) -> None:
@@ -137,7 +169,7 @@ def load_part_config(checkpoint: str | Path, argument: str) -> PreTrainedConfig:
     Raises:
         ValueError: there is no such checkpoint, or nothing that the library knows.
     """
-    check_there(checkpoint)
+    check_there(checkpoint, f"{argument}: ")
     try:
         return AutoConfig.from_pretrained(checkpoint)
     except Exception as error:
@@ -145,20 +177,24 @@ def load_part_config(checkpoint: str | Path, argument: str) -> PreTrainedConfig:
         raise ValueError(f"{argument} '{checkpoint}' is no model that is known here ({cause}).") from error
 
 
-def check_there(checkpoint: str | Path) -> None:
+def check_there(checkpoint: str | Path, who: str = "") -> None:
     """
+    Args:
+        checkpoint (`str` or `Path`): A folder or Hub id.
+        who (`str`, *optional*): What the message begins with.
+
     Raises:
         ValueError: it looks like a folder and is none, so that asking the Hub for it would be in vain.
     """
     name = str(checkpoint)
     if not Path(name).exists() and (name.count("/") > 1 or name.startswith((".", "/", "~")) or not name):
-        raise ValueError(f"There is no checkpoint '{name}'; give a folder or a Hub id.")
+        raise ValueError(f"{who}There is no checkpoint '{name}'; give a folder or a Hub id.")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         is_adapter = (Path(name) / "adapter_config.json").is_file()
         found = (
             "an adapter: merge it into its base, or name that" if is_adapter else "only other files (no config.json)"
         )
-        raise ValueError(f"The folder '{name}' holds no model but {found}.")
+        raise ValueError(f"{who}The folder '{name}' holds no model but {found}.")
 
 
 def load_pickle(file: str | Path) -> dict:
