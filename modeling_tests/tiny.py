@@ -11,7 +11,7 @@ from transformers import LlamaTokenizer
 
 from uni_moe_hf import UniMoEConfig, UniMoEForConditionalGeneration, UniMoEProcessor
 from uni_moe_hf.hub.compat_uni_moe import RELEASE
-from uni_moe_hf.mixtures.composition import build_processor
+from uni_moe_hf.mixtures.processors import build_processor
 
 
 TESTS = Path(__file__).parent

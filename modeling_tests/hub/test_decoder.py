@@ -23,7 +23,7 @@ from uni_moe_hf import UniMoEConfig, UniMoEForConditionalGeneration, from_pretra
 from uni_moe_hf.hub import decoder_uni_moe
 from uni_moe_hf.hub.decoder_uni_moe import adjust_logits, build_decoder, sparse_decoder
 from uni_moe_hf.hub.experts_uni_moe import activation_name, read_feed_forward
-from uni_moe_hf.mixtures import composition
+from uni_moe_hf.mixtures import parts
 from uni_moe_hf.mixtures.expert_adapters import export_expert, read_expert
 
 
@@ -187,7 +187,7 @@ REFUSED = [
     ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 16}, "mixture of experts already.*such as a 'qwen3'"),
     ("mixtral", {"num_local_experts": 4}, "mixture of experts already"),
     ("gpt_oss", {"num_local_experts": 4}, "mixture of experts already"),
-    ("deepseek_v3", {"n_routed_experts": 8, **MLA}, "mixture of experts already"),
+    ("deepseek_v3", {"n_routed_experts": 8, "first_k_dense_replace": 0, **MLA}, "mixture of experts already"),
     ("llama", {"mlp_bias": True}, "biases"),
     ("nemotron", {}, "no gate"),
     ("starcoder2", {}, "no gate"),
@@ -276,15 +276,15 @@ def test_an_llm_of_which_something_would_be_lost_is_refused():
 
 
 def test_a_family_that_was_not_tested_is_taken_with_a_note(monkeypatch):
-    monkeypatch.setattr(composition, "TESTED", frozenset())
+    monkeypatch.setattr(parts, "TESTED", frozenset())
     notes = []
-    monkeypatch.setattr(composition.logger, "warning", notes.append)
+    monkeypatch.setattr(parts.logger, "warning", notes.append)
     llm = plain_llm("OLMo 2")
     model = from_pretrained_parts(llm)
     assert torch.equal(model(input_ids=words()).logits, llm(input_ids=words()).logits)
     assert len(notes) == 1 and "'olmo2' were not tested" in notes[0]
     monkeypatch.undo()
-    assert {kind for kind, _ in FAMILIES.values()} == composition.TESTED
+    assert {kind for kind, _ in FAMILIES.values()} == parts.TESTED
 
 
 def test_what_an_llm_generates_by_default_stays(tmp_path):

@@ -27,7 +27,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from uni_moe_hf import UniMoEDataCollator, UniMoEProcessor
 from uni_moe_hf.hub.media_uni_moe import load_waveform
-from uni_moe_hf.mixtures.composition import build_processor
+from uni_moe_hf.mixtures.processors import build_processor
 
 
 MODALITIES = ("image", "video", "audio", "speech")

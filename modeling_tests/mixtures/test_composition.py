@@ -26,8 +26,9 @@ from transformers import (
 
 from uni_moe_hf import UniMoEForConditionalGeneration
 from uni_moe_hf.hub.configuration_uni_moe import is_sparse
-from uni_moe_hf.mixtures.composition import build_processor, from_pretrained_parts
+from uni_moe_hf.mixtures.composition import from_pretrained_parts
 from uni_moe_hf.mixtures.loading import load_whole
+from uni_moe_hf.mixtures.processors import build_processor
 
 
 def text_ids() -> torch.Tensor:

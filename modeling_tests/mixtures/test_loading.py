@@ -141,6 +141,7 @@ def test_weights_of_a_part_that_are_missing_are_named(tmp_path):
         del tensors[lost]
         save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
         arguments = {"language_model": given["language_model"], name: str(tmp_path / name)}
+        arguments["num_speech_query_tokens"] = 3
         with pytest.raises(ValueError, match=f"'{tmp_path / name}' does not hold the model .* missing .*layers.0"):
             from_pretrained_parts(**arguments)
 

@@ -72,7 +72,7 @@ def check_sizes(config: PreTrainedConfig) -> None:
     for name, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"`{name}={value}` of a '{config.model_type}' is no number.")
-    limits = dict.fromkeys(DEPTHS, MAX_DEPTH) | {"num_experts": MAX_EXPERTS} | dict.fromkeys(WIDTHS, MAX_WIDTH)
+    limits = dict.fromkeys(DEPTHS, MAX_DEPTH) | dict.fromkeys(WIDTHS, MAX_WIDTH)
     for name, limit in limits.items():
         value = vars(config).get(name)
         several = isinstance(value, list | tuple) and name not in ("hidden_size", "vocab_size", *DEPTHS)
@@ -136,6 +136,11 @@ class BeatsConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Checked by `@strict` when a config is made."""
         check_sizes(self)
+        if self.max_bucket_distance <= self.num_buckets // 4:
+            raise ValueError(
+                f"`max_bucket_distance={self.max_bucket_distance}` must be above `num_buckets // 4`, "
+                f"{self.num_buckets // 4}: up to there each distance has a bucket of its own."
+            )
         for whole, part in (("hidden_size", "num_attention_heads"), ("num_mel_bins", "patch_size")):
             if getattr(self, whole) % getattr(self, part) != 0:
                 raise ValueError(
@@ -473,6 +478,14 @@ class UniMoEConfig(PreTrainedConfig):
         for part in (self, *(getattr(self, name) for name in self.sub_configs)):
             if part is not None:
                 check_sizes(part)
+        depth = getattr(self.vision_config, "num_hidden_layers", None)
+        if isinstance(depth, int) and not 1 <= abs(self.vision_feature_layer) <= depth:
+            raise ValueError(
+                f"`vision_feature_layer={self.vision_feature_layer}` is none of the vision tower's {depth} layers; "
+                "count from 1, or from -1 backwards."
+            )
+        if self.vision_prefix_length < 0:
+            raise ValueError(f"`vision_prefix_length={self.vision_prefix_length}` must not be negative.")
         ids = {m: getattr(self, f"{m}_token_id") for m in MODALITIES}
         vocab_size = self.base_vocab_size
         if len(set(ids.values())) < len(ids):

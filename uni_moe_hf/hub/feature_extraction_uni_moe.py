@@ -38,6 +38,8 @@ class YamnetFeatureExtractor(FeatureExtractionMixin):
 
     def __init__(self, chunk_length: int = 12, **kwargs):
         super().__init__(**kwargs)
+        if not isinstance(chunk_length, int) or chunk_length < 1:
+            raise ValueError(f"`chunk_length={chunk_length!r}` must be a whole number of seconds.")
         self.chunk_length = chunk_length
 
     def __call__(self, audio: np.ndarray, return_tensors: str | None = None, **kwargs) -> BatchFeature:

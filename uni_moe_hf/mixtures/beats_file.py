@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers.activations import ACT2FN
 
 from ..hub.configuration_uni_moe import BeatsConfig
+from ..hub.files_uni_moe import cause_of, reason
 from ..hub.towers_uni_moe import BeatsModel
 from .loading import load_pickle
 
@@ -61,7 +64,13 @@ def beats_config(cfg: Mapping[str, Any], source: str = "BEATs") -> BeatsConfig:
     for name, known in BEATS_FIXED.items():
         if cfg.get(name, known) != known:
             raise ValueError(f"The `cfg` in '{source}' has `{name}={cfg[name]}`, but only {known} is supported.")
-    return BeatsConfig(**{ours: cfg[theirs] for theirs, ours in BEATS_FIELDS.items() if theirs in cfg})
+    try:
+        config = BeatsConfig(**{ours: cfg[theirs] for theirs, ours in BEATS_FIELDS.items() if theirs in cfg})
+    except (StrictDataclassError, TypeError) as error:
+        raise ValueError(f"The `cfg` in '{source}' describes no BEATs: {reason(cause_of(error))}") from error
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"The `cfg` in '{source}' has `activation_fn='{config.hidden_act}'`, which is not known.")
+    return config
 
 
 def is_beats_file(part: str | Path) -> bool:
@@ -96,33 +105,39 @@ def read_beats(file: str | Path) -> BeatsModel:
         ValueError: the file is damaged or no BEATs, or holds other tensors than its `cfg` describes.
     """
     content = _content(file)
-    tensors, read = content["model"], set()
-    model = BeatsModel(beats_config(content["cfg"], str(file))).eval()
+    tensors, read, config = content["model"], set(), beats_config(content["cfg"], str(file))
+    with torch.device("meta"):
+        shapes = {name: tuple(own.shape) for name, own in BeatsModel(config).state_dict().items()}
 
-    def tensor(name: str) -> torch.Tensor:
+    def tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         read.add(name)
         found = tensors.get(name)
-        if not isinstance(found, torch.Tensor) or not found.is_floating_point():
+        is_plain = isinstance(found, torch.Tensor) and found.layout == torch.strided and not found.is_meta
+        if not is_plain or not found.is_floating_point():
             raise ValueError(f"'{file}' holds no '{name}', which a BEATs of its `cfg` has; download it again.")
+        if tuple(found.shape) != shape:
+            raise ValueError(f"'{file}' holds '{name}' of shape {tuple(found.shape)}, but its `cfg` says {shape}.")
         return found.float()
 
     state = {}
-    for name, own in model.state_dict().items():
+    for name, shape in shapes.items():
         if name == "encoder.pos_conv.weight":  # stored as weight norm's two factors
-            direction, length = tensor(f"{KERNEL}.weight_v"), tensor(f"{KERNEL}.weight_g")
+            direction, length = tensor(f"{KERNEL}.weight_v", shape), tensor(f"{KERNEL}.weight_g", (1, 1, shape[-1]))
             value = direction * (length / direction.norm(dim=(0, 1), keepdim=True))
         else:
-            value = tensor(RENAMED.get(name, name))
-        if value.shape != own.shape:
-            raise ValueError(
-                f"'{file}' holds '{name}' of shape {tuple(value.shape)}; its `cfg` says {tuple(own.shape)}."
-            )
+            value = tensor(RENAMED.get(name, name), shape)
+        if not value.isfinite().all():
+            raise ValueError(f"'{file}' makes NaN or infinite values of '{name}'; download it again.")
         state[name] = value
-    for name in sorted(tensors.keys() - read):
+    for name in sorted(map(str, tensors.keys() - read)):
         if not DROPPED.search(name):
             raise ValueError(f"'{file}' holds '{name}', for which a BEATs of its `cfg` has no place.")
-        if "relative_attention_bias" in name and not torch.equal(tensors[name], tensors[FIRST_TABLE]):
+        table = tensors[FIRST_TABLE]
+        if "relative_attention_bias" in name and not (
+            isinstance(tensors[name], torch.Tensor) and torch.equal(tensors[name], table)
+        ):
             raise ValueError(f"'{name}' in '{file}' differs from the first layer's, but BEATs has one for all layers.")
+    model = BeatsModel(config).eval()
     model.load_state_dict(state)
     return model
 

@@ -22,7 +22,7 @@ from ..hub.files_uni_moe import cause_of, reason
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 
 
-MISSING = "are missing from its weights"
+MISSING, SURPLUS = "are missing from its weights", "are in its weights and in no place of the model"
 # What a vision backbone's checkpoint may lack: poolers, heads and norms behind the layer that is read.
 UNREAD = r"(^|\.)(pooler|head|classifier|layernorm|visual_projection|text_projection|logit_scale)(\.|$)"
 
@@ -49,12 +49,13 @@ def load_whole(kind: Any, checkpoint: str | Path, may_lack: str | None = None, *
         if config.model_type == "uni_moe":
             empty_model(checkpoint, config)
     with _quiet() if may_lack is not None else nullcontext():  # of the other half's weights
-        model, report = loaded(kind.from_pretrained, checkpoint, output_loading_info=True, **kwargs)
+        settings = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told below, by name
+        model, report = loaded(kind.from_pretrained, checkpoint, **settings, **kwargs)
     missing = [name for name in report["missing_keys"] if not (may_lack and re.search(may_lack, name))]
     unexpected = [] if may_lack is not None else list(report["unexpected_keys"])
     shapes = [entry[0] if isinstance(entry, tuple) else entry for entry in report.get("mismatched_keys") or ()]
     _refuse(checkpoint, missing, MISSING)
-    _refuse(checkpoint, unexpected, "are in its weights and in no place of the model")
+    _refuse(checkpoint, unexpected, SURPLUS)
     _refuse(checkpoint, shapes, "have another shape in its weights than in the model")
     return model
 
@@ -124,7 +125,9 @@ def empty_model(checkpoint: str | Path, config: PreTrainedConfig) -> UniMoEForCo
     tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
     wrong = sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])
     missing = wanted.keys() - found.keys() - tied
-    _refuse(checkpoint, [name for name in missing if not _is_renamed(name, wanted, found)], MISSING)
+    surplus = found.keys() - wanted.keys()
+    for names, what in ((missing, MISSING), (surplus, SURPLUS)):
+        _refuse(checkpoint, [name for name in names if not _is_renamed(name, wanted, found)], what)
     if wrong:
         name = wrong[0]
         raise ValueError(

@@ -26,7 +26,7 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 from ..hub.configuration_uni_moe import UniMoEConfig, check_mixture
 from ..hub.conversations_uni_moe import VICUNA_CHAT_TEMPLATE
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
-from ..mixtures.composition import build_processor
+from ..mixtures.processors import build_processor
 from .checkpoints import (
     TensorFiles,
     TensorInfo,

@@ -10,8 +10,8 @@ from transformers import GenerationConfig
 from ..hub.configuration_uni_moe import UniMoEConfig, is_sparse
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 from ..hub.processing_uni_moe import UniMoEProcessor
-from ..mixtures.composition import build_processor
 from ..mixtures.expert_adapters import expert_names
+from ..mixtures.processors import build_processor
 from .checkpoints import (
     TensorFiles,
     TensorInfo,
