@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import DENSE, tiny_config, tiny_model, tiny_tokenizer
 from tiny_parts import parts
-from tiny_towers import EARS, FLAT, WHISPER, ear, vision_tower
+from tiny_towers import EARS, FLAT, STAGED, WHISPER, ear, vision_tower
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -104,7 +104,7 @@ def plain_llm_on_meta() -> LlamaForCausalLM:
 def test_a_tower_is_found_in_a_larger_model(tmp_path):
     """With a classifier's head, or as the eyes of another multimodal model: whole and from its folder."""
     torch.manual_seed(0)
-    classifiers = [("vit", FLAT), ("dinov2", FLAT), ("convnext", {"hidden_sizes": [8, 8], "depths": [1, 1]})]
+    classifiers = [("vit", FLAT), ("dinov2", FLAT), ("convnext", STAGED)]
     for kind, settings in classifiers:
         given = AutoModelForImageClassification.from_config(AutoConfig.for_model(kind, **settings)).eval()
         assert_has_tower(compose(vision_tower=given), given.base_model)

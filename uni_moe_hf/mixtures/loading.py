@@ -111,7 +111,7 @@ def empty_model(checkpoint: str | Path, config: PreTrainedConfig) -> UniMoEForCo
     """
     with torch.device("meta"):
         model = loaded(lambda _: UniMoEForConditionalGeneration(config), checkpoint)
-    files = sorted(Path(checkpoint).glob("*.safetensors")) if Path(checkpoint).is_dir() else []
+    files = sorted(Path(checkpoint).glob("model*.safetensors")) if Path(checkpoint).is_dir() else []
     if not files or getattr(config, "quantization_config", None) is not None:
         return model
     found: dict[str, tuple[int, ...]] = {}
