@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import composed, grown, plain_llm
 from safetensors.torch import save_file
 from tiny import (
     MIXED,
@@ -378,11 +379,17 @@ dist.destroy_process_group()
 """
 
 
-@both_bases
 @pytest.mark.slow
-def test_two_processes_with_split_layers_answer_like_one(shared, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "shared"),
+    [(None, False), (None, True), ("Qwen3", False), ("Qwen3", True), ("Gemma 2", True), ("Phi-3", False)],
+)
+def test_two_processes_with_split_layers_answer_like_one(name, shared, tmp_path):
     """Tensor parallelism over gloo: parameters are really split, logits within 1e-5, the same words."""
     model = tiny_model({"shared_expert_base": shared, "mlp_layer_types": ["sparse", "dense"]})
+    if name is not None:
+        model = grown(composed(plain_llm(name)), shared, layers=[0])
+        model.generation_config.eos_token_id = None
     inputs = make_inputs(model.config, *ROWS)
     model.save_pretrained(tmp_path / "model")
     with torch.no_grad():
