@@ -218,6 +218,13 @@ def test_an_llm_that_cannot_be_the_decoder_is_refused_before_its_weights_are_rea
         assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 300
 
 
+def test_what_the_config_alone_says_is_said_before_a_model_is_built(tmp_path):
+    """Gemma 3n's towers need timm, which is not what it is refused for."""
+    AutoConfig.for_model("gemma3n").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="A 'gemma3n_text' LLM cannot be the decoder: its layers take inputs of"):
+        from_pretrained_parts(str(tmp_path))
+
+
 def test_an_encoder_with_a_decoder_is_no_llm():
     t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=99))
     with pytest.raises(ValueError, match="is a 't5' model, an encoder with a decoder; give an LLM"):

@@ -100,7 +100,7 @@ class SparseDecoderMixin(ExpertsRouteMixin, QuantizationMixin):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
-        check_decoder(self)
+        check_decoder(config, self)
         is_fused = read_feed_forward(self.layers[0].mlp).is_fused
         for layer, kind in zip(self.layers, config.mlp_layer_types, strict=True):
             if kind == "sparse":
@@ -173,23 +173,24 @@ def build_decoder(config: PreTrainedConfig) -> PreTrainedModel:
     return sparse_decoder(base)(config)
 
 
-def check_decoder(decoder: PreTrainedModel) -> None:
+def check_decoder(config: PreTrainedConfig, decoder: PreTrainedModel | None = None) -> None:
     """
     Args:
-        decoder ([`PreTrainedModel`]): An LLM without its head, with weights or without.
+        config ([`PreTrainedConfig`]): Of an LLM.
+        decoder ([`PreTrainedModel`], *optional*): It without its head, with weights or without; what its layers are
+            made of is not looked at without it.
 
     Raises:
         ValueError: experts do not fit into it; the message says what is missing.
     """
-    config = decoder.config
-    layers = getattr(decoder, "layers", None)
     try:
-        if not isinstance(layers, nn.ModuleList) or not len(layers):
-            raise ValueError("it has no list of layers called `layers`")
         if others := sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION):
             raise ValueError(f"it has layers of type '{others[0]}', which do more than attend to what came before")
         if getattr(config, "hidden_size_per_layer_input", None):
             raise ValueError("its layers take inputs of their own for every token, which media do not have")
+        layers = getattr(decoder, "layers", ())
+        if decoder is not None and not (isinstance(layers, nn.ModuleList) and len(layers)):
+            raise ValueError("it has no list of layers called `layers`")
         for layer in layers:
             if not hasattr(layer, "self_attn"):
                 raise ValueError(f"its layers ({type(layer).__name__}) have no attention called `self_attn`")

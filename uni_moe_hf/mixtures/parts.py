@@ -171,6 +171,7 @@ def check_llm(part: Part) -> PreTrainedConfig:
     if with_head is None or other_head or not (part.is_named or llm.get_output_embeddings() is not None):
         what = f"a '{kind.model_type}' model" if with_head is None or not made else f"a {made}"
         raise ValueError(f"`language_model` is {what}, which has no head that predicts words; give an LLM.")
+    check_decoder(kind.get_text_config())
     empty = llm
     if part.is_named:
         empty = attempt(part, lambda: AutoModelForCausalLM.from_config(copy.deepcopy(kind)), "which cannot be built")
@@ -181,7 +182,7 @@ def check_llm(part: Part) -> PreTrainedConfig:
         dense = kind.model_type.partition("_moe")[0]
         offer = f", such as a '{dense}'" if dense != kind.model_type and dense in CONFIG_MAPPING else ""
         raise part.refuse(f"a mixture of experts already; give a dense LLM{offer}.")
-    check_decoder(decoder)
+    check_decoder(decoder.config, decoder)
     if len(decoder.layers) != decoder.config.num_hidden_layers:
         raise part.refuse(
             f"with {len(decoder.layers)} layers, but its config has `num_hidden_layers="
