@@ -100,8 +100,9 @@ def build_processor(
 def _front_end(config: UniMoEConfig, extractor: Any) -> dict[str, Any] | None:
     """Settings of the feature extractor of sound, which the encoder must understand; `None` for BEATs."""
     if config.audio_config is None or config.audio_config.model_type == "beats":
-        if extractor is not None and not (is_named(extractor) and _is_without_extractor(extractor)):
-            what = "is a 'beats' model, which has its own" if config.audio_config is not None else "is missing"
+        is_deaf = config.audio_config is None
+        if extractor is not None and (is_deaf or not is_named(extractor) or _has_extractor(extractor)):
+            what = "is missing" if is_deaf else "is a 'beats' model, which has its own"
             raise ValueError(f"`audio_feature_extractor` is given, but the encoder of sound {what}; leave it out.")
         return None
     kind = config.audio_config.model_type
@@ -136,9 +137,9 @@ def _front_end(config: UniMoEConfig, extractor: Any) -> dict[str, Any] | None:
     return settings
 
 
-def _is_without_extractor(checkpoint: str | Path) -> bool:
-    """Whether a BEATs is named, in place of its feature extractor: there is none beside it."""
-    return Path(checkpoint).exists() and not (Path(checkpoint) / "preprocessor_config.json").is_file()
+def _has_extractor(checkpoint: str | Path) -> bool:
+    """Whether a folder holds a feature extractor; that of a BEATs holds none, and may be named all the same."""
+    return (Path(checkpoint) / "preprocessor_config.json").is_file()
 
 
 def _load_image_processor(name: str) -> Any:
