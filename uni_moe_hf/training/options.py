@@ -162,7 +162,7 @@ class PartsArguments:
     llm: str = field(metadata={"help": "LLM to start from, Hub id or folder: Llama, Qwen3, Gemma 3, ..."})
     vision_tower: str | None = field(default=None, metadata={"help": "CLIP, SigLIP, DINO or another backbone."})
     speech_tower: str | None = field(default=None, metadata={"help": "A Whisper of any size."})
-    audio_tower: str | None = field(default=None, metadata={"help": "BEATs (folder or .pt), AST, CLAP, Whisper or YAMNet."})
+    audio_tower: str | None = field(default=None, metadata={"help": "BEATs (also a .pt), AST, CLAP, Whisper, YAMNet."})
     image_size: int | None = field(default=None, metadata={"help": "Of pictures in pixels; else the tower's own."})
     num_speech_query_tokens: int = field(default=50, metadata={"help": "Tokens of a window of speech."})
     num_audio_query_tokens: int = field(default=50, metadata={"help": "Tokens of a window of sound."})
