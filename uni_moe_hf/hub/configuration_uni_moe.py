@@ -331,8 +331,9 @@ class UniMoEConfig(PreTrainedConfig):
         stage (`str`, *optional*): The last training stage: `"connectors"`, `"experts"` or `"moe"`.
 
     Fields of the mixture, in `text_config`, where the library, TRL and vLLM look for those of mixtures:
-        mlp_layer_types (`list[str]`, *optional*): `"sparse"` or `"dense"` for each layer; all sparse by default. The
-            original code hard-codes it per folder: all layers (speech), every second (audio, v1.5).
+        mlp_layer_types (`list[str]`, *optional*): `"sparse"` or `"dense"` for each layer; all sparse by default,
+            while `from_pretrained_parts` makes all dense and `grow_experts` sparse. The original code hard-codes it
+            per folder: all layers (speech), every second (audio, v1.5).
         num_experts (`int`, *optional*, defaults to 4): Experts of each sparse layer.
         num_experts_per_tok (`int`, *optional*, defaults to 2): Experts that each token is sent to.
         expert_names (`list[str]`, *optional*): A name or modality for each expert, in order.
