@@ -63,6 +63,8 @@ def test_a_model_takes_the_file_as_its_ear(tmp_path):
     inputs = processor(text="what <audio>", audio=tone(1.5), return_tensors="pt")
     assert (inputs["input_ids"] == model.config.audio_token_id).sum() == 10
     assert model(**inputs).logits.isfinite().all()
+    auto = from_pretrained_parts(llm, audio_tower=str(FILE), dtype="auto", **settings)
+    assert auto.model.audio_tower.dtype == torch.float32
     half = from_pretrained_parts(llm.to(torch.bfloat16), audio_tower=str(FILE), dtype="bfloat16", **settings)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 

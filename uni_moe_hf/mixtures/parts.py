@@ -243,8 +243,10 @@ def load_tower(part: Part, loading: Mapping[str, Any]) -> PreTrainedModel:
     """
     kind, given = part.kind, part.given
     may_lack = UNREAD if part.argument == "vision_tower" else ""
-    if part.is_named and is_beats_file(given):
-        tower = read_beats(given).to(getattr(torch, str(loading.get("dtype", "float32")).removeprefix("torch.")))
+    if part.is_named and kind.model_type == "beats" and is_beats_file(given):
+        dtype = str(loading.get("dtype", "auto")).removeprefix("torch.")
+        tower = read_beats(given)
+        tower = tower if dtype == "auto" else tower.to(getattr(torch, dtype))
     elif part.is_named and kind.model_type in PREFIXES:
         mapping, ear = {PREFIXES[kind.model_type]: ""}, part.argument.removesuffix("_tower")
         tower = load_whole(tower_class(kind, ear), given, "", config=kind, key_mapping=mapping, **loading)
