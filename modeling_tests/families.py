@@ -15,8 +15,9 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import child_environment, make_inputs, tiny_config, tiny_processor, tiny_tokenizer
-from tiny_training import make_trainer
+from tiny import child_environment, film, make_inputs, picture, tiny_config, tiny_processor, tiny_tokenizer, tone
+from tiny_parts import parts
+from tiny_training import make_trainer, write_media
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, StaticCache
 
@@ -117,8 +118,6 @@ def composed(llm: nn.Module, **changes) -> UniMoEForConditionalGeneration:
     """The LLM with tiny random towers."""
     towers = tiny_config()
     torch.manual_seed(1)
-    from tiny_parts import parts
-
     given = {**parts(), **changes, "language_model": llm}
     queries = {"num_speech_query_tokens": 3, "num_audio_query_tokens": 5}
     model = from_pretrained_parts(**given, **queries).eval()
@@ -236,7 +235,7 @@ def check_adapters(name: str, folder: Path) -> str:
         experts.lora.gate_up_a.add_(0.05 * torch.randn_like(experts.lora.gate_up_a))
     for number, source in enumerate((model, trained)):
         export_expert(source, folder / f"export{number}", "news")
-        plain, report = PeftModel.from_pretrained(copy.deepcopy(llm), folder / f"export{number}"), None
+        plain = PeftModel.from_pretrained(copy.deepcopy(llm), folder / f"export{number}")
         report = plain.load_adapter(folder / f"export{number}", adapter_name="again")
         assert not [key for key in report.missing_keys if "lora_" in key] and not report.unexpected_keys
         wanted = only(copy.deepcopy(source), 1)(input_ids=words()).logits
@@ -298,8 +297,6 @@ def check_saved(name: str, folder: Path) -> str:
 
 def check_stages(name: str, folder: Path) -> str:
     """One step of each stage by plain `SFTTrainer`, whose fused head gives our own loss; what is frozen stays."""
-    from tiny_training import write_media
-
     (folder / "media").mkdir()
     media, gaps = write_media(folder / "media"), []
     dense = composed(plain_llm(name))
@@ -336,8 +333,6 @@ def check_batches(name: str, folder: Path) -> str:
     """A padded batch of rows with different media equals the rows one by one."""
     model = grown(composed(plain_llm(name)))
     processor = tiny_processor(model.config)
-    from tiny import film, picture, tone
-
     rows = [
         {"text": "<image> what is it", "images": [picture()]},
         {"text": "hello"},

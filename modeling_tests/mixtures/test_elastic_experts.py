@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+from families import only
 from peft import PeftModel, get_peft_model
-from test_growing import only, randomised, text_ids, train_expert
+from test_growing import randomised, text_ids, train_expert
 from tiny import DENSE, ROUNDING, make_inputs, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from families import only
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -50,20 +51,6 @@ def experts(tmp_path_factory):
         "image": train_expert(root / "image", "image", 1, r=8, lora_alpha=16),
         "speech": train_expert(root / "speech", "speech", 2, r=16, lora_alpha=8),
     }
-
-
-def only(model: UniMoEForConditionalGeneration, expert: int) -> UniMoEForConditionalGeneration:
-    """The model with every token routed to one expert alone."""
-    for module in model.modules():
-        if type(module).__name__ == "UniMoETopKRouter":
-            logits = torch.full((model.config.text_config.num_experts,), -1e4)
-            logits[expert] = 1e4
-            module.forward = lambda rows, logits=logits: (
-                logits.expand(len(rows), -1),
-                torch.tensor([[1.0, 0.0]]).expand(len(rows), -1),
-                torch.tensor([[expert, (expert + 1) % len(logits)]]).expand(len(rows), -1),
-            )
-    return model
 
 
 @pytest.mark.parametrize("name", ["image", "speech"])

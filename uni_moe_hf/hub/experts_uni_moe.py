@@ -16,6 +16,10 @@ from .expert_kernels_uni_moe import ROUTES, is_quantised, own_index
 from .expert_segments_uni_moe import ACTIVATIONS
 
 
+# Linear layers of a gated feed-forward network.
+FUSED, SPLIT = ("gate_up_proj", "down_proj"), ("gate_proj", "up_proj", "down_proj")
+
+
 class FeedForward(NamedTuple):
     """
     What a mixture must know of the gated feed-forward network that it replaces:
@@ -35,7 +39,7 @@ class FeedForward(NamedTuple):
     @property
     def projections(self) -> tuple[str, ...]:
         """`tuple[str]`: names of the linear layers."""
-        return ("gate_up_proj", "down_proj") if self.is_fused else ("gate_proj", "up_proj", "down_proj")
+        return FUSED if self.is_fused else SPLIT
 
 
 def read_feed_forward(mlp: nn.Module | None) -> FeedForward:
@@ -54,7 +58,7 @@ def read_feed_forward(mlp: nn.Module | None) -> FeedForward:
     if hasattr(mlp, "experts"):
         raise ValueError("its layers are mixtures of experts already")
     is_fused = hasattr(mlp, "gate_up_proj")
-    names = ("gate_up_proj", "down_proj") if is_fused else ("gate_proj", "up_proj", "down_proj")
+    names = FUSED if is_fused else SPLIT
     if missing := [name for name in names if not isinstance(getattr(mlp, name, None), nn.Linear)]:
         raise ValueError(f"its feed-forward networks have no gate (`{missing[0]}`)")
     if others := sorted({name for name, _ in mlp.named_parameters()} - {f"{name}.weight" for name in names}):
@@ -64,6 +68,13 @@ def read_feed_forward(mlp: nn.Module | None) -> FeedForward:
     if act_fn is None:
         raise ValueError("the activation of its feed-forward networks is neither `act_fn` nor `activation_fn`")
     return FeedForward(mlp.down_proj.out_features, mlp.down_proj.in_features, act_fn, is_fused)
+
+
+def gated_weights(mlp: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights of gate and up `(I, H)` and down `(H, I)` of a feed-forward network, as views."""
+    if hasattr(mlp, "gate_up_proj"):
+        return *mlp.gate_up_proj.weight.chunk(2), mlp.down_proj.weight
+    return mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
 
 
 def activation_name(act_fn: Callable[[torch.Tensor], torch.Tensor]) -> str | None:
@@ -197,10 +208,8 @@ class UniMoELoraExperts(nn.Module):
         return self.base.gate_proj(hidden_states), self.base.up_proj(hidden_states)
 
     def base_weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A shared base's weights of gate and up `(I, H)` and down `(H, I)`, as views."""
-        if self.has_fused_base:
-            return *self.base.gate_up_proj.weight.chunk(2), self.base.down_proj.weight
-        return self.base.gate_proj.weight, self.base.up_proj.weight, self.base.down_proj.weight
+        """A shared base's weights, see [`gated_weights`]."""
+        return gated_weights(self.base)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -377,6 +386,7 @@ __all__ = [
     "UniMoESparseMoeBlock",
     "UniMoETopKRouter",
     "activation_name",
+    "gated_weights",
     "load_balancing_loss",
     "read_feed_forward",
 ]

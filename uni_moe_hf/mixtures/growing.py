@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..hub.configuration_uni_moe import check_mixture, is_sparse
-from ..hub.experts_uni_moe import UniMoESparseMoeBlock
+from ..hub.experts_uni_moe import UniMoESparseMoeBlock, gated_weights
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 from .expert_adapters import ExpertAdapter, check_is_ours, choose_projectors, read_expert
 
@@ -144,12 +144,7 @@ def _grown_block(
         if module is not mlp and not isinstance(module, nn.Linear):
             init_weights(module)
 
-    gate_up = (
-        mlp.gate_up_proj.weight.chunk(2)
-        if block.experts.has_fused_base
-        else (mlp.gate_proj.weight, mlp.up_proj.weight)
-    )
-    bases = (*gate_up, mlp.down_proj.weight)
+    bases = gated_weights(mlp)
     for expert, adapter in enumerate(adapters):
         factors = {} if adapter is None else {
             (projection, side): tensor.to(weight.device, torch.float32)
