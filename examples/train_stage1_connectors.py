@@ -35,6 +35,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, parts: PartsArgu
         audio_tower=parts.audio_tower,
         num_speech_query_tokens=parts.num_speech_query_tokens,
         num_audio_query_tokens=parts.num_audio_query_tokens,
+        cut_speech_windows=parts.cut_speech_windows,
         audio_connector_config=parts.audio_connector_config,
         **script_args.loading(),
     )
@@ -47,6 +48,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, parts: PartsArgu
         chat_template=parts.chat_template and Path(parts.chat_template).read_text(encoding="utf-8"),
     )
     prepare_stage(model, "connectors")
+    script_args.use_feature_cache(model, processor, training_args)
     trainer = UniMoESFTTrainer(
         model=model,
         args=training_args,

@@ -32,6 +32,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, expert: ExpertAr
     processor = AutoProcessor.from_pretrained(expert.model_name_or_path)
     script_args.check_modalities(rows, expert.modalities, processor)
     model = load_whole(UniMoEForConditionalGeneration, expert.model_name_or_path, **script_args.loading())
+    script_args.use_feature_cache(model, processor, training_args)
     lora = {"r": expert.lora_r, "lora_alpha": expert.lora_alpha}
     trainer = UniMoESFTTrainer(
         model=model,

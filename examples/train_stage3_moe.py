@@ -54,7 +54,8 @@ def grow(script_args: StageArguments, mixture: MixtureArguments, rows: Dataset, 
         projectors=pairs(mixture.projectors),
     )
     # A random router prefers some experts on every token; rows from all over the data set it right.
-    balance_routers(model, script_args.sample(rows, processor, mixture.balance_rows))
+    script_args.open_feature_cache(model, processor)
+    balance_routers(model, script_args.sample(rows, model, processor, mixture.balance_rows))
     partial = folder.with_name("grown.partial")
     for old in (folder, partial):
         shutil.rmtree(old, ignore_errors=True)
@@ -80,6 +81,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, mixture: Mixture
     model = load_whole(UniMoEForConditionalGeneration, grown, **script_args.loading())
     processor = AutoProcessor.from_pretrained(grown)
     model.config.text_config.expert_activations = mixture.expert_activations
+    script_args.use_feature_cache(model, processor, training_args)
     trainer = UniMoESFTTrainer(
         model=model,
         args=training_args,

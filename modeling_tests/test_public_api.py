@@ -20,6 +20,8 @@ PUBLIC = {
     "AnyToTextPipeline",
     "BeatsConfig",
     "BeatsModel",
+    "FeatureCache",
+    "encode_rows",
     "StageArguments",
     "UniMoEConfig",
     "UniMoEDataCollator",

@@ -70,13 +70,22 @@ def make_trainer(media: Path, model, folder: Path, peft_config=None, **overrides
 
 
 def make_own_trainer(
-    media, folder, model, stage, kind=UniMoESFTTrainer, data=None, own=None, peft_config=None, **settings
+    media,
+    folder,
+    model,
+    stage,
+    kind=UniMoESFTTrainer,
+    data=None,
+    own=None,
+    peft_config=None,
+    processor=None,
+    **settings,
 ):
     """A trainer of four steps of two rows, float32 on a CPU."""
     defaults = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "per_device_train_batch_size": 2}
     defaults |= {"learning_rate": 1e-2, "max_steps": 4, "logging_steps": 1, "report_to": "none", "seed": 3}
     defaults |= {"save_strategy": "no", "disable_tqdm": True, "warmup_steps": 0, "lr_scheduler_type": "constant"}
-    processor = tiny_processor(model.config)
+    processor = processor or tiny_processor(model.config)
     return kind(
         model=model,
         args=sft_config(stage, settings.pop("output_dir", folder), **{**defaults, **settings}),

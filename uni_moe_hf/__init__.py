@@ -35,6 +35,8 @@ _PUBLIC = {
     "original.conversion": ["convert_checkpoint", "revert_checkpoint"],
     "original.merging": ["merge_modalities"],
     "training.data": ["UniMoEDataCollator", "check_rows"],
+    "training.encoding": ["encode_rows"],
+    "training.feature_cache": ["FeatureCache"],
     "training.options": ["StageArguments"],
     "training.resuming": ["last_complete_checkpoint"],
     "training.row_files": ["load_rows"],

@@ -982,7 +982,8 @@ def test_the_processor_tells_servers_how_many_tokens_clips_become(processor):
 
 
 def test_names_of_inputs_are_those_of_the_towers_that_are_there():
-    assert tiny_processor(tiny_config(without=("vision", "audio"))).model_input_names[-1:] == ["input_features"]
+    names = tiny_processor(tiny_config(without=("vision", "audio"))).model_input_names
+    assert names[-2:] == ["input_features", "input_features_mask"]
     assert set(tiny_processor().model_input_names) >= {"pixel_values", "pixel_values_videos", "input_values_mask"}
 
 

@@ -327,6 +327,9 @@ class UniMoEConfig(PreTrainedConfig):
             original, `"none"` keeps the tokens of every frame.
         num_speech_query_tokens, num_audio_query_tokens (`int`, *optional*, defaults to 50): Tokens of each window of
             speech or sound.
+        cut_speech_windows (`bool`, *optional*, defaults to `False`): Whether the speech tower hears a short window as
+            long as it is, rounded up to a whole second, in place of the full window with silence behind it. Much
+            less to compute; other numbers, so a model is used as it was trained.
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`): Activation of the vision connector.
         stage (`str`, *optional*): The last training stage: `"connectors"`, `"experts"` or `"moe"`.
 
@@ -396,6 +399,7 @@ class UniMoEConfig(PreTrainedConfig):
     video_pooling: Literal["mean", "none"] = "mean"
     num_speech_query_tokens: int = 50
     num_audio_query_tokens: int = 50
+    cut_speech_windows: bool = False
     projector_hidden_act: str = "gelu"
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False

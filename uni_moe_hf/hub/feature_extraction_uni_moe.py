@@ -100,6 +100,8 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
         num_audio_mel_bins (`int`, *optional*, defaults to 128): Mel bins of BEATs' filterbank.
         audio_front_end (`dict`, *optional*): Settings of the feature extractor of another encoder of sound, as its
             `to_dict` gives them, `feature_extractor_type` among them; sound has its sampling rate and its window then.
+        cut_speech_windows (`bool`, *optional*, defaults to `False`): Whether windows of speech end with their clip,
+            at a whole second, in place of silence up to `chunk_length`; `config.cut_speech_windows` of the model.
         max_speech_windows (`int`, *optional*): Longest speech clip, in windows; unlimited by default.
         max_audio_windows (`int`, *optional*, defaults to 20): Longest sound clip, in windows (10 minutes, as in the
             original, which drops the rest silently; here it is an error).
@@ -107,7 +109,7 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
     Source: `Uni_MoE_speech/inference_all.py@f5e82dd` and `Uni_MoE_audio/model/audio_encoder/BEATs.py@f5e82dd`.
     """
 
-    model_input_names = ["input_features", "input_values", "input_values_mask"]
+    model_input_names = ["input_features", "input_features_mask", "input_values", "input_values_mask"]
 
     # Statistics of AudioSet with which BEATs was trained, from `BEATs.py::preprocess`.
     fbank_mean = 15.41663
@@ -124,6 +126,7 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
         max_speech_windows: int | None = None,
         max_audio_windows: int | None = 20,
         audio_front_end: dict[str, Any] | None = None,
+        cut_speech_windows: bool = False,
         **kwargs,
     ):
         super().__init__(
@@ -138,6 +141,7 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
         self.max_speech_windows = max_speech_windows
         self.max_audio_windows = max_audio_windows
         self.audio_front_end = audio_front_end
+        self.cut_speech_windows = cut_speech_windows
         if audio_front_end is not None and audio_front_end.get("feature_extractor_type") not in FRONT_ENDS:
             raise ValueError(
                 f"`audio_front_end` is of type {audio_front_end.get('feature_extractor_type')!r}; known are "
@@ -191,8 +195,9 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
         Returns:
             [`BatchFeature`] with `input_values` `(num_windows, frames, num_audio_mel_bins)`, or as the encoder's own
             feature extractor shapes it, and `input_values_mask` `(num_windows, frames)`, 1 = valid, a frame
-            for each 10 ms, for sound; `input_features` `(num_windows, feature_size, mel_frames)`
-            for speech. The windows of all clips follow each other.
+            for each 10 ms, for sound; `input_features` `(num_windows, feature_size, mel_frames)` for speech, with
+            `input_features_mask` `(num_windows, mel_frames)`, 1 = valid, where windows are cut. The windows of all
+            clips follow each other.
 
         Raises:
             ValueError: another sampling rate; an empty, NaN or integer waveform; a clip of too many windows.
@@ -216,6 +221,11 @@ class UniMoEFeatureExtractor(WhisperFeatureExtractor):
                 data["input_features"] = features["input_features"]
             else:
                 data["input_features"] = _stacked(map(self._log_mel, windows), len(windows))
+            if self.cut_speech_windows:
+                per_second = self.sampling_rate // self.hop_length
+                frames = np.array([per_second * -(-len(window) // self.sampling_rate) for window in windows])
+                data["input_features"] = data["input_features"][..., : frames.max()]
+                data["input_features_mask"] = (np.arange(frames.max()) < frames[:, None]).astype(np.int64)
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _windows(self, clips: np.ndarray | list[np.ndarray], kind: str, max_windows: int | None) -> list[np.ndarray]:

@@ -48,6 +48,8 @@ MEDIA_INPUTS = (
     "input_values",
     "input_values_mask",
     "input_features",
+    "input_features_mask",
+    "tower_states",
 )
 
 # Modality -> features of its clips, in `pooler_output` `(clips, tokens, H)`.
@@ -342,6 +344,39 @@ def joined(given: EncoderOutputs | None, encoded: EncoderOutputs) -> EncoderOutp
             f"Got {', '.join(sorted(both))} inputs as well as their `mm_encoder_outputs`; pass one of the two."
         )
     return {**(given or {}), **encoded}
+
+
+def scored_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Args:
+        labels (`torch.Tensor` of shape `(B, T)`): -100 where nothing is learned.
+
+    Returns:
+        `tuple`: positions that are followed by a label, `(B, T)`, and these labels, `(1, positions)`. Where there are
+        none, the first position, with -100.
+    """
+    positions = torch.zeros_like(labels, dtype=torch.bool)
+    positions[:, :-1] = labels[:, 1:] != -100
+    if not positions.any():
+        positions[0, 0] = True
+        return positions, labels.new_full((1, 1), -100)
+    return positions, labels[:, 1:][positions[:, :-1]].unsqueeze(0)
+
+
+def per_position(outputs: Any, positions: torch.Tensor) -> Any:
+    """
+    Args:
+        outputs (`ModelOutput`): Of TRL's head, for [`scored_positions`]: fields `(1, positions)`.
+        positions (`torch.Tensor` of shape `(B, T)`): These.
+
+    Returns:
+        The same with fields `(B, T - 1)`, zero elsewhere, as it gives them for all positions.
+    """
+    shape = (1, int(positions.sum()))
+    for name, value in outputs.items():
+        if isinstance(value, torch.Tensor) and value.shape == shape:
+            outputs[name] = value.new_zeros(positions.shape).masked_scatter(positions, value)[:, :-1]
+    return outputs
 
 
 def warn_of_positions(text_config: Any, num_new: int, cache: Any) -> None:

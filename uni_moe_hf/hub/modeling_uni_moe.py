@@ -24,11 +24,18 @@ from .compat_uni_moe import (
     can_return_tuple,
     named_cache,
     same_permissions,
-    select_hidden_states,
     torch_compilable_check,
 )
 from .configuration_uni_moe import MODALITIES, UniMoEConfig, is_sparse
-from .connectors_uni_moe import QFormerConnector, SpeechConnector, VisionConnector, idle_connectors
+from .connectors_uni_moe import (
+    TOWERS,
+    MediaEncoderMixin,
+    QFormerConnector,
+    SpeechConnector,
+    VisionConnector,
+    idle_connectors,
+    learns,
+)
 from .decoder_uni_moe import QuantizationMixin, adjust_logits, build_decoder
 from .expert_kernels_uni_moe import ExpertsRouteMixin
 from .experts_uni_moe import UniMoELoraExperts, load_balancing_loss
@@ -38,6 +45,8 @@ from .generation_uni_moe import (
     UniMoEModelOutputWithPast,
     joined,
     mismatch,
+    per_position,
+    scored_positions,
     warn_of_positions,
 )
 from .pipeline_uni_moe import AnyToTextPipeline  # noqa: F401  saving a model ships every file imported here
@@ -71,9 +80,22 @@ class UniMoEPreTrainedModel(ExpertsRouteMixin, QuantizationMixin, PreTrainedMode
             # Not zeros as in the original: the Q-Former has no positions, so equal queries would stay equal for ever.
             init.normal_(module.query_tokens, mean=0.0, std=self.config.initializer_range)
 
-    def save_pretrained(self, save_directory: str, *args, **kwargs) -> None:
-        """As in the library; weights get the permissions of the other files."""
-        super().save_pretrained(save_directory, *args, **kwargs)
+    def save_pretrained(self, save_directory: str, *args, state_dict: dict | None = None, **kwargs) -> None:
+        """
+        As in the library; weights get the permissions of the other files. Towers that have been unloaded are in
+        memory meanwhile, so what is saved is whole.
+        """
+        encoder = self.base_model
+        if (unloaded := encoder.unloaded) is None:
+            super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        else:
+            encoder.load_towers()
+            if state_dict is not None:  # of a trainer, which looked for weights in memory
+                state_dict = {name: state_dict.get(name, tensor) for name, tensor in self.state_dict().items()}
+            try:
+                super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+            finally:
+                encoder.unload_towers(unloaded[0])
         same_permissions(save_directory)
 
     def _experts(self) -> Iterator[UniMoELoraExperts]:
@@ -108,7 +130,7 @@ class UniMoEPreTrainedModel(ExpertsRouteMixin, QuantizationMixin, PreTrainedMode
         self._unmerged_config = None
 
 
-class UniMoEModel(UniMoEPreTrainedModel):
+class UniMoEModel(MediaEncoderMixin, UniMoEPreTrainedModel):
     """Towers, connectors and decoder, without the language modeling head (figure 3 of the paper)."""
 
     def __init__(self, config: UniMoEConfig):
@@ -133,159 +155,11 @@ class UniMoEModel(UniMoEPreTrainedModel):
     def train(self, mode: bool = True) -> "UniMoEModel":
         """As in torch; frozen towers stay as they are in use: some draw at random, or count, what they see."""
         super().train(mode)
-        for name in ("vision_tower", "speech_tower", "audio_tower"):
-            tower = getattr(self, name, None)
-            if tower is not None and not any(parameter.requires_grad for parameter in tower.parameters()):
+        for name in set(TOWERS.values()):
+            tower = getattr(self, f"{name}_tower", None)
+            if tower is not None and not learns(tower):
                 tower.eval()
         return self
-
-    def _require(self, modality: str, argument: str) -> None:
-        if modality not in self.config.modalities:
-            raise ValueError(
-                f"`{argument}` were passed but this model has no tower for {modality} (it takes text"
-                f"{''.join(', ' + name for name in self.config.modalities)}); remove them or load another model."
-            )
-
-    @select_hidden_states("layer")
-    def _run_vision_tower(self, pixel_values: torch.Tensor, layer: int, **kwargs) -> BaseModelOutputWithPooling:
-        return self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
-
-    @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        vision_feature_layer: int | None = None,
-        vision_feature_select_strategy: str | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPooling:
-        r"""
-        Args:
-            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`): Normalised pictures.
-            vision_feature_layer, vision_feature_select_strategy (*optional*): Override the config's.
-
-        Returns:
-            [`BaseModelOutputWithPooling`] of the tower; `pooler_output` `(num_images, image_seq_length, hidden_size)`
-            is what stands for each picture in the sequence.
-
-        Raises:
-            ValueError: the model has no vision tower.
-        """
-        self._require("image", "pixel_values")
-        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        outputs = self._run_vision_tower(pixel_values, layer=layer, **kwargs)
-        features = outputs.hidden_states[layer]  # (N, prefix + P, tower width)
-        if features.dim() == 4:  # a map, of towers that are no Transformers
-            features = features.flatten(2).transpose(1, 2)
-        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
-        if strategy not in ("default", "full"):
-            raise ValueError(f"`vision_feature_select_strategy={strategy!r}` must be 'default' or 'full'.")
-        if strategy == "default":
-            features = features[:, self.config.vision_prefix_length :]  # (N, P, tower width)
-        outputs.pooler_output = self.vision_connector(features)  # (N, P, H)
-        return outputs
-
-    @can_return_tuple
-    def get_video_features(
-        self, pixel_values_videos: torch.Tensor, pixel_values_videos_mask: torch.Tensor | None = None, **kwargs
-    ) -> BaseModelOutputWithPooling:
-        r"""
-        Args:
-            pixel_values_videos (`torch.Tensor` of shape `(num_videos, frames, 3, height, width)`): Normalised frames.
-            pixel_values_videos_mask (`torch.Tensor` of shape `(num_videos, frames)`, *optional*): 1 = valid, where
-                videos have different numbers of frames.
-
-        Returns:
-            [`BaseModelOutputWithPooling`] of the tower, frames of all videos in one row; `pooler_output`
-            `(num_videos, tokens, hidden_size)`, where tokens are those of one picture with `video_pooling="mean"`
-            (frames are averaged *after* the projector, as in the original) and of all frames with `"none"`; with a
-            mask and `"none"` the tokens of all videos follow each other, `(1, tokens, hidden_size)`.
-
-        Raises:
-            ValueError: the model has no vision tower.
-        """
-        self._require("video", "pixel_values_videos")
-        if pixel_values_videos.dim() != 5:
-            raise ValueError(
-                f"`pixel_values_videos` has shape {tuple(pixel_values_videos.shape)}, expected (num_videos, frames, "
-                "3, height, width); pictures go into `pixel_values`."
-            )
-        num_videos = pixel_values_videos.shape[0]
-        outputs = self.get_image_features(pixel_values_videos.flatten(0, 1), return_dict=True, **kwargs)
-        frames = outputs.pooler_output.unflatten(0, (num_videos, -1))  # (V, F, P, H)
-        is_mean = self.config.video_pooling == "mean"
-        if pixel_values_videos_mask is None:
-            outputs.pooler_output = frames.mean(dim=1) if is_mean else frames.flatten(1, 2)
-        elif is_mean:
-            mask = pixel_values_videos_mask.to(frames)[..., None, None]  # (V, F, 1, 1)
-            outputs.pooler_output = (frames * mask).sum(dim=1) / mask.sum(dim=1)
-        else:
-            outputs.pooler_output = frames[pixel_values_videos_mask.bool()].flatten(0, 1).unsqueeze(0)
-        return outputs
-
-    @can_return_tuple
-    def get_speech_features(self, input_features: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        r"""
-        Args:
-            input_features (`torch.Tensor` of shape `(num_windows, mel_bins, mel_frames)`): Whisper's log-mel.
-
-        Returns:
-            [`BaseModelOutputWithPooling`] of the tower; `pooler_output` `(num_windows, num_speech_query_tokens,
-            hidden_size)`.
-
-        Raises:
-            ValueError: the model has no speech tower.
-        """
-        self._require("speech", "input_features")
-        outputs = self.speech_tower(input_features.to(self.speech_tower.dtype), return_dict=True, **kwargs)
-        return BaseModelOutputWithPooling(**outputs, pooler_output=self.speech_connector(outputs.last_hidden_state))
-
-    @can_return_tuple
-    def get_audio_features(
-        self, input_values: torch.Tensor, input_values_mask: torch.Tensor | None = None, **kwargs
-    ) -> BaseModelOutputWithPooling:
-        r"""
-        Args:
-            input_values (`torch.Tensor` of shape `(num_windows, ...)`): As the encoder's own feature extractor makes
-                them: of BEATs and AST `(num_windows, frames, mel_bins)`.
-            input_values_mask (`torch.Tensor` of shape `(num_windows, frames)`, *optional*): 1 = valid.
-
-        Returns:
-            [`BaseModelOutputWithPooling`] of the tower; `pooler_output` `(num_windows, num_audio_query_tokens,
-            hidden_size)`.
-
-        Raises:
-            ValueError: the model has no audio tower.
-        """
-        self._require("audio", "input_values")
-        outputs = self.audio_tower(input_values, input_values_mask, return_dict=True, **kwargs)
-        states = outputs.last_hidden_state  # (W, positions, tower width)
-        mask = self.audio_tower.position_mask(input_values_mask, states.shape[1])
-        return BaseModelOutputWithPooling(**outputs, pooler_output=self.audio_connector(states, mask))
-
-    def encode_media(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        pixel_values_videos: torch.Tensor | None = None,
-        input_values: torch.Tensor | None = None,
-        input_values_mask: torch.Tensor | None = None,
-        input_features: torch.Tensor | None = None,
-        pixel_values_videos_mask: torch.Tensor | None = None,
-    ) -> dict[str, BaseModelOutputWithPooling]:
-        """
-        Args:
-            pixel_values, pixel_values_videos, input_values, input_values_mask, input_features,
-                pixel_values_videos_mask: As in [`forward`].
-
-        Returns:
-            `dict`: modality -> what `get_<modality>_features` returns, for those given; a `mm_encoder_outputs`.
-        """
-        given = {"image": (pixel_values,), "video": (pixel_values_videos, pixel_values_videos_mask)}
-        given |= {"audio": (input_values, input_values_mask), "speech": (input_features,)}
-        return {
-            modality: getattr(self, f"get_{modality}_features")(*inputs, return_dict=True)
-            for modality, inputs in given.items()
-            if inputs[0] is not None
-        }
 
     def get_placeholder_masks(
         self, input_ids: torch.Tensor, features: dict[str, torch.Tensor]
@@ -326,8 +200,11 @@ class UniMoEModel(UniMoEPreTrainedModel):
         input_values: torch.Tensor | None = None,
         input_values_mask: torch.Tensor | None = None,
         pixel_values_videos_mask: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        tower_states: dict[str, torch.Tensor] | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        positions_to_keep: torch.BoolTensor | None = None,
         use_cache: bool | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
@@ -349,9 +226,14 @@ class UniMoEModel(UniMoEPreTrainedModel):
             input_values_mask (`torch.Tensor` of shape `(num_windows, frames)`, *optional*): 1 = valid frame of sound.
             pixel_values_videos_mask (`torch.Tensor` of shape `(num_videos, frames)`, *optional*): 1 = valid, where
                 videos have different numbers of frames.
+            input_features_mask (`torch.Tensor` of shape `(num_windows, mel_frames)`, *optional*): 1 = valid, where
+                windows of speech are cut.
+            tower_states (`dict[str, torch.Tensor]`, *optional*): What [`run_towers`] returned, in place of clips.
             mm_token_type_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): 0 text, 1 image, 2 video, 3 audio, 4
                 speech. Has no influence on the result: placeholders are found by their ids.
             mm_encoder_outputs (`dict`, *optional*): What [`encode_media`] returned, in place of the media themselves.
+            positions_to_keep (`torch.BoolTensor` of shape `(B, T)`, *optional*): Of which `last_hidden_state` is
+                returned, `(1, positions, H)` in reading order; all by default.
             use_cache (`bool`, *optional*): Whether to return a cache.
 
         Returns:
@@ -364,8 +246,16 @@ class UniMoEModel(UniMoEPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either `input_ids` or `inputs_embeds`, not both and not neither.")
 
-        media = (input_values, input_values_mask, input_features, pixel_values_videos_mask)
-        encoded = self.encode_media(pixel_values, pixel_values_videos, *media)
+        encoded = self.encode_media(
+            pixel_values,
+            pixel_values_videos,
+            input_values,
+            input_values_mask,
+            input_features,
+            pixel_values_videos_mask,
+            input_features_mask,
+            tower_states,
+        )
         features = {m: outputs.pooler_output for m, outputs in joined(mm_encoder_outputs, encoded).items()}
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids, features)
@@ -387,6 +277,8 @@ class UniMoEModel(UniMoEPreTrainedModel):
             **kwargs,
         )
         outputs = {name: value for name, value in outputs.items() if name != "router_logits" or value}
+        if positions_to_keep is not None:
+            outputs["last_hidden_state"] = outputs["last_hidden_state"][positions_to_keep].unsqueeze(0)
         hidden_states = {f"{modality}_hidden_states": tensor for modality, tensor in features.items()}
         return UniMoEModelOutputWithPast(**outputs, **hidden_states)
 
@@ -439,6 +331,9 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
         super().__init__(config)
         self.model = UniMoEModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        # Trainers put a `forward` of their own in place of ours.
+        self.register_forward_pre_hook(_with_labels_that_count, with_kwargs=True)
+        self.register_forward_hook(_at_every_position, with_kwargs=True)
         self.post_init()
 
     def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
@@ -456,13 +351,6 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
     def get_speech_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
         """See [`UniMoEModel.get_speech_features`]."""
         return self.model.get_speech_features(*args, **kwargs)
-
-    def __call__(self, *args, **kwargs) -> Any:
-        """As in the library. Trainers put a `forward` of their own into the model; labels are cleared before it."""
-        for name in ("labels", "shift_labels"):
-            if kwargs.get(name) is not None:
-                kwargs[name] = self._learnable(kwargs[name])
-        return super().__call__(*args, **kwargs)
 
     def _learnable(self, labels: torch.Tensor) -> torch.Tensor:
         """Labels with -100 for placeholders, and for whatever has no score because its id lies behind the table."""
@@ -483,6 +371,8 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
         input_values: torch.Tensor | None = None,
         input_values_mask: torch.Tensor | None = None,
         pixel_values_videos_mask: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        tower_states: dict[str, torch.Tensor] | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: torch.LongTensor | None = None,
@@ -496,7 +386,8 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
         r"""
         Args:
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): Target ids, -100 where nothing is learned;
-                shifted inside. Placeholders are never learned.
+                shifted inside. Placeholders are never learned. In training the head is run only where a label
+                follows; `logits` are -inf elsewhere.
             output_router_logits (`bool`, *optional*): Whether to return router logits and the load-balancing loss;
                 the config's by default.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): How many last positions, or which, get
@@ -516,6 +407,13 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
                 f"transformers {transformers.__version__} has no recorder of router logits that this checkpoint's "
                 "code knows; leave out `output_router_logits` (and set `router_aux_loss_coef` to 0)."
             )
+        scored = shift_labels = None
+        if labels is not None:
+            labels = self._learnable(labels)  # for who calls `forward` itself
+            is_all = isinstance(logits_to_keep, int) and logits_to_keep == 0 and kwargs.get("shift_labels") is None
+            if self.training and is_all and not torch.compiler.is_compiling():
+                scored, shift_labels = scored_positions(labels)
+                kwargs["positions_to_keep"] = scored
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -527,6 +425,8 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
             input_values=input_values,
             input_values_mask=input_values_mask,
             pixel_values_videos_mask=pixel_values_videos_mask,
+            input_features_mask=input_features_mask,
+            tower_states=tower_states,
             mm_token_type_ids=mm_token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
             use_cache=use_cache,
@@ -540,17 +440,45 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
 
         loss = aux_loss = None
         if labels is not None:
-            labels = self._learnable(labels)  # for who calls `forward` itself
+            if scored is not None:
+                kwargs["shift_labels"] = shift_labels
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
+        if scored is not None:
+            everywhere = logits.new_full((*scored.shape, logits.shape[-1]), -torch.inf)
+            logits = everywhere.masked_scatter(scored.unsqueeze(-1), logits)
         if outputs.router_logits:
             # With a filled cache the mask also covers earlier tokens, whose router logits are not here.
-            mask = None if attention_mask is None else attention_mask[:, -outputs.last_hidden_state.shape[1] :]
+            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            mask = None if attention_mask is None else attention_mask[:, -length:]
             aux_loss = load_balancing_loss(outputs.router_logits, text_config.num_experts_per_tok, mask)
             if loss is not None:
                 loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)
 
         others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return UniMoECausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **others)
+
+
+def _with_labels_that_count(
+    model: UniMoEForConditionalGeneration, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """
+    Before any `forward`: labels are cleared of what is never learned. TRL's, which scores every position but on GPUs,
+    is given those alone that are followed by a label.
+    """
+    for name in ("labels", "shift_labels"):
+        if kwargs.get(name) is not None:
+            kwargs[name] = model._learnable(kwargs[name])
+    labels = kwargs.get("labels")
+    if kwargs.get("fused_lm_head") and labels is not None and kwargs.get("shift_labels") is None:
+        kwargs["positions_to_keep"], kwargs["shift_labels"] = scored_positions(labels)
+        kwargs["labels"] = None
+    return args, kwargs
+
+
+def _at_every_position(model: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
+    """After TRL's `forward`: what it says of positions, at all of them."""
+    positions = kwargs.get("positions_to_keep") if kwargs.get("fused_lm_head") else None
+    return outputs if positions is None else per_position(outputs, positions)
 
 
 __all__ = ["UniMoEForConditionalGeneration", "UniMoEModel", "UniMoEPreTrainedModel"]

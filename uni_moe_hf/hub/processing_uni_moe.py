@@ -95,6 +95,9 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
     ```
     """
 
+    # Where features of clips may lie ready, such as a `uni_moe_hf.FeatureCache`; nothing of it is saved.
+    feature_cache: Any = None
+
     def __init__(
         self,
         image_processor,
@@ -176,7 +179,8 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
             width)`; `pixel_values_videos` `(num_videos, frames, 3, height, width)`, with `pixel_values_videos_mask`
             `(num_videos, frames)`, 1 = valid, where videos have different numbers of frames; `input_values`
             `(num_windows, frames, 128)` and `input_values_mask`; `input_features` `(num_windows, mel_bins,
-            mel_frames)`.
+            mel_frames)`, with `input_features_mask` `(num_windows, mel_frames)` where windows of speech are cut. With
+            a `feature_cache`, `tower_states` in place of clips whose features lie there.
 
         Raises:
             ValueError: a file cannot be read; placeholders and clips differ in number; the model lacks a tower.
@@ -218,7 +222,8 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
             if return_type_ids:
                 encoded["mm_token_type_ids"] = self.create_mm_token_type_ids(encoded["input_ids"])
             data = {**encoded, **data}
-        batch = Batch(data, tensor_type=return_tensors, skip_tensor_conversion=["text_replacement_offsets"])
+        ready = ["text_replacement_offsets", "tower_states", "clips_to_store"]
+        batch = Batch(data, tensor_type=return_tensors, skip_tensor_conversion=ready)
         batch.placeholder_ids = tuple(getattr(self, f"{modality}_token_id") for modality in MODALITIES)
         return batch
 
@@ -282,7 +287,7 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
             "image": ["pixel_values"],
             "video": ["pixel_values_videos", "pixel_values_videos_mask"],
             "audio": ["input_values", "input_values_mask"],
-            "speech": ["input_features"],
+            "speech": ["input_features", "input_features_mask"],
         }
         return [*self.tokenizer.model_input_names, *chain.from_iterable(names[m] for m in self.modalities)]
 
@@ -323,12 +328,22 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
 
     def _features(self, clips: dict[str, list], kwargs: dict[str, dict]) -> tuple[dict, dict[str, list[int]]]:
         """Model inputs of all clips, and how many tokens each clip stands for."""
-        data, num_tokens = {}, {}
+        data, units = {}, {}  # units: windows of a sound, frames of a video
+        keys = {}
+        if self.feature_cache is not None:
+            for modality in [modality for modality in clips if clips[modality]]:
+                found = self.feature_cache.find(self, modality, clips[modality], kwargs)
+                if found.states is None:  # read once more, to be stored by whoever has the towers
+                    keys[modality] = found.keys
+                else:
+                    data["tower_states"] = data.get("tower_states", {}) | found.states
+                    units[modality] = found.units
+            clips = {modality: sources for modality, sources in clips.items() if modality not in units}
         image_kwargs = {**kwargs["images_kwargs"], "return_tensors": "np"}
         if clips.get("image"):
             images = (self._framed(load_image(image, self.uploads_only)) for image in clips["image"])
             data["pixel_values"] = self._pixels(images, image_kwargs)
-            num_tokens["image"] = [self.image_seq_length] * len(clips["image"])
+            units["image"] = [1] * len(clips["image"])
         if clips.get("video"):
             video_kwargs = {**image_kwargs, **kwargs["videos_kwargs"], "return_tensors": "np"}
             num_frames = video_kwargs.pop("num_frames", None)
@@ -346,15 +361,22 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
                 row[: len(frames)] = frames
             if counts.min() < counts.max():
                 data["pixel_values_videos_mask"] = (np.arange(counts.max()) < counts[:, None]).astype(np.int64)
-            num_tokens["video"] = [self._num_video_tokens(int(count)) for count in counts]
-        for modality, per_window in (("audio", self.num_audio_query_tokens), ("speech", self.num_speech_query_tokens)):
+            units["video"] = counts.tolist()
+        for modality in ("audio", "speech"):
             if clips.get(modality):
                 rate = self.feature_extractor.rate_of(modality)
                 given = kwargs["audio_kwargs"].get("sampling_rate") or rate
                 waveforms = [load_waveform(clip, rate, self.uploads_only) for clip in clips[modality]]
                 data |= self.feature_extractor(**{modality: waveforms}, sampling_rate=given)
-                windows = [self.feature_extractor.num_windows(len(wave), modality) for wave in waveforms]
-                num_tokens[modality] = [count * per_window for count in windows]
+                units[modality] = [self.feature_extractor.num_windows(len(wave), modality) for wave in waveforms]
+        if keys:
+            data["clips_to_store"] = {m: list(zip(keys[m], units[m], strict=True)) for m in keys}
+        per_unit = {"image": self.image_seq_length, "audio": self.num_audio_query_tokens}
+        per_unit |= {"speech": self.num_speech_query_tokens}
+        num_tokens = {
+            modality: [self._num_video_tokens(n) if modality == "video" else n * per_unit[modality] for n in counts]
+            for modality, counts in units.items()
+        }
         return data, num_tokens
 
     def _num_video_tokens(self, num_frames: int) -> int:

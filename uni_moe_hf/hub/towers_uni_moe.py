@@ -372,6 +372,22 @@ class ClapTower(SoundTower, ClapAudioModel):
         return BaseModelOutput(outputs.last_hidden_state.permute(0, 3, 2, 1).flatten(1, 2))
 
 
+class WhisperSpeechTower(WhisperEncoder):
+    """A Whisper encoder that also takes windows shorter than the one it was trained on, and pads nothing."""
+
+    def forward(self, input_features: torch.Tensor, **kwargs) -> BaseModelOutput:
+        """`(W, M, F)` to `(W, F / 2, D)`; of short windows the last hidden state alone."""
+        num_positions = input_features.shape[-1] // 2
+        if num_positions >= self.config.max_source_positions:
+            return super().forward(input_features, **{**kwargs, "return_dict": True})
+        hidden_states = F.gelu(self.conv2(F.gelu(self.conv1(input_features)))).transpose(1, 2)
+        hidden_states = hidden_states + self.embed_positions.weight[:num_positions]
+        hidden_states = F.dropout(hidden_states, p=self.dropout, training=self.training)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, None)
+        return BaseModelOutput(self.layer_norm(hidden_states))
+
+
 class WhisperTower(SoundTower, WhisperEncoder):
     """A Whisper encoder that listens to sound."""
 
@@ -458,7 +474,7 @@ SOUND_TOWERS = {
     "whisper": WhisperTower,
     "yamnet": YamnetModel,
 }
-SPEECH_TOWERS = {"whisper": WhisperEncoder}
+SPEECH_TOWERS = {"whisper": WhisperSpeechTower}
 
 
 def tower_class(config: PreTrainedConfig, ear: str) -> type[PreTrainedModel]:
@@ -489,6 +505,7 @@ __all__ = [
     "BeatsModel",
     "ClapTower",
     "SoundTower",
+    "WhisperSpeechTower",
     "WhisperTower",
     "YamnetModel",
     "tower_class",

@@ -83,6 +83,7 @@ def build_processor(
             chunk_length=chunk_length,
             num_audio_mel_bins=mel_bins,
             audio_front_end=front_end,
+            cut_speech_windows=config.cut_speech_windows,
         ),
         tokenizer,
         **{

@@ -244,6 +244,7 @@ def _joined_config(
         "text_config": text,
         "speech_config": speech.speech_config.to_dict(),
         "num_speech_query_tokens": speech.num_speech_query_tokens,
+        "cut_speech_windows": speech.cut_speech_windows,
         "dtype": audio.dtype,
     }
     del fields["model_type"]

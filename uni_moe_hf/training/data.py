@@ -17,6 +17,7 @@ from ..hub.conversations_uni_moe import VICUNA_CHAT_TEMPLATE, ConversationMixin
 from ..hub.files_uni_moe import reason, resolved
 from ..hub.media_uni_moe import MAX_VIDEO_FRAMES, Clip, iter_frames, load_image, load_waveform
 from ..hub.processing_uni_moe import UniMoEProcessor
+from .feature_cache import NotStoredError
 from .row_files import iter_rows
 from .rows import describe_row, parts_of, rooted, row_to_messages, unread_fields
 
@@ -88,6 +89,8 @@ class UniMoEDataCollator:
         named = [(name, messages) for name, messages in named if messages]
         try:
             batch = self._encode([messages for _, messages in named]) if named else {}
+        except NotStoredError:
+            raise
         except Exception:
             named = [(name, messages) for name, messages in named if self._is_readable(name, messages)]
             batch = self._encode([messages for _, messages in named]) if named else {}
@@ -103,6 +106,24 @@ class UniMoEDataCollator:
         if self.describe_rows:
             batch |= {"rows": [name for name, _ in named], "num_skipped": skipped}
         return batch
+
+    def clips(self, row: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        """
+        Args:
+            row (`dict`): In any form of [`row_to_messages`].
+
+        Returns:
+            `list[tuple]`: modality, as the model perceives it, and source of each clip, in reading order; empty for a
+            row that is skipped.
+
+        Raises:
+            ValueError: as [`__call__`], for what can be said before media are read.
+        """
+        if not (messages := self._messages(row)):
+            return []
+        conversations, _ = self.processor._conversations([messages], self.processor.chat_template)
+        parts = [part for message in conversations[0] for part in message["content"] if part["type"] != "text"]
+        return [(self.processor._ear(part["type"]), part["source"]) for part in parts]
 
     def _messages(self, row: Mapping[str, Any]) -> list[dict] | None:
         """A row as messages with rooted paths; `None` when it is skipped."""
@@ -143,7 +164,7 @@ class UniMoEDataCollator:
     def _is_readable(self, name: str, messages: list[dict]) -> bool:
         try:
             self._encode([messages])
-        except ImportError:
+        except (ImportError, NotStoredError):
             raise
         except Exception as error:
             self._refuse(name, error)

@@ -12,8 +12,10 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ScriptArguments, SFTConfig, TrlParser
 
+from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 from ..hub.processing_uni_moe import UniMoEProcessor
 from .data import UniMoEDataCollator
+from .feature_cache import FeatureCache
 from .row_files import load_rows
 from .rows import describe_row, row_modalities, row_to_messages
 
@@ -40,9 +42,14 @@ class StageArguments(ScriptArguments):
         skip_bad_rows (`bool`, *optional*, defaults to `False`): As in [`UniMoEDataCollator`].
         group_by_modality (`bool`, *optional*, defaults to `False`): As in [`UniMoESFTTrainer`].
         learning_rates (`dict[str, float]` or `str`, *optional*): As in [`UniMoESFTTrainer`]; text is read as JSON.
+        feature_cache (`str`, *optional*): Folder of a [`FeatureCache`], as `uni-moe data encode` makes it.
+        fill_feature_cache (`bool`, *optional*, defaults to `False`): Whether the first epoch fills it.
+        without_towers (`bool`, *optional*, defaults to `False`): Whether towers leave the memory: all features are in
+            the cache.
 
     Raises:
-        ValueError: `learning_rates` is text that is not a JSON object, or an option is not known here.
+        ValueError: `learning_rates` is text that is not a JSON object, options contradict each other, or one is not
+            known here.
     """
 
     columns: list[str] | None = field(default=None, metadata={"help": "Which column is what: photo=image."})
@@ -59,11 +66,19 @@ class StageArguments(ScriptArguments):
     learning_rates: dict | str | None = field(
         default=None, metadata={"help": "Of parts with another one, such as '{\"audio connector\": 3e-5}'."}
     )
+    feature_cache: str | None = field(default=None, metadata={"help": "Folder with features of the frozen towers."})
+    fill_feature_cache: bool = field(default=False, metadata={"help": "Fill it during the first epoch."})
+    without_towers: bool = field(default=False, metadata={"help": "Leave the towers out of memory: all is cached."})
 
     def __post_init__(self) -> None:
         self.learning_rates = json_object("learning_rates", self.learning_rates)
         if self.dtype not in (None, "auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"`dtype` is {self.dtype!r}; it must be float32, bfloat16, float16 or auto.")
+        if self.feature_cache is None and (self.fill_feature_cache or self.without_towers):
+            option = "fill_feature_cache" if self.fill_feature_cache else "without_towers"
+            raise ValueError(f"`{option}` needs `feature_cache`, the folder of the cache.")
+        if self.fill_feature_cache and self.without_towers:
+            raise ValueError("`fill_feature_cache` runs the towers, so they cannot be left out (`without_towers`).")
         if self.ignore_bias_buffers:
             raise ValueError("`ignore_bias_buffers` is for models with boolean masks as buffers; this one has none.")
 
@@ -131,13 +146,41 @@ class StageArguments(ScriptArguments):
                 f"{', '.join(sorted(found)) or 'text'} (speech in a plain column is said with --columns audio=speech)."
             )
 
+    def open_feature_cache(self, model: UniMoEForConditionalGeneration, processor: UniMoEProcessor) -> None:
+        """
+        Gives the processor the cache, where there is one.
+
+        Raises:
+            ValueError: it is of another tower, front end or precision.
+        """
+        if self.feature_cache is not None:
+            processor.feature_cache = FeatureCache(self.feature_cache, model, processor, fill=self.fill_feature_cache)
+
+    def use_feature_cache(
+        self, model: UniMoEForConditionalGeneration, processor: UniMoEProcessor, training_args: SFTConfig
+    ) -> None:
+        """[`open_feature_cache`], and the towers leave the memory where that is wanted."""
+        self.open_feature_cache(model, processor)
+        if self.without_towers:
+            file = Path(training_args.output_dir) / "towers.pt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with training_args.main_process_first(desc="unloading towers"):
+                if training_args.process_index == 0:
+                    file.unlink(missing_ok=True)  # of an earlier run
+                model.model.unload_towers(str(file))
+
     def loading(self) -> dict[str, Any]:
         """What is said about loading models."""
         given = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
         return {name: value for name, value in given.items() if value is not None}
 
     def sample(
-        self, rows: Dataset | IterableDataset, processor: UniMoEProcessor, count: int, batch_size: int = 8
+        self,
+        rows: Dataset | IterableDataset,
+        model: UniMoEForConditionalGeneration,
+        processor: UniMoEProcessor,
+        count: int,
+        batch_size: int = 8,
     ) -> Iterator[dict[str, Any]]:
         """Batches of `count` rows: from all over the data, which may be sorted; of a stream the first."""
         collator = self.collator(processor)
@@ -146,7 +189,10 @@ class StageArguments(ScriptArguments):
         else:
             rows = rows.select(range(0, len(rows), -(-len(rows) // count)))
         for start in range(0, len(rows), batch_size):
-            yield collator([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
+            batch = collator([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
+            yield batch if processor.feature_cache is None else processor.feature_cache.store(model, batch)
+        if processor.feature_cache is not None:
+            processor.feature_cache.flush()
 
     def collator(self, processor: UniMoEProcessor) -> UniMoEDataCollator:
         """What makes batches of them for a model with this processor."""
@@ -166,6 +212,7 @@ class PartsArguments:
     image_size: int | None = field(default=None, metadata={"help": "Of pictures in pixels; else the tower's own."})
     num_speech_query_tokens: int = field(default=50, metadata={"help": "Tokens of a window of speech."})
     num_audio_query_tokens: int = field(default=50, metadata={"help": "Tokens of a window of sound."})
+    cut_speech_windows: bool = field(default=False, metadata={"help": "Hear short speech without padding: faster."})
     audio_connector_config: dict | str | None = field(default=None, metadata={"help": "Of the Q-Former, as JSON."})
     chat_template: str | None = field(default=None, metadata={"help": "Jinja file in place of the LLM's own."})
 

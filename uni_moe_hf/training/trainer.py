@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Sampler
+from transformers import TrainerCallback
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
@@ -24,6 +25,7 @@ from ..hub.compat_uni_moe import same_permissions
 from ..hub.configuration_uni_moe import is_sparse
 from ..mixtures.routing import record_routing
 from .data import NO_ROW, UniMoEDataCollator
+from .feature_cache import FeatureCache
 from .model_card import trained_card
 from .resuming import last_complete_checkpoint, only_run_in, write_digests
 from .rows import row_modalities
@@ -114,6 +116,7 @@ class UniMoESFTTrainer(SFTTrainer):
     Logged besides TRL's own: `loss/<modalities>` for rows with these media, and with experts `load/<expert>`, its
     share of all tokens, and `load/max_over_min` of the most uneven layer; whatever the auxiliary loss; and
     `rows_skipped` so far, where bad rows may be. They are counted on the device and read when the trainer logs.
+    With a [`FeatureCache`] that is being filled, what the towers give is stored.
 
     Args:
         args: As `SFTTrainer`; without a `data_collator` rows of any form are read by a [`UniMoEDataCollator`].
@@ -165,6 +168,11 @@ class UniMoESFTTrainer(SFTTrainer):
         self.group_by_modality = group_by_modality
         if isinstance(self.data_collator, UniMoEDataCollator):
             self.data_collator.describe_rows = True  # so that a bad batch can be named
+        self.feature_cache: FeatureCache | None = getattr(
+            getattr(self.data_collator, "processor", None), "feature_cache", None
+        )
+        if self.feature_cache is not None and self.feature_cache.fill:
+            self.add_callback(_WriteFeatures(self.feature_cache))
         self._losses = ModalityLosses(self.model)
         self._routing: Any = None
         self._skipped, self._batches, self._empty_batches = 0, 0, 0
@@ -233,6 +241,8 @@ class UniMoESFTTrainer(SFTTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in TRL; stops at a loss that is no number, before it reaches a weight."""
+        if self.feature_cache is not None:
+            inputs = self.feature_cache.store(self.model, inputs)
         rows = inputs.pop("rows", None)
         self._skipped += inputs.pop("num_skipped", 0)
         self._batches += self.model.training
@@ -295,6 +305,18 @@ class UniMoESFTTrainer(SFTTrainer):
         base = getattr(config, "_name_or_path", "") or None
         card = trained_card(config, name, is_adapter, base_model=base, dataset=dataset_name)
         card.save(Path(self.args.output_dir) / "README.md")
+
+
+class _WriteFeatures(TrainerCallback):
+    """Features that wait in memory are written with every checkpoint, and when an epoch or the training ends."""
+
+    def __init__(self, cache: FeatureCache):
+        self.cache = cache
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.cache.flush()
+
+    on_save = on_train_end = on_evaluate = on_epoch_end
 
 
 class ModalityLosses:

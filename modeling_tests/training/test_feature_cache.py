@@ -1,0 +1,351 @@
+"""Features kept in a folder: the same numbers as from the media, and one sentence where they are another's."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from tiny import EXACT, picture, tiny_model, tiny_processor, tone
+from tiny_training import make_own_trainer, rows, write_media
+from transformers import AutoModel
+
+from uni_moe_hf import FeatureCache, UniMoEDataCollator, UniMoESFTTrainer, encode_rows
+from uni_moe_hf.hub.media_uni_moe import Clip
+from uni_moe_hf.training import feature_cache
+from uni_moe_hf.training.feature_cache import NotStoredError
+
+
+DENSE = {"mlp_layer_types": ["dense", "dense"]}
+STAGES = {"connectors": DENSE, "experts": DENSE, "moe": {"shared_expert_base": True}}
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory) -> Path:
+    return write_media(tmp_path_factory.mktemp("media"))
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """A model with all towers, and its processor."""
+    model = tiny_model(DENSE)
+    return model, tiny_processor(model.config)
+
+
+@pytest.fixture
+def filled(parts, media, tmp_path) -> FeatureCache:
+    """A cache of the clips of all rows."""
+    cache = FeatureCache(tmp_path / "cache", *parts, fill=True)
+    encode_rows(rows(), parts[0], UniMoEDataCollator(parts[1], media_root=media), cache)
+    return FeatureCache(tmp_path / "cache", *parts)
+
+
+@pytest.fixture
+def with_cache(parts, filled, media):
+    """A collator whose processor has the cache, for the length of a test."""
+    parts[1].feature_cache = filled
+    yield UniMoEDataCollator(parts[1], media_root=media)
+    parts[1].feature_cache = None
+
+
+def losses(trainer: UniMoESFTTrainer) -> list[float]:
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trained(stage: str, media: Path, folder: Path, cache: Path | None, fill=False, towers=True, **settings):
+    """Losses of eight steps, two epochs, and the trainer."""
+    model = tiny_model(STAGES[stage])
+    trainer = make_own_trainer(media, folder, model, stage, max_steps=8, **settings)
+    if cache is not None:
+        processor = trainer.data_collator.processor
+        processor.feature_cache = FeatureCache(cache, model, processor, fill=fill)
+        trainer = make_own_trainer(media, folder, model, stage, max_steps=8, processor=processor, **settings)
+        if not towers:
+            model.model.unload_towers(str(folder / "towers.pt"))
+    return losses(trainer), trainer
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_training_from_a_cache_loses_what_training_from_media_loses_bit_for_bit(stage, media, tmp_path):
+    expected, plain = trained(stage, media, tmp_path / "plain", None)
+    filling, _ = trained(stage, media, tmp_path / "filling", tmp_path / "cache", fill=True)
+    warm, own = trained(stage, media, tmp_path / "warm", tmp_path / "cache", towers=False, dataloader_num_workers=1)
+    assert expected == filling == warm
+    for name, tensor in plain.model.state_dict().items():
+        if "_tower." not in name:
+            torch.testing.assert_close(own.model.state_dict()[name], tensor, **EXACT)
+
+
+def test_a_model_without_its_towers_saves_whole_and_says_what_it_lacks(media, tmp_path):
+    _, trainer = trained("connectors", media, tmp_path / "a", tmp_path / "cache", fill=True)
+    whole = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.model.model.unload_towers(str(tmp_path / "towers.pt"))
+    assert not any("_tower." in name for name in trainer.model.state_dict())
+    trainer.save_model(tmp_path / "saved")
+    loaded = AutoModel.from_pretrained(tmp_path / "saved")
+    for name, tensor in whole.items():
+        torch.testing.assert_close(loaded.state_dict()[name], tensor, **EXACT)
+    assert not any("_tower." in name for name in trainer.model.state_dict())
+    with pytest.raises(ValueError, match="the vision tower of this model is not in memory"):
+        trainer.model.get_image_features(torch.zeros(1, 3, 16, 16))
+    trainer.model.model.load_towers()
+    trainer.model.get_image_features(torch.zeros(1, 3, 16, 16))
+
+
+def test_a_batch_from_the_cache_generates_the_same(parts, with_cache, media):
+    model, processor = parts
+    chat = [[row["messages"][0]] for row in rows(6)]
+    for messages in chat:
+        for part in messages[0]["content"]:
+            if "path" in part:
+                part["path"] = str(media / part["path"])
+            if "video" in part:
+                part["video"] = [str(media / name) for name in part["video"]]
+    settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    settings["processor_kwargs"] = {"padding": True}
+    cached = processor.apply_chat_template(chat, **settings)
+    cache, processor.feature_cache = processor.feature_cache, None
+    plain = processor.apply_chat_template(chat, **settings)
+    processor.feature_cache = cache
+    assert "tower_states" in cached
+    assert not {"pixel_values", "input_values", "input_features", "pixel_values_videos"} & set(cached)
+    answers = [model.generate(**inputs, max_new_tokens=5, do_sample=False) for inputs in (cached, plain)]
+    assert torch.equal(*answers)
+
+
+def test_copies_are_stored_once_whatever_they_are_called(parts, media, tmp_path):
+    model, processor = parts
+    shutil.copy(media / "0.png", tmp_path / "copy.png")
+    files = [media / "0.png", tmp_path / "copy.png"]
+    answer = {"role": "assistant", "content": "a bird"}
+    sources = [*map(str, files), files[0].read_bytes(), {"bytes": files[0].read_bytes(), "path": "x.png"}]
+    data = [{"messages": [{"role": "user", "content": [{"type": "image", "image": s}]}, answer]} for s in sources]
+    collator = UniMoEDataCollator(processor)
+    planned = encode_rows(
+        data, model, collator, FeatureCache(tmp_path / "c", model, processor, fill=True), dry_run=True
+    )
+    assert len(FeatureCache(tmp_path / "c", model, processor)) == 0
+    done = encode_rows(data, model, collator, FeatureCache(tmp_path / "c", model, processor, fill=True))
+    again = encode_rows(data, model, collator, FeatureCache(tmp_path / "c", model, processor, fill=True))
+    assert planned.modalities == done.modalities
+    assert (done.modalities["image"].clips, done.modalities["image"].known, done.modalities["image"].new) == (4, 3, 1)
+    assert (again.modalities["image"].known, again.modalities["image"].new) == (4, 0)
+    stored = FeatureCache(tmp_path / "c", model, processor).summary()["image"]
+    assert stored == {"clips": 1, "bytes": done.modalities["image"].bytes}
+
+
+def test_keys_tell_content_and_cut_apart(parts, filled, media):
+    processor = parts[1]
+
+    def key(modality, source, **kwargs):
+        return filled.key_of(processor, modality, source, kwargs).key
+
+    wav, png = str(media / "0.wav"), str(media / "0.png")
+    pixels, sound = picture(0), tone()
+    keys = [
+        key("audio", wav),
+        key("speech", wav),
+        key("audio", Clip(wav, start=0.1)),
+        key("audio", Clip(wav, end=0.1)),
+        key("audio", str(media / "1.wav")),
+        key("audio", sound),
+        key("audio", sound * 0.5),
+        key("audio", {"array": sound, "sampling_rate": 8000}),
+        key("audio", (sound, 16000)),
+        key("image", png),
+        key("image", pixels),
+        key("image", pixels[:, ::-1]),
+        key("image", Image.fromarray(pixels)),
+        key("image", Image.fromarray(pixels).convert("L")),
+        key("image", png, images_kwargs={"do_resize": False}),
+        key("video", [png, png]),
+        key("video", [png]),
+        key("video", Clip([png, png], num_frames=1)),
+    ]
+    same = [{10, 12}]  # an array and the picture of it hold the same
+    for first in range(len(keys)):
+        for second in range(first):
+            if {first, second} not in same:
+                assert keys[first] != keys[second], (first, second)
+    assert key("audio", wav) == key("audio", Path(wav)) == key("audio", Path(wav).read_bytes())
+    assert key("audio", sound) == key("audio", sound.tolist() if sound.dtype == np.float64 else sound.copy())
+
+
+def test_what_is_not_stored_is_named(parts, filled, with_cache, media, tmp_path):
+    def batch(**part):
+        return with_cache([{"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a"}]}])
+
+    batch(type="image", path=str(media / "0.png"))
+    Image.fromarray(picture(7)).save(tmp_path / "new.png")
+    with pytest.raises(NotStoredError, match="does not hold '.*new.png' as image; encode the rows once more"):
+        batch(type="image", path=str(tmp_path / "new.png"))
+    with_cache.skip_bad_rows = True  # no fault of the row, so it is not passed over
+    with pytest.raises(NotStoredError, match="does not hold"):
+        batch(type="image", path=str(tmp_path / "new.png"))
+
+
+def test_a_clip_that_has_changed_since_is_refused_and_one_of_a_missing_modality_too(parts, media, tmp_path):
+    model, processor = parts
+    shutil.copy(media / "0.wav", tmp_path / "bell.wav")
+    row = {"messages": [{"role": "user", "content": [{"type": "audio", "path": str(tmp_path / "bell.wav")}]}]}
+    row["messages"].append({"role": "assistant", "content": "a"})
+    collator = UniMoEDataCollator(processor)
+    encode_rows([row], model, collator, FeatureCache(tmp_path / "c", model, processor, fill=True))
+    processor.feature_cache = FeatureCache(tmp_path / "c", model, processor)
+    try:
+        collator([row])
+        before = os.stat(tmp_path / "bell.wav")
+        samples = tone()
+        samples[0] += 0.01
+        soundfile.write(tmp_path / "bell.wav", samples, 16000)
+        os.utime(tmp_path / "bell.wav", ns=(before.st_atime_ns, before.st_mtime_ns))  # content decides, not dates
+        with pytest.raises(NotStoredError, match="bell.wav' as it was before, or cut otherwise: it has changed"):
+            collator([row])
+        with pytest.raises(NotStoredError, match="holds no image"):
+            collator([rows(1)[0] | {"_root": str(media)}])
+    finally:
+        processor.feature_cache = None
+
+
+def _other_weights(model, processor):
+    with torch.no_grad():
+        next(model.model.vision_tower.parameters())[0] += 1e-6
+
+
+def _other_layer(model, processor):
+    model.config.vision_feature_layer = -1
+
+
+def _other_mode(model, processor):
+    processor.image_mode = "pad"
+
+
+def _other_window(model, processor):
+    processor.feature_extractor.cut_speech_windows = True
+
+
+def _other_precision(model, processor):
+    model.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_other_weights, "another vision tower or front end: its weights differ"),
+        (_other_layer, "`reads.vision_feature_layer` is -2 there and -1 here"),
+        (_other_mode, "`front_end.image_mode` is 'crop' there and 'pad' here"),
+        (_other_window, "another speech tower or front end: `front_end.cut_speech_windows` is False there"),
+        (_other_precision, "another .* tower or front end"),
+    ],
+)
+def test_a_cache_of_another_tower_or_front_end_is_refused(change, message, filled):
+    model = tiny_model(DENSE)
+    processor = tiny_processor(model.config)
+    FeatureCache(filled.folder, model, processor)
+    change(model, processor)
+    for fill in (False, True):
+        with pytest.raises(ValueError, match=message):
+            FeatureCache(filled.folder, model, processor, fill=fill)
+
+
+def test_a_folder_that_is_no_cache_or_of_another_precision_is_refused(parts, filled, tmp_path):
+    with pytest.raises(ValueError, match="holds no feature cache; make one with `uni-moe data encode`"):
+        FeatureCache(tmp_path / "nothing", *parts)
+    with pytest.raises(ValueError, match="holds float32, not float16; name another folder"):
+        FeatureCache(filled.folder, *parts, dtype="float16", fill=True)
+    with pytest.raises(ValueError, match="not in 'int8'"):
+        FeatureCache(filled.folder, *parts, dtype="int8")
+    (filled.folder / "features.json").write_text("[]")
+    with pytest.raises(ValueError, match="is no header of a feature cache"):
+        FeatureCache(filled.folder, *parts)
+
+
+def test_half_precision_takes_half_the_room_and_every_epoch_has_the_same_numbers(parts, media, tmp_path, filled):
+    model, processor = parts
+    cache = FeatureCache(tmp_path / "half", model, processor, dtype="float16", fill=True)
+    encode_rows(rows(), model, UniMoEDataCollator(processor, media_root=media), cache)
+    whole, half = filled.summary(), cache.summary()
+    assert half["image"]["bytes"] * 2 == whole["image"]["bytes"]
+    expected, _ = trained("connectors", media, tmp_path / "a", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half")
+    FeatureCache(tmp_path / "half", model, processor, dtype="float16", fill=True)
+    filling, _ = trained("connectors", media, tmp_path / "b", tmp_path / "half", fill=True)
+    assert filling == expected
+
+
+def test_a_damaged_shard_is_named_and_unfinished_files_are_passed_over(parts, filled):
+    folder = filled.folder
+    (folder / ".features-0.safetensors.123").write_bytes(b"half")  # of a writer that was killed
+    (folder / "features-0.safetensors").write_bytes(b"without its index")
+    count = len(FeatureCache(folder, *parts))
+    assert count == len(filled) > 0
+    shard = next(path for path in folder.glob("features-*.safetensors") if path.name != "features-0.safetensors")
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-10])
+    with pytest.raises(ValueError, match=r"cannot be used \(.* has .* bytes in place of .*\); remove it and its"):
+        FeatureCache(folder, *parts)
+
+
+def test_a_full_disk_loses_nothing_that_was_stored(parts, media, tmp_path, monkeypatch):
+    model, processor = parts
+    collator = UniMoEDataCollator(processor, media_root=media)
+    cache = FeatureCache(tmp_path / "c", model, processor, fill=True)
+    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 1)  # a shard for each clip
+    real, written = feature_cache.save_file, []
+
+    def save(tensors, path):
+        if len(written) == 3:
+            Path(path).write_bytes(b"some of it")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        written.append(path)
+        real(tensors, path)
+
+    monkeypatch.setattr(feature_cache, "save_file", save)
+    with pytest.raises(OSError, match=r"could not be written to \(.*No space left.*\); make room and start again"):
+        encode_rows(rows(), model, collator, cache)
+    assert not [path for path in (tmp_path / "c").iterdir() if path.name.startswith(".features")]
+    monkeypatch.setattr(feature_cache, "save_file", real)
+    assert len(FeatureCache(tmp_path / "c", model, processor)) == 3
+    done = encode_rows(rows(), model, collator, FeatureCache(tmp_path / "c", model, processor, fill=True))
+    assert sum(each.known for each in done.modalities.values()) >= 3
+    names = [json.loads(path.read_text())["clips"] for path in (tmp_path / "c").glob("features-*.json")]
+    keys = [key for clips in names for key in clips]
+    assert len(keys) == len(set(keys))
+
+
+def test_rows_that_cannot_be_read_are_told_and_the_others_encoded(parts, media, tmp_path):
+    model, processor = parts
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    answer = {"role": "assistant", "content": "a"}
+    sources = [str(tmp_path / "bad.png"), str(media / "0.png"), str(tmp_path / "gone.png")]
+    data = [{"messages": [{"role": "user", "content": [{"type": "image", "path": s}]}, answer]} for s in sources]
+    cache = FeatureCache(tmp_path / "c", model, processor, fill=True)
+    done = encode_rows(data, model, UniMoEDataCollator(processor), cache)
+    assert done.modalities["image"].new == 1
+    assert len(done.refused) == 2
+    assert "bad.png" in "".join(done.refused) and "gone.png" in "".join(done.refused)
+    assert processor.feature_cache is None
+
+
+def test_several_processes_may_fill_one_cache(parts, media, tmp_path):
+    model, processor = parts
+    caches = [FeatureCache(tmp_path / "c", model, processor, fill=True) for _ in range(2)]
+    collator = UniMoEDataCollator(processor, media_root=media)
+    processor.feature_cache = caches[0]
+    batches = []
+    for cache in caches:
+        processor.feature_cache = cache
+        batches.append(cache.store(model, collator(rows(6))))
+    for cache in caches:
+        cache.flush()
+    processor.feature_cache = None
+    names = [json.loads(path.read_text())["clips"] for path in (tmp_path / "c").glob("features-*.json")]
+    assert len(names) == 1  # the second found all that it had stored by the first
+    for name, tensor in batches[0]["tower_states"].items():
+        torch.testing.assert_close(batches[1]["tower_states"][name], tensor, **EXACT)

@@ -1,0 +1,161 @@
+"""Filling a feature cache from rows, before training: each clip is run through its tower once."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..hub.files_uni_moe import reason
+from .data import UniMoEDataCollator
+from .feature_cache import FeatureCache
+from .rows import describe_row
+
+
+@dataclass
+class Encoded:
+    """
+    What became of the clips of one modality.
+
+    Args:
+        clips (`int`): In the rows.
+        known (`int`): Of these stored before, or copies of another.
+        new (`int`): Encoded now; in a dry run, that would be.
+        bytes (`int`): Of the features of the new ones.
+    """
+
+    clips: int = 0
+    known: int = 0
+    new: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class Encoding:
+    """
+    What became of the clips of some rows.
+
+    Args:
+        modalities (`dict[str, Encoded]`): Of each modality.
+        refused (`list[str]`): Rows and clips that cannot be read, and why.
+    """
+
+    modalities: dict[str, Encoded] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+
+
+def encode_rows(
+    rows: Iterable[Mapping[str, Any]],
+    model: nn.Module,
+    collator: UniMoEDataCollator,
+    cache: FeatureCache,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    dry_run: bool = False,
+) -> Encoding:
+    r"""
+    Stores the features of all clips of some rows. What is stored already is passed over, so a call that was
+    interrupted is repeated and goes on.
+
+    Args:
+        rows (`Iterable[dict]`): In any form of [`row_to_messages`].
+        model ([`UniMoEForConditionalGeneration`]): With its towers.
+        collator ([`UniMoEDataCollator`]): That the rows are trained with.
+        cache ([`FeatureCache`]): Made with `fill=True` for this model and the collator's processor.
+        batch_size (`int`, *optional*, defaults to 8): Clips that are read together.
+        num_workers (`int`, *optional*, defaults to 0): Processes that read media.
+        dry_run (`bool`, *optional*, defaults to `False`): Whether to say only what it would come to. Media are read,
+            but towers run on one clip of each modality alone, and nothing is stored.
+
+    Returns:
+        [`Encoding`].
+
+    Raises:
+        OSError: the disk is full; what was stored before is kept.
+    """
+    found, processor = Encoding(), collator.processor
+    before, processor.feature_cache = processor.feature_cache, cache
+    try:
+        missing = _missing(rows, collator, cache, found)
+        for modality, clips in missing.items():
+            counts, per_unit = found.modalities[modality], 0.0
+            for batch, refused in _batches(processor, modality, [*clips.values()], batch_size, num_workers):
+                found.refused += refused
+                if batch is None:
+                    continue
+                units = [units for _, units in batch["clips_to_store"][modality]]
+                counts.new += len(units)
+                if not per_unit or not dry_run:
+                    device = model.device
+                    batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                    states = cache.states_of(model, batch) if dry_run else cache.store(model, batch)["tower_states"]
+                    per_unit = sum(rows.nbytes for rows in states.values()) / sum(units)
+                counts.bytes += round(per_unit * sum(units))
+        cache.flush()
+    finally:
+        processor.feature_cache = before
+    return found
+
+
+def _missing(
+    rows: Iterable[Mapping[str, Any]], collator: UniMoEDataCollator, cache: FeatureCache, found: Encoding
+) -> dict[str, dict[str, Any]]:
+    """Modality -> key -> clip, of those that are to be encoded."""
+    missing: dict[str, dict[str, Any]] = {}  # modality -> key -> clip
+    for row in rows:
+        try:
+            for modality, source in collator.clips(row):
+                key = cache.key_of(collator.processor, modality, source, {})
+                counts, new = found.modalities.setdefault(modality, Encoded()), missing.setdefault(modality, {})
+                counts.clips += 1
+                if cache.has([key]) or key.key in new:
+                    counts.known += 1
+                else:
+                    new[key.key] = source
+        except (ValueError, OSError) as error:
+            found.refused.append(f"{describe_row(row)}: {reason(error)}")
+    return missing
+
+
+class _Reader(Dataset):
+    """Clips, a batch at a time, as the towers take them."""
+
+    def __init__(self, processor: Any, modality: str, batches: list[list[Any]]):
+        self.processor, self.modality, self.batches = processor, modality, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> tuple[dict[str, Any] | None, list[str]]:
+        readable, refused = self.batches[index], []
+        try:
+            return self._read(readable), refused
+        except ValueError:
+            readable = [source for source in readable if self._is_readable(source, refused)]
+            return (self._read(readable) if readable else None), refused
+
+    def _read(self, sources: list[Any]) -> dict[str, Any]:
+        processor = self.processor
+        data, _ = processor._features({self.modality: sources}, processor._grouped_kwargs({}))
+        return {name: v if isinstance(v, dict) else torch.as_tensor(v) for name, v in data.items()}
+
+    def _is_readable(self, source: Any, refused: list[str]) -> bool:
+        try:
+            self._read([source])
+        except ValueError as error:
+            refused.append(reason(error))
+            return False
+        return True
+
+
+def _batches(
+    processor: Any, modality: str, clips: list[Any], batch_size: int, num_workers: int
+) -> Iterator[tuple[dict[str, Any] | None, list[str]]]:
+    """Batches of clips, read by other processes where there are some, and the clips that cannot be read."""
+    batches = [clips[start : start + batch_size] for start in range(0, len(clips), batch_size)]
+    return iter(DataLoader(_Reader(processor, modality, batches), batch_size=None, num_workers=num_workers))
+
+
+__all__ = ["Encoded", "Encoding", "encode_rows"]

@@ -1,0 +1,549 @@
+"""
+What frozen towers give for the clips of a data set, kept in a folder: the same in every step, epoch and stage.
+
+    features.json              what the towers and their front ends are, and in which precision features are stored
+    features-*.safetensors     the features, before the connectors
+    features-*.json            which clips the file of the same name holds; a file without one is not there yet
+
+Files are written aside, renamed, and never changed afterwards. So a process that is killed leaves a cache that is
+whole, and any number of others may read, and write, meanwhile.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from ..hub.connectors_uni_moe import TOWERS
+from ..hub.files_uni_moe import name_of, reason, resolved
+from ..hub.media_uni_moe import Clip
+
+
+HEADER = "features.json"
+FORMAT = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHARD_BYTES = 512 * 2**20  # of features that wait to be written, and so of a file
+MAX_OPEN_SHARDS = 64
+# Of configs and front ends: says where they come from, not what they do.
+UNTOLD = {"transformers_version", "architectures", "dtype", "torch_dtype", "processor_class", "auto_map"}
+UNTOLD |= {"id2label", "label2id", "image_processor_type", "feature_extractor_type"}
+NOUNS = {"image": "Picture", "video": "Video", "audio": "Audio", "speech": "Audio"}
+INPUTS = {
+    "image": ("pixel_values",),
+    "video": ("pixel_values_videos", "pixel_values_videos_mask"),
+    "audio": ("input_values", "input_values_mask"),
+    "speech": ("input_features", "input_features_mask"),
+}
+
+
+class NotStoredError(OSError):
+    """The features of a clip are not in the cache: a fault of the cache, not of the row."""
+
+
+@dataclass(frozen=True)
+class ClipKey:
+    """A clip's key in the cache, and what it is called."""
+
+    key: str
+    source: str
+
+
+@dataclass
+class Found:
+    """
+    What a cache knows of the clips of one modality.
+
+    Args:
+        keys (`list[ClipKey]`): One per clip.
+        states (`dict[str, torch.Tensor]`, *optional*): A part of the model's `tower_states`; `None` where clips are
+            missing and the cache is being filled.
+        units (`list[int]`): Windows or frames of each clip, 1 for a picture.
+    """
+
+    keys: list[ClipKey]
+    states: dict[str, torch.Tensor] | None = None
+    units: list[int] | None = None
+
+
+class FeatureCache:
+    r"""
+    Features of clips, for the processor (`processor.feature_cache = cache`), which then gives the model
+    `tower_states` in place of pictures, frames and sound, in training, evaluation and generation.
+
+    Args:
+        folder (`str` or `Path`): Where features lie; made where `fill` is set.
+        model ([`UniMoEForConditionalGeneration`]): Whose towers the features are of; with its towers in memory.
+        processor ([`UniMoEProcessor`]): Of the model.
+        dtype (`str`, *optional*): In which features are stored: "float32", "bfloat16" or "float16"; that of the towers
+            by default. What exists keeps its own.
+        fill (`bool`, *optional*, defaults to `False`): Whether clips that are missing are read, and stored by
+            [`UniMoESFTTrainer`] when it has run the towers on them; else they are an error.
+
+    Raises:
+        ValueError: there is no cache, or it is of another tower, front end or precision; the message says which
+            setting differs.
+        OSError: the folder cannot be written to.
+
+    Example:
+
+    ```python
+    >>> cache = FeatureCache("outputs/features", model, processor, fill=True)
+    >>> processor.feature_cache = cache
+    >>> UniMoESFTTrainer(model=model, processing_class=processor, ...).train()
+    ```
+    """
+
+    def __init__(
+        self, folder: str | Path, model: nn.Module, processor: Any, dtype: str | None = None, fill: bool = False
+    ):
+        self.folder, self.fill = Path(folder), fill
+        if dtype not in (None, *DTYPES):
+            raise ValueError(f"Features are stored in {', '.join(DTYPES)}, not in {dtype!r}.")
+        towers = tower_identities(model, processor)
+        if fill:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / ".lock"):
+                header = self._header(towers, dtype)
+        else:
+            header = self._header(towers, dtype)
+        self.towers: list[str] = list(header["towers"])
+        self.dtype = DTYPES[header["dtype"]]
+        self._index: dict[str, tuple[Path, dict]] = {}  # key -> file, and what is known of the clip
+        self._sources: set[tuple[str, str]] = set()  # (modality, source) of the clips
+        self._shards: set[str] = set()
+        self._waiting: dict[str, tuple[dict, dict[str, torch.Tensor]]] = {}  # key -> what is known, tensors
+        self._waiting_bytes = 0
+        self._opened: OrderedDict[Path, Any] = OrderedDict()
+        self._process = os.getpid()
+        self._listed = -1
+        self.refresh()
+
+    def __deepcopy__(self, memo: dict) -> "FeatureCache":
+        return self  # copies of a processor share it
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For workers: what waits is written by this process.
+        return self.__dict__ | {"_opened": OrderedDict(), "_waiting": {}, "_waiting_bytes": 0}
+
+    def __len__(self) -> int:
+        return len(self._index) + len(self._waiting.keys() - self._index.keys())
+
+    def _header(self, towers: dict[str, dict], dtype: str | None) -> dict[str, Any]:
+        """What the folder's header says, if it agrees; completed where the cache is filled."""
+        path = self.folder / HEADER
+        if not path.is_file() and not self.fill:
+            raise ValueError(
+                f"'{self.folder}' holds no feature cache; make one with `uni-moe data encode`, or fill it while "
+                "training (`fill_feature_cache`)."
+            )
+        precisions = {tower["dtype"] for tower in towers.values()}
+        header = {"format": FORMAT, "dtype": dtype or max(precisions, default="float32"), "towers": {}}
+        if path.is_file():
+            try:
+                header = json.loads(path.read_text(encoding="utf-8"))
+                known = header["format"] == FORMAT and header["dtype"] in DTYPES and dict(header["towers"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"'{path}' is no header of a feature cache ({reason(error)}).") from error
+            if known is False:
+                raise ValueError(f"'{path}' is of a format that this release does not read; make the cache anew.")
+            if dtype is not None and dtype != header["dtype"]:
+                raise ValueError(
+                    f"The feature cache '{self.folder}' holds {header['dtype']}, not {dtype}; name another folder."
+                )
+        for name, tower in towers.items():
+            if name in header["towers"] and (difference := _difference(header["towers"][name], tower)):
+                raise ValueError(
+                    f"The feature cache '{self.folder}' was made with another {name} tower or front end: "
+                    f"{difference}. Use the model that it was made with, or make a cache of its own for this one."
+                )
+        missing = towers.keys() - header["towers"].keys()
+        if self.fill and (missing or not path.is_file()):
+            header["towers"] |= {name: towers[name] for name in missing}
+            self._write(HEADER, lambda aside: aside.write_text(json.dumps(header, indent=1), encoding="utf-8"))
+        return header
+
+    # ---- reading ----
+
+    def refresh(self) -> None:
+        """Takes up what has been written since."""
+        try:
+            listed = os.stat(self.folder).st_mtime_ns
+            if listed == self._listed:
+                return
+            names = {entry.name for entry in os.scandir(self.folder)}
+        except FileNotFoundError as error:
+            raise ValueError(f"The feature cache '{self.folder}' is gone.") from error
+        self._listed = listed
+        for name in sorted(names - self._shards):
+            if name == HEADER or not (name.startswith("features-") and name.endswith(".json")):
+                continue
+            shard = self.folder / name.replace(".json", ".safetensors")
+            try:
+                content = json.loads((self.folder / name).read_text(encoding="utf-8"))
+                clips, size = dict(content["clips"]), content["bytes"]
+                if shard.stat().st_size != size:
+                    raise ValueError(f"'{shard.name}' has {shard.stat().st_size} bytes in place of {size}")
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"'{self.folder / name}' of the feature cache cannot be used ({reason(error)}); remove it and its "
+                    ".safetensors, and encode again."
+                ) from error
+            self._shards.add(name)
+            for key, about in clips.items():
+                self._index[key] = (shard, about)
+                self._sources.add((about["modality"], about["source"]))
+
+    def key_of(self, processor: Any, modality: str, source: Any, kwargs: Mapping[str, Mapping]) -> ClipKey:
+        """
+        Args:
+            processor ([`UniMoEProcessor`]): Which reads the clip.
+            modality (`str`): What it is heard or seen as.
+            source: The clip, in any form that the processor takes.
+            kwargs (`dict[str, dict]`): What was asked in this call, as the processor groups it.
+
+        Returns:
+            [`ClipKey`]: of its content and its cut; a copy of a file has the same.
+
+        Raises:
+            ValueError: it is missing, or has no content that could be told from another.
+        """
+        clip = source if isinstance(source, Clip) else Clip(source)
+        asked: dict[str, Any] = {"start": clip.start, "end": clip.end}
+        if modality in ("image", "video"):
+            asked |= kwargs.get("images_kwargs", {})
+        if modality == "video":
+            asked |= {"num_frames": clip.num_frames, "fps": clip.fps, "at_most": processor.video_frames}
+            asked |= kwargs.get("videos_kwargs", {})
+        if modality in ("audio", "speech"):
+            asked |= kwargs.get("audio_kwargs", {})
+        asked = {name: value for name, value in asked.items() if value is not None and name != "return_tensors"}
+        content = _content(clip.source, NOUNS[modality], processor.uploads_only)
+        told = json.dumps([modality, content, asked], sort_keys=True, default=str)
+        shown = clip.source.get("path") if isinstance(clip.source, Mapping) else clip.source
+        return ClipKey(hashlib.blake2b(told.encode(), digest_size=20).hexdigest(), name_of(shown))
+
+    def find(self, processor: Any, modality: str, sources: list, kwargs: Mapping[str, Mapping]) -> Found:
+        """
+        Args:
+            processor, modality, kwargs: As in [`key_of`].
+            sources (`list`): Clips of one modality, in reading order.
+
+        Returns:
+            [`Found`].
+
+        Raises:
+            NotStoredError: one of them is not stored, and the cache is not being filled.
+            ValueError: as in [`key_of`]; a file of the cache is damaged.
+        """
+        keys = [self.key_of(processor, modality, source, kwargs) for source in sources]
+        if not self.has(keys):
+            self.refresh()
+        if not self.has(keys):
+            if self.fill:
+                return Found(keys)
+            self._refuse(modality, next(key for key in keys if key.key not in self._index))
+        clips = [self._read(key.key) for key in keys]
+        units = [about["units"] for about, _ in clips]
+        return Found(keys, _joined(modality, [tensors for _, tensors in clips]), units)
+
+    def has(self, keys: Iterable[ClipKey]) -> bool:
+        """Whether all of these are stored, or wait to be written."""
+        return all(key.key in self._index or key.key in self._waiting for key in keys)
+
+    def _refuse(self, modality: str, key: ClipKey) -> None:
+        if TOWERS[modality] not in self.towers or not any(kind == modality for kind, _ in self._sources):
+            what = f"holds no {modality}"
+        elif (modality, key.source) in self._sources:
+            what = f"holds {key.source} as it was before, or cut otherwise: it has changed since"
+        else:
+            what = f"does not hold {key.source} as {modality}"
+        raise NotStoredError(
+            f"The feature cache '{self.folder}' {what}; encode the rows once more with `uni-moe data encode`, or fill "
+            "the cache while training (`fill_feature_cache`)."
+        )
+
+    def _read(self, key: str) -> tuple[dict, dict[str, torch.Tensor]]:
+        if key in self._waiting:
+            return self._waiting[key]
+        if self._process != os.getpid():  # a worker: what its parent opened is the parent's
+            self._opened, self._process = OrderedDict(), os.getpid()
+        shard, about = self._index[key]
+        try:
+            if shard not in self._opened:
+                self._opened[shard] = safe_open(shard, "pt")
+                if len(self._opened) > MAX_OPEN_SHARDS:
+                    self._opened.popitem(last=False)
+            self._opened.move_to_end(shard)
+            file = self._opened[shard]
+            return about, {name: file.get_tensor(f"{key}.{name}") for name in about["tensors"]}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"'{shard}' of the feature cache cannot be read ({reason(error)}); remove it and its .json, and "
+                "encode again."
+            ) from error
+
+    # ---- writing ----
+
+    def store(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+        """
+        Runs the towers on the clips of a batch that are not stored yet, and stores what they give.
+
+        Args:
+            model ([`UniMoEForConditionalGeneration`]): With its towers, wrapped by PEFT or not.
+            batch (`dict`): As the processor makes it while the cache is being filled; loses `clips_to_store`.
+
+        Returns:
+            `dict`: the batch with `tower_states` in place of these clips.
+
+        Raises:
+            ValueError: the towers are not in memory, or are sharded.
+            OSError: the disk is full; what was written before is kept.
+        """
+        if not (wanted := batch.pop("clips_to_store", None)):
+            return batch
+        states = self.states_of(model, {name: batch.pop(name) for m in wanted for name in INPUTS[m] if name in batch})
+        for modality, clips in wanted.items():
+            start = 0
+            for number, (key, units) in enumerate(clips):
+                rows = slice(start, start + units) if modality in ("audio", "speech") else number
+                start += units
+                tensors = {"states": states[modality][rows]}
+                if (mask := states.get(f"{modality}_mask")) is not None:
+                    tensors["mask"] = mask[rows].to(torch.uint8)
+                # Without what fills it up to the longest of the batch.
+                if modality == "video":
+                    tensors = {"states": tensors["states"][:units]}
+                elif modality == "speech" and mask is not None:
+                    longest = int(tensors["mask"].sum(dim=1).max())
+                    tensors = {name: tensor[:, :longest] for name, tensor in tensors.items()}
+                self._add(key, {"modality": modality, "source": key.source, "units": units}, tensors)
+        batch["tower_states"] = batch.get("tower_states", {}) | states
+        return batch
+
+    def states_of(self, model: nn.Module, media: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """`tower_states` of a batch's pictures, frames and sound, in the precision in which they are stored."""
+        encoder = encoder_of(model)
+        media = {name: media[name] for names in INPUTS.values() for name in names if name in media}
+        if any(isinstance(p, DTensor) for name in set(TOWERS.values()) for p in _tower_parameters(encoder, name)):
+            raise ValueError(
+                "The towers are sharded over processes, so a feature cache cannot be filled; make it before with "
+                "`uni-moe data encode`."
+            )
+        states = encoder.run_towers(**media)
+        return {name: rows.to(self.dtype) if rows.is_floating_point() else rows for name, rows in states.items()}
+
+    def _add(self, key: ClipKey, about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        if self.has([key]):
+            return
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        self._waiting[key.key] = about | {"tensors": list(tensors), "bytes": size}, tensors
+        self._waiting_bytes += size
+        if self._waiting_bytes >= SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """
+        Writes what waits.
+
+        Raises:
+            OSError: the disk is full; what was written before is kept.
+        """
+        if not self._waiting:
+            return
+        self.refresh()  # another process may have stored the same
+        waiting = {key: value for key, value in self._waiting.items() if key not in self._index}
+        self._waiting, self._waiting_bytes = {}, 0
+        if not waiting:
+            return
+        name = f"features-{uuid.uuid4().hex}"
+        tensors = {f"{key}.{part}": t for key, (_, parts) in waiting.items() for part, t in parts.items()}
+        shard = self._write(f"{name}.safetensors", lambda aside: save_file(tensors, aside))
+        content = {"bytes": shard.stat().st_size, "clips": {key: about for key, (about, _) in waiting.items()}}
+        self._write(f"{name}.json", lambda aside: aside.write_text(json.dumps(content), encoding="utf-8"))
+        self.refresh()
+
+    def _write(self, name: str, write: Any) -> Path:
+        """A file that is there whole or not at all."""
+        aside, path = self.folder / f".{name}.{os.getpid()}", self.folder / name
+        try:
+            write(aside)
+            aside.chmod(0o666 & ~_umask())
+            os.replace(aside, path)
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                aside.unlink()
+            raise OSError(
+                f"The feature cache '{self.folder}' could not be written to ({reason(error)}); make room and start "
+                "again: what was stored before is kept."
+            ) from error
+        return path
+
+    def summary(self) -> dict[str, dict[str, int]]:
+        """`dict`: modality -> how many "clips" are stored and their "bytes"."""
+        found: dict[str, dict[str, int]] = {}
+        stored = [about for _, about in self._index.values()]
+        for about in [*stored, *(about for about, _ in self._waiting.values())]:
+            entry = found.setdefault(about["modality"], {"clips": 0, "bytes": 0})
+            entry["clips"] += 1
+            entry["bytes"] += about["bytes"]
+        return found
+
+
+def encoder_of(model: nn.Module) -> nn.Module:
+    """The part of a model that has towers, whatever has wrapped it."""
+    return next(module for module in model.modules() if hasattr(type(module), "run_towers"))
+
+
+def _tower_parameters(encoder: nn.Module, name: str) -> Iterable[nn.Parameter]:
+    tower = getattr(encoder, f"{name}_tower", None)
+    return () if tower is None else tower.parameters()
+
+
+def tower_identities(model: nn.Module, processor: Any) -> dict[str, dict[str, Any]]:
+    """
+    Args:
+        model ([`UniMoEForConditionalGeneration`]): With its towers in memory.
+        processor ([`UniMoEProcessor`]): Of the model.
+
+    Returns:
+        `dict`: tower -> all that its features follow from besides the clip: "weights" (a digest), "dtype", "config",
+        "reads" and "front_end".
+
+    Raises:
+        ValueError: a tower is not in memory.
+    """
+    encoder, found = encoder_of(model), {}
+    config, extractor = encoder.config, processor.feature_extractor
+    ear = {"sampling_rate": extractor.sampling_rate, "chunk_length": extractor.chunk_length}
+    front_ends = {"vision": {**_told(processor.image_processor.to_dict()), "image_mode": processor.image_mode}}
+    front_ends["audio"] = _told(extractor.audio_front_end or {**ear, "num_mel_bins": extractor.num_audio_mel_bins})
+    speech = ("feature_size", "hop_length", "n_fft", "dither", "cut_speech_windows")
+    front_ends["speech"] = ear | {name: getattr(extractor, name) for name in speech}
+    for name, front_end in front_ends.items():
+        if getattr(config, f"{name}_config") is None:
+            continue
+        if (tower := getattr(encoder, f"{name}_tower")) is None:
+            raise ValueError(f"The {name} tower is not in memory; open the feature cache before it is unloaded.")
+        about = {"weights": _digest_of(tower), "dtype": str(tower.dtype).removeprefix("torch.")}
+        about |= {"config": _told(tower.config.to_dict()), "front_end": front_end}
+        if name == "vision":
+            fields = ("vision_feature_layer", "vision_feature_select_strategy", "vision_prefix_length")
+            about["reads"] = {field: getattr(config, field) for field in fields}
+        found[name] = json.loads(json.dumps(about, default=str))
+    return found
+
+
+def _told(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in UNTOLD and not name.startswith("_")}
+
+
+def _digest_of(tower: nn.Module) -> str:
+    """Of the weights, by name and value."""
+    digest = hashlib.blake2b(digest_size=20)
+    for name, tensor in sorted(tower.state_dict().items()):
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _difference(stored: Any, wanted: Any, name: str = "") -> str:
+    """The first setting that differs; empty where none does. What one side does not tell is not compared."""
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        for key in stored.keys() & wanted.keys():
+            if found := _difference(stored[key], wanted[key], f"{name}.{key}" if name else key):
+                return found
+        return ""
+    if stored == wanted:
+        return ""
+    return "its weights differ" if name == "weights" else f"`{name}` is {stored!r} there and {wanted!r} here"
+
+
+def _content(source: Any, kind: str, uploads_only: bool) -> str:
+    """A digest of a clip's content."""
+    if isinstance(source, Mapping) and (array := source.get("array", source.get("raw"))) is not None:
+        return _content((array, source.get("sampling_rate")), kind, uploads_only)
+    if (
+        source is None
+        or isinstance(source, list | tuple)
+        or hasattr(source, "__array__")
+        or hasattr(source, "getexif")
+    ):
+        return _content_of_values(source, kind, uploads_only)
+    source = resolved(source, kind, uploads_only)
+    if isinstance(source, str):
+        with open(source, "rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()
+    if isinstance(source, bytes):
+        return hashlib.blake2b(source).hexdigest()
+    raise ValueError(
+        f"{kind} is a {type(source).__name__}, which a feature cache cannot tell from another; give a path, bytes or "
+        "an array."
+    )
+
+
+def _content_of_values(source: Any, kind: str, uploads_only: bool) -> str:
+    """A digest of an array, a PIL picture, or of several."""
+    digest = hashlib.blake2b()
+    if isinstance(source, list | tuple) and not all(isinstance(value, int | float) for value in source):
+        parts = [
+            str(each) if each is None or isinstance(each, int | float) else _content(each, kind, uploads_only)
+            for each in source
+        ]
+        digest.update(json.dumps(parts).encode())
+        return digest.hexdigest()
+    if hasattr(source, "getexif"):  # its pixels, and how they are read
+        digest.update(f"{source.mode} {source.getexif().get(0x0112)} {source.info.get('transparency')}".encode())
+        if (palette := source.getpalette()) is not None:
+            digest.update(bytes(palette))
+    array = np.ascontiguousarray(np.asarray(source))
+    if array.dtype == object:
+        raise ValueError(f"{kind} has no source: neither a path, nor bytes, nor an array.")
+    digest.update(f"{array.dtype.str} {array.shape}".encode())
+    digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _joined(modality: str, clips: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """`tower_states` of several clips."""
+    states = [clip["states"] for clip in clips]
+    if modality == "image":
+        return {"image": torch.stack(states)}  # (N, P, D)
+    longest = max(each.shape[-3 if modality == "video" else -2] for each in states)
+    if modality == "video":
+        filled = [F.pad(each, (0, 0, 0, 0, 0, longest - len(each))) for each in states]
+        joined = {"video": torch.stack(filled)}  # (V, F, P, D)
+        if any(len(each) < longest for each in states):
+            frames = torch.tensor([len(each) for each in states])
+            joined["video_mask"] = (torch.arange(longest) < frames[:, None]).long()
+        return joined
+    joined = {modality: torch.cat([F.pad(each, (0, 0, 0, longest - each.shape[1])) for each in states])}  # (W, L, D)
+    if "mask" in clips[0]:
+        masks = [F.pad(clip["mask"], (0, longest - clip["mask"].shape[1])) for clip in clips]
+        joined[f"{modality}_mask"] = torch.cat(masks).long()
+    return joined
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+__all__ = ["ClipKey", "FeatureCache", "Found", "NotStoredError", "encoder_of", "tower_identities"]
