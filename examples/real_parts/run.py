@@ -56,6 +56,8 @@ ENDS = 10  # steps at each end of a stage whose losses are compared
 def options(config: str, data: Path, output: Path, **settings) -> list[str]:
     """Command line of an example script."""
     made = ["--config", str(CONFIGS / config), "--dataset_name", str(data), "--output_dir", str(output), *SMALL]
+    # What towers give for a clip is computed once, whatever stage meets it first.
+    made += ["--feature_cache", str(data.parent.parent / "features"), "--fill_feature_cache"]
     made += [] if torch.cuda.is_available() else ["--use_cpu"]
     for name, value in settings.items():
         made += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -65,6 +67,7 @@ def options(config: str, data: Path, output: Path, **settings) -> list[str]:
 def stage1(root: Path, steps: int, parts: dict[str, str]) -> None:
     settings = {"max_steps": steps, "learning_rate": 5e-4, "learning_rates": json.dumps({"vision connector": 1e-3})}
     settings |= {"image_size": 112, "num_speech_query_tokens": 16, "num_audio_query_tokens": 16}
+    settings |= {"cut_speech_windows": True}
     settings |= {"audio_connector_config": json.dumps(QFORMER)}
     args = options("stage1_connectors.yaml", root / "data/stage1.jsonl", root / "stage1", **settings, **parts)
     train_stage1_connectors.main(*train_stage1_connectors.parse(args))
@@ -89,11 +92,11 @@ def stage3(root: Path, steps: int) -> None:
 EXPERTS = {"vision": "image", "sound": "audio", "speech": "speech"}
 # Folder of what is left -> title and steps.
 STAGES = {
-    "stage1": ("1 connectors", 120),
-    "stage2/vision": ("2 the vision expert", 60),
+    "stage1": ("1 connectors", 500),
+    "stage2/vision": ("2 the vision expert", 250),
     "stage2/sound": ("2 the sound expert", 60),
-    "stage2/speech": ("2 the speech expert", 60),
-    "stage3": ("3 mixture of experts", 100),
+    "stage2/speech": ("2 the speech expert", 150),
+    "stage3": ("3 mixture of experts", 250),
 }
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import ROUNDING, tiny_config, tiny_model
+from tiny import EXACT, FEATURES, ROUNDING, make_inputs, tiny_config, tiny_model
 
 from uni_moe_hf.hub.connectors_uni_moe import QFormerConnector, SpeechConnector
 
@@ -135,3 +135,54 @@ def test_speech_connector_carries_no_word_embeddings(model):
 def test_connector_runs_in_bf16(connector):
     output = connector.to(torch.bfloat16)(windows().to(torch.bfloat16))
     assert output.dtype == torch.bfloat16 and output.isfinite().all()
+
+
+# Many clips, and clips of several lengths
+
+
+@pytest.mark.parametrize("modality", ["image", "video", "audio", "speech"])
+def test_clips_in_groups_give_the_numbers_of_each_alone(modality):
+    """And no tower is given more than a few at once, so memory does not grow with the length of a recording."""
+    model = tiny_model().eval().requires_grad_(False)
+    inputs = make_inputs(model.config, (modality,) * 11, frames=2)
+    media = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    sizes = []
+    tower = getattr(model.model, f"{ {'image': 'vision', 'video': 'vision'}.get(modality, modality) }_tower")
+    tower.register_forward_hook(lambda _, args, out: sizes.append(len(out.last_hidden_state)))
+    together = model.model.encode_media(**media)[modality]
+    count = len(media[FEATURES[modality]]) * (2 if modality == "video" else 1)
+    assert max(sizes) <= 8 and sum(sizes) == len(together.last_hidden_state) == count
+    for index in (0, 8, 10):
+        one = {name: value[index : index + 1] for name, value in media.items()}
+        alone = model.model.encode_media(**one)[modality]
+        torch.testing.assert_close(together.pooler_output[index], alone.pooler_output[0], **ROUNDING)
+
+
+def test_a_cut_window_is_heard_as_its_part_of_the_full_window_is_placed():
+    """Positions are those of the full window, and what follows a window has no influence."""
+    model = tiny_model().eval()
+    tower = model.model.speech_tower
+    features = torch.randn(2, 80, 100)
+    with torch.no_grad():
+        full = tower(features).last_hidden_state
+        cut = tower(features[..., :60]).last_hidden_state
+        embedded = tower.conv2(torch.nn.functional.gelu(tower.conv1(features[..., :60])))
+        expected = torch.nn.functional.gelu(embedded).transpose(1, 2) + tower.embed_positions.weight[:30]
+        for layer in tower.layers:
+            expected = layer(expected, None)
+    assert full.shape == (2, 50, 32) and cut.shape == (2, 30, 32)
+    torch.testing.assert_close(cut, tower.layer_norm(expected), **EXACT)
+
+
+def test_windows_of_several_lengths_do_not_touch_each_other():
+    model = tiny_model().eval()
+    features, lengths = torch.randn(4, 80, 100), torch.tensor([100, 40, 100, 20])
+    mask = (torch.arange(100) < lengths[:, None]).long()
+    with torch.no_grad():
+        together = model.model.get_speech_features(features, mask).pooler_output
+        for index, length in enumerate(lengths.tolist()):
+            alone = model.model.get_speech_features(features[index : index + 1, :, :length]).pooler_output
+            torch.testing.assert_close(together[index], alone[0], **ROUNDING)
+        noise = features.masked_fill(mask[:, None] == 0, 9.0)  # behind the end
+        assert torch.equal(model.model.get_speech_features(noise, mask).pooler_output, together)
+    assert together.shape == (4, model.config.num_speech_query_tokens, 32)
