@@ -153,8 +153,12 @@ class UniMoEModel(MediaEncoderMixin, UniMoEPreTrainedModel):
         self.post_init()
 
     def train(self, mode: bool = True) -> "UniMoEModel":
-        """As in torch; frozen towers stay as they are in use: some draw at random, or count, what they see."""
+        """
+        As in torch; frozen towers stay as they are in use: some draw at random, or count, what they see. Of layers
+        with gradient checkpointing the last keeps its activations: it would compute them again at once.
+        """
         super().train(mode)
+        self.language_model.layers[-1].gradient_checkpointing = False
         for name in set(TOWERS.values()):
             tower = getattr(self, f"{name}_tower", None)
             if tower is not None and not learns(tower):
