@@ -271,7 +271,7 @@ def checkpointing(args: argparse.Namespace, folder: Path) -> list[str]:
         for dtype in DTYPES:
             made, batches, memory = {}, {}, {}
             for name, on in (("without", False), ("with", True)):
-                model = model_of(args.size, stage, dtype, args.device)
+                model = model_of(args.size, stage, dtype, args.device, cut=False)  # as it is by default
                 made[name] = trainer_of(model, stage, folder / name, processor_of(model), gradient_checkpointing=on)
                 if on:  # what `train` does before the first step
                     made[name].model.gradient_checkpointing_enable()
