@@ -44,6 +44,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, expert: ExpertAr
         peft_config=prepare_stage(model, "experts", modalities=expert.modalities, **lora),
         learning_rates=script_args.learning_rates,
         group_by_modality=script_args.group_by_modality,
+        modality_per_process=script_args.modality_per_process,
     )
     trainer.accelerator.print(stage_table(trainer.model, training_args.learning_rate, script_args.learning_rates))
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

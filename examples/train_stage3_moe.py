@@ -20,6 +20,7 @@ import shutil
 from pathlib import Path
 
 from datasets import Dataset
+from peft import PeftModel, get_peft_model
 from transformers import AutoProcessor, set_seed
 from trl import SFTConfig
 
@@ -35,6 +36,7 @@ from uni_moe_hf import (
 from uni_moe_hf.mixtures.loading import load_whole
 from uni_moe_hf.training.options import MixtureArguments, parse_options
 from uni_moe_hf.training.resuming import only_run_in, what_changed, write_digests
+from uni_moe_hf.training.spreading import is_sharded, spread
 from uni_moe_hf.training.stages import stage_table
 
 
@@ -82,6 +84,11 @@ def main(script_args: StageArguments, training_args: SFTConfig, mixture: Mixture
     processor = AutoProcessor.from_pretrained(grown)
     model.config.text_config.expert_activations = mixture.expert_activations
     script_args.use_feature_cache(model, processor, training_args)
+    peft_config = prepare_stage(model, "moe")
+    if mixture.expert_parallel_size > 1 or (mixture.fsdp_size or 1) > 1:
+        set_seed(training_args.seed)  # every process keeps its piece of the same adapter
+        model = spread(get_peft_model(model, peft_config), mixture.expert_parallel_size, mixture.fsdp_size)
+        peft_config = None
     trainer = UniMoESFTTrainer(
         model=model,
         args=training_args,
@@ -89,15 +96,20 @@ def main(script_args: StageArguments, training_args: SFTConfig, mixture: Mixture
         eval_dataset=eval_rows,
         processing_class=processor,
         data_collator=script_args.collator(processor),
-        peft_config=prepare_stage(model, "moe"),
+        peft_config=peft_config,
         learning_rates=script_args.learning_rates,
         group_by_modality=script_args.group_by_modality,
+        modality_per_process=script_args.modality_per_process,
     )
     trainer.accelerator.print(stage_table(trainer.model, training_args.learning_rate, script_args.learning_rates))
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training_args.output_dir)
+    whole = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.accelerator.is_main_process:
-        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        if is_sharded(whole):  # pieces in several processes: what was saved is whole
+            parent = load_whole(UniMoEForConditionalGeneration, grown, **script_args.loading())
+            whole = PeftModel.from_pretrained(parent, output_dir)
+        merged = whole.merge_and_unload()
         merged.save_pretrained(output_dir / "merged")
         processor.save_pretrained(output_dir / "merged")
     if training_args.push_to_hub:

@@ -22,6 +22,7 @@ PUBLIC = {
     "BeatsModel",
     "FeatureCache",
     "encode_rows",
+    "spread",
     "StageArguments",
     "UniMoEConfig",
     "UniMoEDataCollator",

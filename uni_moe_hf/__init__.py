@@ -41,6 +41,7 @@ _PUBLIC = {
     "training.resuming": ["last_complete_checkpoint"],
     "training.row_files": ["load_rows"],
     "training.rows": ["row_to_messages"],
+    "training.spreading": ["spread"],
     "training.stages": ["moe_lora_config", "prepare_stage"],
     "training.trainer": ["UniMoESFTTrainer", "sft_config"],
 }

@@ -247,7 +247,8 @@ def _can_be_segmented(self: nn.Module, hidden_states: torch.Tensor) -> bool:
         weights = [layer.weight for layer in layers]
     else:
         weights = [self.gate_up_proj, self.down_proj]
-    return all(type(weight) is nn.Parameter and _is_frozen(weight) for weight in weights)
+    # Exact types: quantised and sharded tensors are subclasses. Of spread experts each process sees a plain tensor.
+    return all(type(weight) in (torch.Tensor, nn.Parameter) and _is_frozen(weight) for weight in weights)
 
 
 def _has_values(tensor: torch.Tensor) -> bool:

@@ -80,11 +80,19 @@ class UniMoEPreTrainedModel(ExpertsRouteMixin, QuantizationMixin, PreTrainedMode
             # Not zeros as in the original: the Q-Former has no positions, so equal queries would stay equal for ever.
             init.normal_(module.query_tokens, mean=0.0, std=self.config.initializer_range)
 
+    @classmethod
+    def maybe_distribute_model(cls, model: nn.Module, *args, **kwargs) -> nn.Module:
+        """As in the library; classes keep the names by which their code is saved and their outputs recorded."""
+        model = super().maybe_distribute_model(model, *args, **kwargs)
+        keep_names(model)
+        return model
+
     def save_pretrained(self, save_directory: str, *args, state_dict: dict | None = None, **kwargs) -> None:
         """
         As in the library; weights get the permissions of the other files. Towers that have been unloaded are in
         memory meanwhile, so what is saved is whole.
         """
+        keep_names(self)  # whoever has sharded it
         encoder = self.base_model
         if (unloaded := encoder.unloaded) is None:
             super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
@@ -128,6 +136,15 @@ class UniMoEPreTrainedModel(ExpertsRouteMixin, QuantizationMixin, PreTrainedMode
             experts.unmerge_lora()
         self.config.text_config.expert_lora_rank, self.config.text_config.shared_expert_base = self._unmerged_config
         self._unmerged_config = None
+
+
+def keep_names(model: nn.Module) -> None:
+    """FSDP2 gives each module that it shards a class of its own, from torch's file: it is called as what it was."""
+    for kind in {type(module) for module in model.modules()}:
+        names = [base.__name__ for base in kind.__mro__]
+        if "FSDPModule" in names[:2]:
+            own = kind.__mro__[2]  # of (FSDPName, FSDPModule, Name, ...)
+            kind.__name__, kind.__qualname__, kind.__module__ = own.__name__, own.__qualname__, own.__module__
 
 
 class UniMoEModel(MediaEncoderMixin, UniMoEPreTrainedModel):

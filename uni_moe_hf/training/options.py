@@ -40,7 +40,7 @@ class StageArguments(ScriptArguments):
         media_root (`str`, *optional*): Folder that relative paths in the data start from.
         max_tokens (`int`, *optional*, defaults to 2048): Longest row, media included; `None` for no limit.
         skip_bad_rows (`bool`, *optional*, defaults to `False`): As in [`UniMoEDataCollator`].
-        group_by_modality (`bool`, *optional*, defaults to `False`): As in [`UniMoESFTTrainer`].
+        group_by_modality, modality_per_process (`bool`, *optional*, defaults to `False`): As in [`UniMoESFTTrainer`].
         learning_rates (`dict[str, float]` or `str`, *optional*): As in [`UniMoESFTTrainer`]; text is read as JSON.
         feature_cache (`str`, *optional*): Folder of a [`FeatureCache`], as `uni-moe data encode` makes it.
         fill_feature_cache (`bool`, *optional*, defaults to `False`): Whether the first epoch fills it.
@@ -63,6 +63,7 @@ class StageArguments(ScriptArguments):
         default=False, metadata={"help": "Count rows that cannot be used instead of stopping."}
     )
     group_by_modality: bool = field(default=False, metadata={"help": "Steps of rows with the same modalities."})
+    modality_per_process: bool = field(default=False, metadata={"help": "Each process has rows of one kind."})
     learning_rates: dict | str | None = field(
         default=None, metadata={"help": "Of parts with another one, such as '{\"audio connector\": 3e-5}'."}
     )
@@ -242,6 +243,8 @@ class MixtureArguments:
     num_experts_per_tok: int = field(default=2, metadata={"help": "Experts per token."})
     balance_rows: int = field(default=64, metadata={"help": "Rows on which the new routers are balanced."})
     expert_activations: str = field(default="save", metadata={"help": "Kept for backward: save, or recompute."})
+    expert_parallel_size: int = field(default=1, metadata={"help": "Processes that share the experts; with torchrun."})
+    fsdp_size: int | None = field(default=None, metadata={"help": "Processes that share all else; with torchrun."})
 
 
 def parse_options(kinds: tuple[type, ...], args: list[str] | None = None) -> tuple:

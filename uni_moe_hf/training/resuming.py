@@ -94,6 +94,8 @@ def what_is_torn(folder: Path, step: int) -> str:
         return "weights or random states are missing"
     if not any(name.startswith("optimizer") for name in names):
         return "optimizer.pt is missing"
+    if (folder / "optimizer").is_dir() and not (folder / "optimizer/.metadata").is_file():
+        return "optimizer/.metadata is missing"  # written last, when all processes have written their pieces
     try:
         for name in names:
             file = folder / name
@@ -125,8 +127,8 @@ def write_digests(folder: str | Path) -> None:
         folder (`str` or `Path`): Gets `digests.json`, with the size and digest of every other file in it.
     """
     folder = Path(folder)
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != DIGESTS)
-    digests = {path.name: [path.stat().st_size, _digest(path)] for path in files}
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
+    digests = {path.relative_to(folder).as_posix(): [path.stat().st_size, _digest(path)] for path in files}
     (folder / DIGESTS).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
 
 

@@ -29,6 +29,7 @@ from .feature_cache import FeatureCache
 from .model_card import trained_card
 from .resuming import last_complete_checkpoint, only_run_in, write_digests
 from .rows import row_modalities
+from .spreading import check_states, is_spread, load_states, save_states, trained_weights
 from .stages import PARTS, STAGES, part_of
 
 
@@ -122,8 +123,10 @@ class UniMoESFTTrainer(SFTTrainer):
         args: As `SFTTrainer`; without a `data_collator` rows of any form are read by a [`UniMoEDataCollator`].
         learning_rates (`dict[str, float]`, *optional*): Part of the model, a key of [`~stages.PARTS`] -> its rate.
         group_by_modality (`bool`, *optional*, defaults to `False`): Whether the rows of an optimiser step have the
-            same modalities and similar lengths where possible; no row is dropped (the paper's modality-level data
-            parallelism).
+            same modalities and similar lengths where possible; no row is dropped.
+        modality_per_process (`bool`, *optional*, defaults to `False`): Whether each process has rows of the same
+            modalities for as long as possible, and several have different ones, so that each runs the towers of one
+            kind; no row is dropped (the paper's modality-level data parallelism).
         kwargs: As `SFTTrainer`.
 
     Raises:
@@ -136,6 +139,7 @@ class UniMoESFTTrainer(SFTTrainer):
         *args: Any,
         learning_rates: Mapping[str, float] | None = None,
         group_by_modality: bool = False,
+        modality_per_process: bool = False,
         **kwargs: Any,
     ):
         config = kwargs.get("args", args[1] if len(args) > 1 else None)
@@ -152,7 +156,14 @@ class UniMoESFTTrainer(SFTTrainer):
         collator = args[2] if len(args) > 2 else kwargs["data_collator"]
         if config is not None and isinstance(collator, UniMoEDataCollator):
             _check_collators_business(config)
+        model = kwargs.get("model", args[0] if args else None)
+        self._is_spread = isinstance(model, nn.Module) and is_spread(model)
+        saves_states = config is not None and not config.save_only_model
+        if self._is_spread and saves_states:
+            config.save_only_model = True  # the library refuses optimiser states of such models here, and here alone
         super().__init__(*args, **kwargs)
+        if self._is_spread and saves_states:
+            self.args.save_only_model = False
         _check_config(self.args)
         if self.args.should_save and not os.access(self.args.output_dir, os.W_OK):
             raise PermissionError(f"'{self.args.output_dir}' cannot be written to; choose another `output_dir`.")
@@ -163,9 +174,12 @@ class UniMoESFTTrainer(SFTTrainer):
         self.learning_rates = {part: float(rate) for part, rate in (learning_rates or {}).items()}
         if unknown := [part for part in self.learning_rates if part not in PARTS]:
             raise ValueError(f"There are no parts {unknown}; learning rates can be given for {list(PARTS)}.")
-        if group_by_modality and not hasattr(data, "__len__"):
-            raise ValueError("`group_by_modality` needs a whole data set; a stream is read in its own order.")
-        self.group_by_modality = group_by_modality
+        if (group_by_modality or modality_per_process) and not hasattr(data, "__len__"):
+            option = "group_by_modality" if group_by_modality else "modality_per_process"
+            raise ValueError(f"`{option}` needs a whole data set; a stream is read in its own order.")
+        if group_by_modality and modality_per_process:
+            raise ValueError("`group_by_modality` and `modality_per_process` order rows in two ways; choose one.")
+        self.group_by_modality, self.modality_per_process = group_by_modality, modality_per_process
         if isinstance(self.data_collator, UniMoEDataCollator):
             self.data_collator.describe_rows = True  # so that a bad batch can be named
         self.feature_cache: FeatureCache | None = getattr(
@@ -198,12 +212,14 @@ class UniMoESFTTrainer(SFTTrainer):
         return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        if not self.group_by_modality:
+        if not (self.group_by_modality or self.modality_per_process):
             return super()._get_train_sampler(train_dataset)
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return ModalityGroupedSampler(dataset, size, seed)
+        size, seed = self.args.train_batch_size, self.args.data_seed
+        lanes = self.args.world_size if self.modality_per_process else 1
+        if lanes == 1:  # a whole step of one kind
+            size *= self.args.gradient_accumulation_steps * self.args.world_size
+        return ModalityGroupedSampler(dataset, size, self.args.seed if seed is None else seed, lanes)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """
@@ -289,6 +305,26 @@ class UniMoESFTTrainer(SFTTrainer):
                 f"The checkpoint of step {self.state.global_step} could not be written: {error} ('{folder}' has "
                 f"{shutil.disk_usage(folder).free / 1e9:.2f} GB left). Make room, then {remedy}."
             ) from error
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """As in the library; of a spread adapter what is trained alone is brought together."""
+        if self._is_spread and state_dict is None and hasattr(self.model, "peft_config"):
+            state_dict = trained_weights(self.model)
+        super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._is_spread:
+            save_states(self, output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._is_spread:
+            load_states(self, checkpoint)
+            return
+        if checkpoint is not None:
+            check_states(checkpoint, spread=False)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def save_model(self, output_dir: str | None = None, **kwargs: Any) -> None:
         """As in TRL; weights get the permissions of the other files."""
@@ -385,15 +421,17 @@ class ModalityGroupedSampler(Sampler[int]):
 
     Args:
         dataset (`Dataset`): Of rows with `messages` or `conversations`.
-        size (`int`): Rows of an optimiser step, over all processes.
+        size (`int`): Rows of an optimiser step, over all processes; with several lanes those of a batch.
         seed (`int`, *optional*, defaults to 0): Of the order; `set_epoch` changes it.
+        lanes (`int`, *optional*, defaults to 1): Processes that take runs in turn. Each gets those of as few kinds as
+            possible: one kind after the other fills the first lane, then the second.
 
     Source: Uni-MoE (https://huggingface.co/papers/2405.11273), section 3.4; `Uni_MoE_speech_dp/train@f5e82dd`, which
     drops the last rows of every kind.
     """
 
-    def __init__(self, dataset: Any, size: int, seed: int = 0):
-        self.size, self.seed, self.epoch = size, seed, 0
+    def __init__(self, dataset: Any, size: int, seed: int = 0, lanes: int = 1):
+        self.size, self.seed, self.epoch, self.lanes = size, seed, 0, lanes
         self.kinds: dict[tuple[str, ...], list[int]] = {}
         self.lengths = []
         for index in range(len(dataset)):
@@ -418,15 +456,24 @@ class ModalityGroupedSampler(Sampler[int]):
             return [items[index] for index in torch.randperm(len(items), generator=generator).tolist()]
 
         steps, rest = [], []
-        for indices in self.kinds.values():
+        for _, indices in sorted(self.kinds.items()) if self.lanes > 1 else self.kinds.items():
             # Neighbours in length, after a shuffle that decides among equals.
             order = sorted(shuffled(indices), key=lambda index: self.lengths[index])
             full = len(order) // self.size * self.size
             left = set(shuffled(order)[: len(order) - full])
             rest += [index for index in order if index in left]
             order = [index for index in order if index not in left]
-            steps += [order[start : start + self.size] for start in range(0, full, self.size)]
-        for step in shuffled(steps):
+            found = [order[start : start + self.size] for start in range(0, full, self.size)]
+            steps += found if self.lanes == 1 else shuffled(found)
+        if self.lanes == 1:
+            steps = shuffled(steps)
+        else:
+            # What does not fill all lanes alike comes last, so that all take as many steps.
+            even = len(steps) // self.lanes
+            rest = [index for step in steps[even * self.lanes :] for index in step] + rest
+            lanes = [steps[lane * even : (lane + 1) * even] for lane in range(self.lanes)]
+            steps = [step for turn in zip(*lanes, strict=True) for step in turn]
+        for step in steps:
             yield from shuffled(step)
         yield from shuffled(rest)
 
