@@ -32,8 +32,9 @@ def main(script_args: StageArguments, training_args: SFTConfig, expert: ExpertAr
     processor = AutoProcessor.from_pretrained(expert.model_name_or_path)
     script_args.check_modalities(rows, expert.modalities, processor)
     model = load_whole(UniMoEForConditionalGeneration, expert.model_name_or_path, **script_args.loading())
-    script_args.use_feature_cache(model, processor, training_args)
     lora = {"r": expert.lora_r, "lora_alpha": expert.lora_alpha}
+    peft_config = prepare_stage(model, "experts", modalities=expert.modalities, **lora)
+    script_args.use_feature_cache(model, processor, training_args)
     trainer = UniMoESFTTrainer(
         model=model,
         args=training_args,
@@ -41,7 +42,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, expert: ExpertAr
         eval_dataset=eval_rows,
         processing_class=processor,
         data_collator=script_args.collator(processor),
-        peft_config=prepare_stage(model, "experts", modalities=expert.modalities, **lora),
+        peft_config=peft_config,
         learning_rates=script_args.learning_rates,
         group_by_modality=script_args.group_by_modality,
         modality_per_process=script_args.modality_per_process,

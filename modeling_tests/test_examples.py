@@ -15,7 +15,7 @@ import soundfile
 import torch
 import yaml
 from PIL import Image
-from tiny import ROOT, picture, tiny_processor, tiny_tokenizer, tone, user
+from tiny import ROOT, child_environment, picture, tiny_processor, tiny_tokenizer, tone, user
 from tiny_parts import parts, save_dino
 from transformers import AutoModel, AutoProcessor
 
@@ -73,7 +73,7 @@ def run(script: str, config: str, *args: str) -> None:
 
 
 def test_the_three_scripts_lead_from_parts_to_a_merged_model(workplace):
-    data = ["--dataset_name", str(workplace / "rows.jsonl")]
+    data = ["--dataset_name", str(workplace / "rows.jsonl"), "--feature_cache", str(workplace / "features")]
     towers = [
         word
         for name in ("vision_tower", "speech_tower", "audio_tower")
@@ -82,7 +82,7 @@ def test_the_three_scripts_lead_from_parts_to_a_merged_model(workplace):
     run(
         "train_stage1_connectors",
         "stage1_connectors.yaml",
-        *data,
+        *(*data, "--fill_feature_cache"),
         *towers,
         *("--llm", str(workplace / "language_model"), "--output_dir", str(workplace / "stage1")),
         *("--num_speech_query_tokens", "3", "--num_audio_query_tokens", "5"),
@@ -94,7 +94,7 @@ def test_the_three_scripts_lead_from_parts_to_a_merged_model(workplace):
         run(
             "train_stage2_experts",
             "stage2_experts.yaml",
-            *data,
+            *(*data, "--without_towers"),
             *stage1,
             "--modalities",
             expert,
@@ -105,7 +105,7 @@ def test_the_three_scripts_lead_from_parts_to_a_merged_model(workplace):
     run(
         "train_stage3_moe",
         "stage3_moe.yaml",
-        *data,
+        *(*data, "--without_towers"),
         *stage1,
         *("--experts", "text=", *experts, "--output_dir", str(workplace / "stage3")),
         *("--learning_rates", '{"expert LoRA": 1e-4}', "--group_by_modality", "true", "--skip_bad_rows", "true"),
@@ -121,6 +121,25 @@ def test_the_three_scripts_lead_from_parts_to_a_merged_model(workplace):
         assert torch.isfinite(model(**inputs).logits).all()
     assert (workplace / "stage3/adapter_model.safetensors").is_file()
     assert (workplace / "stage3/grown/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_third_script_spreads_experts_over_processes(workplace):
+    """Under `torchrun`; what two processes leave is merged by one, and loads alone."""
+    test_the_three_scripts_lead_from_parts_to_a_merged_model(workplace)
+    output = workplace / "spread"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [EXAMPLES / "train_stage3_moe.py", "--config", EXAMPLES / "configs/stage3_moe.yaml", *TINY, "--use_cpu"]
+    command += ["--dataset_name", workplace / "rows.jsonl", "--model_name_or_path", workplace / "stage1"]
+    command += ["--experts", "text=", f"image={workplace / 'stage2/image/expert'}", "--shared_base", "false"]
+    command += ["--output_dir", output, "--expert_parallel_size", "2", "--fsdp_size", "2"]
+    environment = child_environment(PYTHONPATH=str(ROOT))
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=250, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = AutoModel.from_pretrained(output / "merged", trust_remote_code=True).eval()
+    assert not model.config.text_config.shared_expert_base
+    inputs = tiny_processor(model.config)(text="what is it", return_tensors="pt")
+    assert torch.isfinite(model(**inputs).logits).all()
 
 
 @pytest.mark.parametrize(
