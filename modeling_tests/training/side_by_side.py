@@ -1,22 +1,27 @@
 """
 A few steps of training, in as many processes as there are, for `test_distributed.py`:
 
-    accelerate launch --config_file FILE side_by_side.py FOLDER MEDIA BATCH_SIZE NUM_PROCESSES
+    accelerate launch --config_file FILE side_by_side.py FOLDER MEDIA BATCH_SIZE NUM_PROCESSES [CACHE]
 
 Every second batch has words alone, so that with two processes one of them never sees media. Leaves losses and weights.
+With FSDP in FILE parameters are really sharded. With CACHE features come from there, and towers are not in memory.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from tiny import tiny_model, tiny_processor
 from tiny_training import rows
+from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 
-from uni_moe_hf import UniMoEDataCollator, UniMoESFTTrainer, prepare_stage, sft_config
+from uni_moe_hf import FeatureCache, UniMoEDataCollator, UniMoESFTTrainer, prepare_stage, sft_config
+from uni_moe_hf.training.spreading import trained_weights
 
 
 class InOrder(UniMoESFTTrainer):
@@ -26,7 +31,7 @@ class InOrder(UniMoESFTTrainer):
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
 
-def main(folder: Path, media: Path, batch_size: int, num_processes: int) -> None:
+def main(folder: Path, media: Path, batch_size: int, num_processes: int, cache: str | None = None) -> None:
     model = tiny_model({"shared_expert_base": True})
     words = {"messages": [{"role": "user", "content": "hello what is it"}, {"role": "assistant", "content": "a bird"}]}
     seen = [row for row in rows(12) if len(row["messages"][0]["content"]) > 1]  # all but those of words alone
@@ -50,25 +55,37 @@ def main(folder: Path, media: Path, batch_size: int, num_processes: int) -> None
         disable_tqdm=True,
         router_aux_loss_coef=0.0,
     )
+    is_sharding = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if is_sharding:  # from the type of several CPUs accelerate makes plain data parallelism
+        args.distributed_state.distributed_type = DistributedType.MULTI_GPU
+    peft_config = prepare_stage(model, "moe", lora_dropout=0.0)
+    if cache:
+        processor.feature_cache = FeatureCache(cache, model, processor)
+        model.model.unload_towers(f"{folder}/towers-{os.environ.get('RANK', 0)}.pt")
     trainer = InOrder(
         model=model,
         args=args,
         train_dataset=Dataset.from_list(data, on_mixed_types="use_json"),
         processing_class=processor,
         data_collator=UniMoEDataCollator(processor, media_root=media),
-        peft_config=prepare_stage(model, "moe", lora_dropout=0.0),
+        peft_config=peft_config,
     )
     assert trainer.accelerator.num_processes == num_processes
     trainer.model.base_model.model.model.audio_connector.qformer.register_forward_pre_hook(
         lambda module, _: module.eval() and None  # its dropout would differ
     )
     trainer.train()
+    weights = trained_weights(trainer.model)
+    if is_sharding:
+        kinds = {type(parameter) for parameter in trainer.model.parameters()}
+        assert kinds == {DTensor}, kinds
+        assert trainer.accelerator.distributed_type == DistributedType.FSDP
+        trainer.save_model(folder / "adapter")
     if trainer.accelerator.is_main_process:
         (folder / "logs.json").write_text(json.dumps(trainer.state.log_history))
-        weights = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
         torch.save(weights, folder / "weights.pt")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:5]), *sys.argv[5:])

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from distributed import prepare, run
-from tiny import ROOT, TESTS, child_environment, make_inputs, tiny_model
-from tiny_training import write_media
+from peft import PeftModel
+from tiny import ROOT, TESTS, child_environment, make_inputs, tiny_model, tiny_processor
+from tiny_training import rows, write_media
 
-from uni_moe_hf import UniMoEForConditionalGeneration
+from uni_moe_hf import FeatureCache, UniMoEDataCollator, UniMoEForConditionalGeneration, encode_rows
 
 
 HERE = Path(__file__).parent
@@ -71,17 +73,24 @@ def test_experts_spread_where_all_processes_share_a_batch(tmp_path):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def trained(folder: Path, media: Path, processes: int) -> tuple[list[dict], dict]:
-    """Logs and weights of a run whose optimiser steps see the same four rows, however many processes share them."""
+def trained(
+    folder: Path, media: Path, processes: int, config: str = "ddp", cache: Path | None = None
+) -> tuple[list[dict], dict]:
+    """
+    Logs and weights of a run whose optimiser steps see the same four rows, however many processes share them; by a
+    file of `examples/accelerate_configs`, changed in its devices and their number.
+    """
     folder.mkdir()
-    # The set-up that really starts two processes on a CPU; several others run one without saying so.
-    kind = {"distributed_type": "MULTI_GPU" if processes > 1 else "NO", "use_cpu": True, "num_processes": processes}
-    settings = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "mixed_precision": "no", **kind}
+    settings = yaml.safe_load((ROOT / f"examples/accelerate_configs/{config}.yaml").read_text())
+    settings |= {"use_cpu": True, "num_processes": processes}
+    settings |= {"distributed_type": "NO"} if processes == 1 else {}
+    assert settings["mixed_precision"] == "no"
     (folder / "accelerate.yaml").write_text(json.dumps(settings))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
     if processes > 1:
         command += ["--main_process_port", str(free_port())]
     command += [str(HERE / "side_by_side.py"), folder, media, 4 // processes, processes]
+    command += [] if cache is None else [cache]
     environment = child_environment(PYTHONPATH=os.pathsep.join(map(str, (HERE, TESTS, ROOT))))
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=150, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -110,6 +119,28 @@ def test_data_parallel_training_loses_what_one_process_loses(tmp_path):
             assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-5), name
     for name, tensor in one[1].items():
         torch.testing.assert_close(two[1][name.replace("module.", "")], tensor, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_files_for_accelerate_train_as_one_process_does_from_media_and_from_a_cache(tmp_path):
+    """`fsdp2.yaml`: parameters are really sharded, towers may be left out, and the adapter is read by one process."""
+    media = tmp_path / "media"
+    media.mkdir()
+    write_media(media)
+    model = tiny_model(SHARED)
+    processor = tiny_processor(model.config)
+    cache = FeatureCache(tmp_path / "cache", model, processor, fill=True)
+    encode_rows(rows(12), model, UniMoEDataCollator(processor, media_root=media), cache)
+    _, one = trained(tmp_path / "one", media, 1)
+    for name, config, features in (
+        ("ddp", "ddp", cache.folder),
+        ("sharded", "fsdp2", None),
+        ("cached", "fsdp2", cache.folder),
+    ):
+        _, two = trained(tmp_path / name, media, 2, config, features)
+        for key, tensor in one.items():
+            torch.testing.assert_close(two[key.replace("module.", "")], tensor, atol=1e-6, rtol=1e-4)
+    PeftModel.from_pretrained(tiny_model(SHARED), tmp_path / "sharded/adapter")
 
 
 @pytest.mark.parametrize("text", [SHARED, DENSE], ids=["shared", "dense"])

@@ -165,6 +165,11 @@ class UniMoESFTTrainer(SFTTrainer):
         if self._is_spread and saves_states:
             self.args.save_only_model = False
         _check_config(self.args)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and not plugin.transformer_cls_names_to_wrap:
+            # The decoder's layers alone: a process without pictures must not be waited for in the vision tower.
+            layers = self.model.get_submodule(_name_of_decoder(self.model)).layers
+            plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
         if self.args.should_save and not os.access(self.args.output_dir, os.W_OK):
             raise PermissionError(f"'{self.args.output_dir}' cannot be written to; choose another `output_dir`.")
         for parameter in self.model.parameters():
@@ -341,6 +346,10 @@ class UniMoESFTTrainer(SFTTrainer):
         base = getattr(config, "_name_or_path", "") or None
         card = trained_card(config, name, is_adapter, base_model=base, dataset=dataset_name)
         card.save(Path(self.args.output_dir) / "README.md")
+
+
+def _name_of_decoder(model: nn.Module) -> str:
+    return next(name for name, _ in model.named_modules() if name.endswith("language_model"))
 
 
 class _WriteFeatures(TrainerCallback):
