@@ -42,6 +42,11 @@ TINY = (
 EXPERTS = {"vision": ["image", "video"], "audio": ["audio"], "speech": ["speech"]}
 
 
+def cached(root: Path) -> list[str]:
+    """What towers give for a file is computed once, by whichever stage meets it first."""
+    return ["--feature_cache", str(root / "features"), "--fill_feature_cache"]
+
+
 def pretrain(folder: Path, name: str) -> None:
     torch.manual_seed(0)
     parts.PARTS[name](folder / name)
@@ -49,7 +54,7 @@ def pretrain(folder: Path, name: str) -> None:
 
 def stage1(root: Path) -> None:
     args = f"--config {CONFIGS / 'stage1_connectors.yaml'} --dataset_name {root / 'data/stage1.jsonl'}"
-    args += f" --output_dir {root / 'stage1'} --learning_rate 2e-3 --num_train_epochs 1.3"
+    args += f" --output_dir {root / 'stage1'} --learning_rate 2e-3 --num_train_epochs 1.3 --cut_speech_windows"
     args += f" --llm {root / 'parts/llm'} --num_speech_query_tokens 8 --num_audio_query_tokens 8"
     args += f" --chat_template {root / 'parts/llm/chat_template.jinja'}"
     args += "".join(
@@ -57,14 +62,14 @@ def stage1(root: Path) -> None:
     )
     qformer = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
     options = ["--audio_connector_config", json.dumps(qformer)]
-    train_stage1_connectors.main(*train_stage1_connectors.parse(args.split() + options + TINY))
+    train_stage1_connectors.main(*train_stage1_connectors.parse(args.split() + options + cached(root) + TINY))
 
 
 def stage2(root: Path, expert: str) -> None:
     args = f"--config {CONFIGS / 'stage2_experts.yaml'} --dataset_name {root / f'data/stage2_{expert}.jsonl'}"
     args += f" --output_dir {root / 'stage2' / expert} --learning_rate 1e-3 --num_train_epochs 1.5 --lora_r 16"
     args += f" --model_name_or_path {root / 'stage1'} --modalities {' '.join(EXPERTS[expert])}"
-    train_stage2_experts.main(*train_stage2_experts.parse(args.split() + TINY))
+    train_stage2_experts.main(*train_stage2_experts.parse(args.split() + cached(root) + TINY))
 
 
 def stage3(root: Path) -> None:
@@ -72,7 +77,7 @@ def stage3(root: Path) -> None:
     args += f" --output_dir {root / 'stage3'} --learning_rate 1.5e-3 --num_train_epochs 1.25"
     args += f" --model_name_or_path {root / 'stage1'} --layers even --experts text= "
     args += " ".join(f"{name}={root / 'stage2' / name / 'expert'}" for name in EXPERTS)
-    train_stage3_moe.main(*train_stage3_moe.parse(args.split() + TINY))
+    train_stage3_moe.main(*train_stage3_moe.parse(args.split() + cached(root) + TINY))
 
 
 class Clock:
