@@ -15,6 +15,7 @@ SMALLEST = {
     "bench_frontends.py": ["--repeats", "2"],
     "bench_hostile_files.py": ["--limit", "60"],
     "bench_parity.py": [],
+    "bench_training.py": ["--size", "tiny", "--rounds", "1", "--rows", "4", "--threads", "1", "--only", "parts,cache"],
     "bench_routing.py": ["--repeats", "2"],
     "bench_training_logs.py": ["--repeats", "2", "--steps", "2"],
 }

@@ -39,7 +39,7 @@ def test_rows_are_streamed_and_sampled_as_the_options_say(data, tmp_path):
     assert streamed.question == ["a", "b"]
     processor = tiny_processor()
     for args in (whole, parsed(tmp_path, *name, "--dataset_streaming")[0]):
-        sizes = [len(batch["input_ids"]) for batch in args.sample(args.rows(), processor, 4, batch_size=3)]
+        sizes = [len(batch["input_ids"]) for batch in args.sample(args.rows(), None, processor, 4, batch_size=3)]
         assert sizes == [3, 1]
 
 

@@ -375,6 +375,11 @@ class ClapTower(SoundTower, ClapAudioModel):
 class WhisperSpeechTower(WhisperEncoder):
     """A Whisper encoder that also takes windows shorter than the one it was trained on, and pads nothing."""
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: it is initialised as the library's own."""
+        return False
+
     def forward(self, input_features: torch.Tensor, **kwargs) -> BaseModelOutput:
         """`(W, M, F)` to `(W, F / 2, D)`; of short windows the last hidden state alone."""
         num_positions = input_features.shape[-1] // 2
