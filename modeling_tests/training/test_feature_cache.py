@@ -3,19 +3,24 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from datasets import Dataset
 from PIL import Image
 from safetensors import SafetensorError
-from tiny import EXACT, picture, tiny_model, tiny_processor, tone
+from tiny import EXACT, ROOT, TESTS, child_environment, picture, tiny_model, tiny_processor, tone
 from tiny_training import make_own_trainer, rows, write_media
 from transformers import AutoModel
 
-from uni_moe_hf import FeatureCache, UniMoEDataCollator, UniMoESFTTrainer, encode_rows
+from uni_moe_hf import FeatureCache, UniMoEDataCollator, UniMoESFTTrainer, encode_rows, prepare_stage, sft_config
+from uni_moe_hf.cli import main
 from uni_moe_hf.hub.media_uni_moe import Clip
 from uni_moe_hf.training import feature_cache
 from uni_moe_hf.training.feature_cache import NotStoredError
@@ -279,6 +284,20 @@ def test_half_precision_takes_half_the_room_and_every_epoch_has_the_same_numbers
     assert filling == expected
 
 
+def test_a_tower_that_is_trained_has_no_cache(filled, media, tmp_path):
+    model = tiny_model(DENSE)
+    prepare_stage(model, "connectors")
+    model.model.audio_tower.requires_grad_(True)
+    processor = tiny_processor(model.config)
+    processor.feature_cache = FeatureCache(filled.folder, model, processor)
+    args = sft_config("connectors", tmp_path, use_cpu=True, bf16=False, report_to="none")
+    data = Dataset.from_list(rows(2), on_mixed_types="use_json")
+    with pytest.raises(ValueError, match="The audio tower is trained, so its features change and cannot be kept"):
+        UniMoESFTTrainer(model=model, args=args, train_dataset=data, processing_class=processor)
+    with pytest.raises(ValueError, match="audio_tower: is trained, so its features change and it must stay"):
+        model.model.unload_towers(str(tmp_path / "towers.pt"))
+
+
 def test_a_damaged_shard_is_named_and_unfinished_files_are_passed_over(parts, filled):
     folder = filled.folder
     (folder / ".features-0.safetensors.123").write_bytes(b"half")  # of a writer that was killed
@@ -349,3 +368,67 @@ def test_several_processes_may_fill_one_cache(parts, media, tmp_path):
     assert len(names) == 1  # the second found all that it had stored by the first
     for name, tensor in batches[0]["tower_states"].items():
         torch.testing.assert_close(batches[1]["tower_states"][name], tensor, **EXACT)
+
+
+def test_a_writer_that_is_killed_leaves_a_cache_that_goes_on(media, tmp_path):
+    """SIGKILL while a shard is being written: what was whole stays, what was not is not seen."""
+    code = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+from uni_moe_hf import FeatureCache, UniMoEDataCollator, encode_rows
+from uni_moe_hf.training import feature_cache
+from tiny import tiny_model, tiny_processor
+from tiny_training import rows
+
+feature_cache.SHARD_BYTES = 1
+real, written = feature_cache.save_file, []
+
+def save(tensors, path):
+    real(tensors, path)
+    written.append(path)
+    if len(written) == 3:
+        Path(path).write_bytes(Path(path).read_bytes()[:100])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+feature_cache.save_file = save
+model = tiny_model({"mlp_layer_types": ["dense", "dense"]})
+processor = tiny_processor(model.config)
+cache = FeatureCache(sys.argv[2], model, processor, fill=True)
+encode_rows(rows(), model, UniMoEDataCollator(processor, media_root=sys.argv[1]), cache)
+"""
+    environment = child_environment(PYTHONPATH=os.pathsep.join(map(str, (TESTS, ROOT))))
+    command = [sys.executable, "-c", code, str(media), str(tmp_path / "c")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    model = tiny_model(DENSE)
+    processor = tiny_processor(model.config)
+    assert len(FeatureCache(tmp_path / "c", model, processor)) == 2
+    whole, _ = trained("connectors", media, tmp_path / "plain", None)
+    filling, _ = trained("connectors", media, tmp_path / "filling", tmp_path / "c", fill=True)
+    warm, _ = trained("connectors", media, tmp_path / "warm", tmp_path / "c")
+    assert whole == filling == warm
+
+
+def test_the_command_line_encodes_rows_and_tells_their_size(media, parts, tmp_path, capsys):
+    model, processor = parts
+    for part in parts:
+        part.save_pretrained(tmp_path / "model")
+    lines = [json.dumps(row) for row in rows(6)]
+    (media / "rows.jsonl").write_text("\n".join(lines))
+
+    def run(*options: str) -> tuple[int, str]:
+        command = ["data", "encode", str(media / "rows.jsonl"), "--model", str(tmp_path / "model")]
+        code = main([*command, "--output", str(tmp_path / "c"), *options])
+        return code, capsys.readouterr().out
+
+    planned, done, again = run("--dry-run"), run("--batch-size", "3"), run()
+    assert [code for code, _ in (planned, done, again)] == [0, 0, 0]
+    assert "would be added to" in planned[1] and not list((tmp_path).glob("c/features-*"))[2:]
+    tables = [text.splitlines()[:-1] for _, text in (planned, done)]
+    assert tables[0] == tables[1] and len(tables[0]) == 5  # a head, and four modalities
+    assert again[1].splitlines()[-1].startswith("0.0 MB were added to")
+    with open(media / "rows.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"messages": [{"role": "user", "content": "no answer"}]}))
+    code, text = run()
+    assert code == 1 and "there is no assistant text to learn" in text and "1 could not be read" in text

@@ -177,6 +177,19 @@ class FeatureCache:
             self._write(HEADER, lambda aside: aside.write_text(json.dumps(header, indent=1), encoding="utf-8"))
         return header
 
+    def check_frozen(self, model: nn.Module) -> None:
+        """
+        Raises:
+            ValueError: a tower is trained, so its features change with every step.
+        """
+        encoder = encoder_of(model)
+        for name in dict.fromkeys(TOWERS.values()):
+            if any(parameter.requires_grad for parameter in _tower_parameters(encoder, name)):
+                raise ValueError(
+                    f"The {name} tower is trained, so its features change and cannot be kept; freeze it, or train "
+                    "without a feature cache."
+                )
+
     # ---- reading ----
 
     def refresh(self) -> None:

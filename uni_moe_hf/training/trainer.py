@@ -190,8 +190,10 @@ class UniMoESFTTrainer(SFTTrainer):
         self.feature_cache: FeatureCache | None = getattr(
             getattr(self.data_collator, "processor", None), "feature_cache", None
         )
-        if self.feature_cache is not None and self.feature_cache.fill:
-            self.add_callback(_WriteFeatures(self.feature_cache))
+        if self.feature_cache is not None:
+            self.feature_cache.check_frozen(self.model)
+            if self.feature_cache.fill:
+                self.add_callback(_WriteFeatures(self.feature_cache))
         self._losses = ModalityLosses(self.model)
         self._routing: Any = None
         self._skipped, self._batches, self._empty_batches = 0, 0, 0
