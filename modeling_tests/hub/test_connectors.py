@@ -144,15 +144,15 @@ def test_connector_runs_in_bf16(connector):
 def test_clips_in_groups_give_the_numbers_of_each_alone(modality):
     """And no tower is given more than a few at once, so memory does not grow with the length of a recording."""
     model = tiny_model().eval().requires_grad_(False)
-    inputs = make_inputs(model.config, (modality,) * 11, frames=2)
+    inputs = make_inputs(model.config, (modality,) * 19, frames=2)
     media = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
     sizes = []
     tower = getattr(model.model, f"{ {'image': 'vision', 'video': 'vision'}.get(modality, modality) }_tower")
     tower.register_forward_hook(lambda _, args, out: sizes.append(len(out.last_hidden_state)))
     together = model.model.encode_media(**media)[modality]
     count = len(media[FEATURES[modality]]) * (2 if modality == "video" else 1)
-    assert max(sizes) <= 8 and sum(sizes) == len(together.last_hidden_state) == count
-    for index in (0, 8, 10):
+    assert max(sizes) <= 32 and sum(sizes) == len(together.last_hidden_state) == count
+    for index in (0, 8, 18):
         one = {name: value[index : index + 1] for name, value in media.items()}
         alone = model.model.encode_media(**one)[modality]
         torch.testing.assert_close(together.pooler_output[index], alone.pooler_output[0], **ROUNDING)

@@ -21,9 +21,9 @@ from .compat_uni_moe import WhisperDecoder, can_return_tuple, select_hidden_stat
 from .configuration_uni_moe import MODALITIES, UniMoEConfig, width_of
 
 
-# Pictures, frames or windows that a frozen tower is given together. On a CPU windows go one by one: that is as fast,
-# and some kernels' last digit depends on how many there are.
-CLIPS_AT_ONCE = 8
+# What a frozen tower is given together. On a CPU windows go one by one: that is as fast, and some kernels' last digit
+# depends on how many there are.
+PICTURES_AT_ONCE, WINDOWS_AT_ONCE = 32, 8
 # Modality -> the tower that perceives it.
 TOWERS = {"image": "vision", "video": "vision", "audio": "audio", "speech": "speech"}
 
@@ -198,7 +198,7 @@ def run_tower(tower: nn.Module, run: Callable[..., Any], *inputs: torch.Tensor |
     if torch.is_grad_enabled() and learns(tower, *inputs):
         return run(*inputs)
     count, is_picture = len(inputs[0]), inputs[0].dim() == 4 and len(inputs) == 1
-    step = CLIPS_AT_ONCE if is_picture or inputs[0].device.type != "cpu" else 1
+    step = PICTURES_AT_ONCE if is_picture else 1 if inputs[0].device.type == "cpu" else WINDOWS_AT_ONCE
     if torch.compiler.is_compiling():
         step = max(count, 1)
     with torch.no_grad():
