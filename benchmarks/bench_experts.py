@@ -24,7 +24,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from comparing import WARM_UP, quotient
+from comparing import WARM_UP, publish, quotient
 
 
 # Hidden, intermediate, tokens; and the activation of an LLM whose layers are so large, where it is not SiLU.
@@ -328,6 +328,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        publish(["There is no GPU here, so nothing was measured on one."], args.output)
+        return
     g = (
         f"; g = {product_ratio(torch.float32):.2f} (fastest fp32 product over `F.linear`)"
         if args.device == "cpu"
@@ -350,8 +353,8 @@ def main() -> None:
             added = lines_of(case, measure(case, args.repeats, args.device, args.threads))
             print("\n".join(added), flush=True)
             lines += added
-    if args.output:
-        args.output.write_text("\n".join(lines) + "\n")
+            if args.output:  # what was measured stays, should time run out
+                args.output.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

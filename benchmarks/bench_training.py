@@ -507,6 +507,8 @@ def main() -> None:
     for name in args.only.split(","):
         with tempfile.TemporaryDirectory() as folder:
             lines += SECTIONS[name](args, Path(folder))
+        if args.output:  # what was measured stays, should time run out
+            args.output.write_text("\n".join(lines) + "\n")
     publish(lines, args.output)
 
 

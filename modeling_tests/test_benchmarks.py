@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from tiny import ROOT
 
 
@@ -23,6 +24,17 @@ SMALLEST = {
 
 def test_every_benchmark_is_listed_here():
     assert {path.name for path in (ROOT / "benchmarks").glob("bench_*.py")} == set(SMALLEST)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_needs_a_gpu_starts_and_says_that_there_is_none(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks/gpu.py", "--output", tmp_path]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout
+    for name in ("gpu_experts.md", "gpu_training.md"):
+        assert (tmp_path / name).read_text() == "There is no GPU here, so nothing was measured on one.\n"
+    assert "skipped" in (tmp_path / "gpu_tests.txt").read_text()
 
 
 @pytest.mark.slow
