@@ -30,6 +30,7 @@ def write_original(
     hidden: int = 64,
     inner: int = 144,
     vocab: int = 320,
+    heads: int = 4,
 ) -> dict:
     """
     Writes `base`, `finetuned` and, for the 8-expert layout, `experts`; gives the arguments of `convert_checkpoint`.
@@ -51,7 +52,9 @@ def write_original(
     linears = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(layers) for name in "qkvo"]
     base |= {f"{name}.weight": noise(hidden, hidden) for name in linears}
     for layer in range(layers):
-        base[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+        base[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = 10000.0 ** (
+            -torch.arange(0, hidden // heads, 2).float() / (hidden // heads)
+        )
         for name in ("input", "post_attention"):
             base[f"model.layers.{layer}.{name}_layernorm.weight"] = 1 + noise(hidden)
     shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
@@ -70,8 +73,8 @@ def write_original(
     aligner = torch.load(fixture / "finetuned" / "mm_audio_aligner.bin", weights_only=True)
     projector = torch.load(fixture / "finetuned" / "non_lora_trainables.bin", weights_only=True)
     if hidden != 64:
-        aligner = {key: _widened(key, value, hidden) for key, value in aligner.items()}
-        projector = {key: _widened(key, value, hidden) for key, value in projector.items()}
+        aligner = {key: _widened(key, value, hidden, generator) for key, value in aligner.items()}
+        projector = {key: _widened(key, value, hidden, generator) for key, value in projector.items()}
     base |= {key: torch.zeros_like(value) for key, value in aligner.items()}
 
     adapter = {}
@@ -90,6 +93,7 @@ def write_original(
     config = json.loads((fixture / "base" / "config.json").read_text())
     config |= {"num_hidden_layers": layers, "num_experts": experts, "num_experts_per_tok": top_k}
     config |= {"hidden_size": hidden, "intermediate_size": inner, "vocab_size": vocab}
+    config |= {"num_attention_heads": heads, "num_key_value_heads": heads}
     arguments = {"base": folder / "base", "finetuned": folder / "finetuned", **towers_of(variant)}
     if eight:
         config |= {"lora_r": rank, "lora_alpha": alpha, "moe_type": "dense", "model_type": "llava_llama"}
@@ -129,12 +133,12 @@ def write_original(
     return arguments
 
 
-def _widened(key: str, value: torch.Tensor, hidden: int) -> torch.Tensor:
+def _widened(key: str, value: torch.Tensor, hidden: int, generator: torch.Generator) -> torch.Tensor:
     """A projector's tensor for an LLM of another width."""
     if "projector" not in key:
         return value
     shape = [hidden if size == 64 else size for size in value.shape]
-    return torch.randn(shape) * 0.1
+    return torch.randn(shape, generator=generator) * 0.1
 
 
 def save_base(tensors: dict[str, torch.Tensor], folder: Path, shards: int = 1) -> None:
