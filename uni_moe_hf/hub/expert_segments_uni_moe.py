@@ -180,15 +180,20 @@ class _Masks:
     """Dropout masks drawn from a seed: backward draws them again, in the same order, instead of keeping them."""
 
     def __init__(self, probability: float, seed: int = 0, device: torch.device | None = None):
-        self.keep = 1.0 - probability
+        # Of 16 random bits: four elements a draw take a third of the time of `bernoulli_` on a CPU.
+        self.dropped = round(2**16 * probability)
         self.generator = torch.Generator(device).manual_seed(seed) if probability else None
 
     def draw(self, rows: torch.Tensor) -> torch.Tensor | None:
         """What to multiply `rows` with, and later their gradient; `None` where nothing is dropped."""
         if self.generator is None:
             return None
-        mask = torch.empty_like(rows).bernoulli_(self.keep, generator=self.generator)
-        return mask.div_(self.keep) if self.keep else mask
+        if self.dropped == 2**16:
+            return torch.zeros_like(rows)
+        bits = torch.empty(-(-rows.numel() // 4), dtype=torch.int64, device=rows.device)
+        bits = bits.random_(-(2**63), None, generator=self.generator).view(torch.int16)[: rows.numel()]
+        kept = rows.new_full((), 1 / (1 - self.dropped / 2**16))
+        return torch.where(bits.view(rows.shape) < self.dropped - 2**15, rows.new_zeros(()), kept)
 
 
 class _Scratch:

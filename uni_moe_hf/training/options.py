@@ -1,5 +1,6 @@
 """Options of the scripts: what all three stages share, what each has besides, and how they are read."""
 
+import atexit
 import json
 from collections.abc import Iterator
 from contextlib import suppress
@@ -163,11 +164,13 @@ class StageArguments(ScriptArguments):
         """[`open_feature_cache`], and the towers leave the memory where that is wanted."""
         self.open_feature_cache(model, processor)
         if self.without_towers:
-            file = Path(training_args.output_dir) / "towers.pt"
+            folder = Path(training_args.output_dir).resolve()
+            file = folder.parent / f".{folder.name}.towers.pt"  # beside the folder, which may be pushed to the Hub
             file.parent.mkdir(parents=True, exist_ok=True)
             with training_args.main_process_first(desc="unloading towers"):
                 if training_args.process_index == 0:
-                    file.unlink(missing_ok=True)  # of an earlier run
+                    file.unlink(missing_ok=True)  # of a run that was killed
+                    atexit.register(file.unlink, missing_ok=True)
                 model.model.unload_towers(str(file))
 
     def loading(self) -> dict[str, Any]:
