@@ -33,6 +33,7 @@ from comparing import WARM_UP, publish
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
+from torch.utils.data import DataLoader
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, logging
 from trl import SFTTrainer
 
@@ -158,6 +159,12 @@ def now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def timed(run: Callable[[], Any]) -> float:
+    start = now()
+    run()
+    return now() - start
 
 
 def in_turn(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -286,8 +293,9 @@ def checkpointing(args: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def cached(args: argparse.Namespace, folder: Path) -> list[str]:
-    lines = ["", "Step from a warm feature cache / from media, and collating alone:", ""]
-    lines += ["| stage | rows of | dtype | s a step from media | step | collating |", "|--:|---|---|--:|--:|--:|"]
+    lines = ["", "Step from a warm feature cache / from media; collating alone; of collating what is not words:", ""]
+    lines += ["| stage | rows of | dtype | s a step from media | step | collating | reading |"]
+    lines += ["|--:|---|---|--:|--:|--:|--:|"]
     torch.set_num_threads(args.threads)
     everything = write_rows(folder, 4 * args.rows)
     for stage, kind in ((1, "all"), (2, "speech"), (3, "all")):
@@ -310,9 +318,14 @@ def cached(args: argparse.Namespace, folder: Path) -> list[str]:
 
             variants = {which: partial(step, made, partial(collate, which)) for which in collating}
             seconds = in_turn(variants, args.rounds)
+            words = [{"messages": [{**m, "content": m["content"][-1:]} for m in row["messages"]]} for row in rows]
+            times = in_turn({"words": lambda: timed(lambda: made.data_collator(words))}, 10)["words"]  # noqa: B023
+            of_words = statistics.median(times)
+            media, stored = (statistics.median(collating[which]) - of_words for which in ("media", "cache"))
             lines.append(
                 f"| {stage} | {kind} | {dtype} | {statistics.median(seconds['media']):.2f} | "
-                f"{ratio(seconds['cache'], seconds['media'])} | {ratio(collating['cache'], collating['media'])} |"
+                f"{ratio(seconds['cache'], seconds['media'])} | {ratio(collating['cache'], collating['media'])} | "
+                f"{stored / media:.2f} |"
             )
     return lines
 
@@ -401,7 +414,7 @@ def growth(args: argparse.Namespace, folder: Path) -> list[str]:
             seconds = in_turn({n: partial(step, made[n], batches[n]) for n in made}, args.rounds)
             of_more = " | ".join(ratio(seconds[experts], seconds[4]) for experts in (16, 64))
             lines.append(f"| {'shared' if shared else 'own'} | {dtype} | {of_more} |")
-    return lines + long_sounds(args) + idle_modalities(args, folder)
+    return lines + long_sounds(args) + idle_modalities(args, folder) + data_workers(args, folder)
 
 
 def long_sounds(args: argparse.Namespace) -> list[str]:
@@ -472,6 +485,28 @@ def idle_modalities(args: argparse.Namespace, folder: Path) -> list[str]:
         batch = made["all"].data_collator(rows)
         seconds = in_turn({name: partial(step, made[name], batch) for name in made}, args.rounds)
         lines.append(f"| 3 | {dtype} | {ratio(seconds['all'], seconds['none'])} |")
+    return lines
+
+
+def data_workers(args: argparse.Namespace, folder: Path) -> list[str]:
+    lines = ["", "Batches alone, by processes that make them; ms a row, start included:", ""]
+    lines += ["| from | none | 1 | 2 | 4 |", "|---|--:|--:|--:|--:|"]
+    torch.set_num_threads(1)
+    rows = write_rows(folder, 32 * args.rows)
+    model = model_of("tiny", 1, "float32", args.device)
+    processor = processor_of(model)
+    collator = UniMoEDataCollator(processor)
+    cache = FeatureCache(folder / "cache", model, processor, fill=True)
+    encode_rows(rows, model, collator, cache)
+    for name, used in (("media", None), ("a feature cache", cache)):
+        processor.feature_cache = used
+        spent = []
+        for workers in (0, 1, 2, 4):
+            start = now()
+            loader = DataLoader(rows, batch_size=args.rows, collate_fn=collator, num_workers=workers)
+            count = sum(len(batch["input_ids"]) for batch in loader)
+            spent.append(f"{1000 * (now() - start) / count:.1f}")
+        lines.append(f"| {name} | {' | '.join(spent)} |")
     return lines
 
 
