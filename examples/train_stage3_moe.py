@@ -22,6 +22,7 @@ from pathlib import Path
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import AutoProcessor, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig
 
 from uni_moe_hf import (
@@ -107,6 +108,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, mixture: Mixture
     whole = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.accelerator.is_main_process:
         if is_sharded(whole):  # pieces in several processes: what was saved is whole
+            unset_hf_deepspeed_config()
             parent = load_whole(UniMoEForConditionalGeneration, grown, **script_args.loading())
             whole = PeftModel.from_pretrained(parent, output_dir)
         merged = whole.merge_and_unload()

@@ -4,7 +4,8 @@ A few steps of training, in as many processes as there are, for `test_distribute
     accelerate launch --config_file FILE side_by_side.py FOLDER MEDIA BATCH_SIZE NUM_PROCESSES [CACHE]
 
 Every second batch has words alone, so that with two processes one of them never sees media. Leaves losses and weights.
-With FSDP in FILE parameters are really sharded. With CACHE features come from there, and towers are not in memory.
+With FSDP in FILE, or DeepSpeed at its stage 3, parameters are really sharded. With CACHE features come from there, and
+towers are not in memory.
 """
 
 import json
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from tiny import tiny_model, tiny_processor
@@ -39,10 +41,13 @@ def main(folder: Path, media: Path, batch_size: int, num_processes: int, cache: 
     for start in range(0, 8, 2):
         data += [*seen[start : start + 2], {"messages": words["messages"]}, {"messages": words["messages"]}]
     processor = tiny_processor(model.config)
+    is_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if is_deepspeed:  # without a GPU accelerate knows of no backend for it
+        PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.NO)
     args = sft_config(
         "moe",
         folder,
-        use_cpu=True,
+        use_cpu=not is_deepspeed,
         bf16=False,
         gradient_checkpointing=False,
         per_device_train_batch_size=batch_size,
@@ -75,12 +80,18 @@ def main(folder: Path, media: Path, batch_size: int, num_processes: int, cache: 
         lambda module, _: module.eval() and None  # its dropout would differ
     )
     trainer.train()
-    weights = trained_weights(trainer.model)
+    trainer.save_model(folder / "adapter")
+    if is_deepspeed:
+        plugin = trainer.accelerator.state.deepspeed_plugin
+        is_cut = {hasattr(parameter, "ds_id") for parameter in trainer.model.parameters()}
+        assert is_cut == {plugin.zero_stage == 3}, (plugin.zero_stage, is_cut)
+        weights = {}  # in pieces; those of the adapter are whole
+    else:
+        weights = trained_weights(trainer.model)
     if is_sharding:
         kinds = {type(parameter) for parameter in trainer.model.parameters()}
         assert kinds == {DTensor}, kinds
         assert trainer.accelerator.distributed_type == DistributedType.FSDP
-        trainer.save_model(folder / "adapter")
     if trainer.accelerator.is_main_process:
         (folder / "logs.json").write_text(json.dumps(trainer.state.log_history))
         torch.save(weights, folder / "weights.pt")

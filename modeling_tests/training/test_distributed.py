@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import yaml
 from distributed import prepare, run
 from peft import PeftModel
+from safetensors.torch import load_file
 from tiny import ROOT, TESTS, child_environment, make_inputs, tiny_model, tiny_processor
 from tiny_training import rows, write_media
 
@@ -82,7 +84,8 @@ def trained(
     """
     folder.mkdir()
     settings = yaml.safe_load((ROOT / f"examples/accelerate_configs/{config}.yaml").read_text())
-    settings |= {"use_cpu": True, "num_processes": processes}
+    is_deepspeed = settings["distributed_type"] == "DEEPSPEED"
+    settings |= {"use_cpu": not is_deepspeed, "num_processes": processes}
     settings |= {"distributed_type": "NO"} if processes == 1 else {}
     assert settings["mixed_precision"] == "no"
     (folder / "accelerate.yaml").write_text(json.dumps(settings))
@@ -92,6 +95,7 @@ def trained(
     command += [str(HERE / "side_by_side.py"), folder, media, 4 // processes, processes]
     command += [] if cache is None else [cache]
     environment = child_environment(PYTHONPATH=os.pathsep.join(map(str, (HERE, TESTS, ROOT))))
+    environment |= {"DS_ACCELERATOR": "cpu"} if is_deepspeed else {}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=150, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "logs.json").read_text()), torch.load(folder / "weights.pt", weights_only=True)
@@ -141,6 +145,24 @@ def test_the_files_for_accelerate_train_as_one_process_does_from_media_and_from_
         for key, tensor in one.items():
             torch.testing.assert_close(two[key.replace("module.", "")], tensor, atol=1e-6, rtol=1e-4)
     PeftModel.from_pretrained(tiny_model(SHARED), tmp_path / "sharded/adapter")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
+def test_deepspeed_trains_as_one_process_does(tmp_path):
+    """The three files, one of the two processes with words alone, towers in memory; the adapter is whole."""
+    media = tmp_path / "media"
+    media.mkdir()
+    write_media(media)
+    trained(tmp_path / "one", media, 1)
+    one = load_file(tmp_path / "one/adapter/adapter_model.safetensors")
+    for stage in (1, 2, 3):
+        trained(tmp_path / f"zero{stage}", media, 2, f"deepspeed_zero{stage}")
+        two = load_file(tmp_path / f"zero{stage}/adapter/adapter_model.safetensors")
+        assert two.keys() == one.keys()
+        for key, tensor in one.items():
+            torch.testing.assert_close(two[key], tensor, atol=1e-6, rtol=1e-4)
+    PeftModel.from_pretrained(tiny_model(SHARED), tmp_path / "zero3/adapter")
 
 
 @pytest.mark.parametrize("text", [SHARED, DENSE], ids=["shared", "dense"])

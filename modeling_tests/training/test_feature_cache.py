@@ -294,7 +294,7 @@ def test_a_tower_that_is_trained_has_no_cache(filled, media, tmp_path):
     data = Dataset.from_list(rows(2), on_mixed_types="use_json")
     with pytest.raises(ValueError, match="The audio tower is trained, so its features change and cannot be kept"):
         UniMoESFTTrainer(model=model, args=args, train_dataset=data, processing_class=processor)
-    with pytest.raises(ValueError, match="audio_tower: is trained, so its features change and it must stay"):
+    with pytest.raises(ValueError, match="audio_tower: is trained, so it must stay; freeze it"):
         model.model.unload_towers(str(tmp_path / "towers.pt"))
 
 

@@ -8,7 +8,8 @@ H decoder width.
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,11 +20,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .compat_uni_moe import WhisperDecoder, can_return_tuple, select_hidden_states
 from .configuration_uni_moe import MODALITIES, UniMoEConfig, width_of
+from .towers_uni_moe import by_length, learns, run_tower
 
 
-# What a frozen tower is given together. On a CPU windows go one by one: that is as fast, and some kernels' last digit
-# depends on how many there are.
-PICTURES_AT_ONCE, WINDOWS_AT_ONCE = 32, 8
 # Modality -> the tower that perceives it.
 TOWERS = {"image": "vision", "video": "vision", "audio": "audio", "speech": "speech"}
 
@@ -136,89 +135,43 @@ class QFormerConnector(nn.Module):
         return self.projector(outputs.last_hidden_state)
 
 
-def idle_connectors(model: nn.Module, used: Iterable[str]) -> torch.Tensor | float:
+def runs_idle(model: nn.Module, used: Iterable[str]) -> bool:
     """
-    Runs the connectors that a batch does not need on one row that counts for nothing. In training on several
-    processes, where parameters are sharded, one that leaves out a module which another runs keeps both waiting; and
-    where nothing but connectors is trained, a batch of words alone would have no gradient at all.
+    Whether connectors that a batch does not need run on a row that counts for nothing: in training on several
+    processes, where one that leaves out a module which another runs keeps both waiting; and where nothing but
+    connectors is trained, so that a batch of words alone would have no gradient.
 
     Args:
         model (`nn.Module`): With the connectors and `language_model` as attributes.
         used (`Iterable[str]`): Modalities of the batch.
-
-    Returns:
-        `torch.Tensor` of shape `()`: 0, of which every trained connector is a part; 0.0 where there is nothing to do.
     """
+    if is_partitioned(model.language_model):  # outside training as well
+        return True
     if not (model.training and torch.is_grad_enabled()):
-        return 0.0
-    used = set(used)
+        return False
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not together and (used or any(p.requires_grad for p in model.language_model.parameters())):
+    return together or not (used or learns(model.language_model))
+
+
+def idle_connector(model: nn.Module, name: str) -> torch.Tensor | float:
+    """`()`: 0, of which a connector is a part where it is trained; 0.0 where there is nothing to do."""
+    connector = getattr(model, f"{name}_connector", None)
+    if connector is None or not (learns(connector) or is_partitioned(connector)):
         return 0.0
-    busy = {"vision" if modality in ("image", "video") else modality for modality in used}
-    total = 0.0
-    for name in ("vision", "speech", "audio"):
-        connector = getattr(model, f"{name}_connector", None)
-        if connector is None or name in busy or not any(p.requires_grad for p in connector.parameters()):
-            continue
-        parameter = next(connector.parameters())
-        # One position of one window: Whisper's decoder cannot be asked about none.
-        row = torch.zeros(1, 1, width_of(getattr(model.config, f"{name}_config")))
-        total = total + 0.0 * connector(row.to(parameter.device, parameter.dtype)).sum()
-    return total
+    parameter = next(connector.parameters())
+    # One position of one window: Whisper's decoder cannot be asked about none.
+    row = torch.zeros(1, 1, width_of(getattr(model.config, f"{name}_config")))
+    return 0.0 * connector(row.to(parameter.device, parameter.dtype)).sum()
 
 
-def learns(*parts: nn.Module | torch.Tensor | None) -> bool:
-    """Whether any of these modules or tensors takes part in training."""
-    return any(
-        part.requires_grad if isinstance(part, torch.Tensor) else any(p.requires_grad for p in part.parameters())
-        for part in parts
-        if part is not None
-    )
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has cut it up, which brings modules together one by one, in all processes at once."""
+    return hasattr(next(model.parameters()), "ds_id")
 
 
 def graph_if(wanted: bool) -> torch.set_grad_enabled:
     """No graph is kept of what learns nothing, whatever hooks trainers have put into its embeddings."""
     return torch.set_grad_enabled(wanted and torch.is_grad_enabled())
-
-
-def run_tower(tower: nn.Module, run: Callable[..., Any], *inputs: torch.Tensor | None) -> Any:
-    """
-    Runs an encoder on clips. One that is frozen keeps no graph, and is given a few clips at a time, so that memory
-    does not grow with their number.
-
-    Args:
-        tower (`nn.Module`): The encoder.
-        run (`Callable`): From inputs to a `ModelOutput` whose tensors begin with the number of clips.
-        inputs (`torch.Tensor` of shape `(clips, ...)`, *optional*): What it is called with.
-
-    Returns:
-        What `run` returns, for all clips.
-    """
-    if torch.is_grad_enabled() and learns(tower, *inputs):
-        return run(*inputs)
-    count, is_picture = len(inputs[0]), inputs[0].dim() == 4 and len(inputs) == 1
-    step = PICTURES_AT_ONCE if is_picture else 1 if inputs[0].device.type == "cpu" else WINDOWS_AT_ONCE
-    if torch.compiler.is_compiling():
-        step = max(count, 1)
-    with torch.no_grad():
-        groups = [
-            run(*(None if values is None else values[start : start + step] for values in inputs))
-            for start in range(0, max(count, 1), step)
-        ]
-        return _joined(groups)
-
-
-def _joined(groups: list[Any]) -> Any:
-    """Outputs of several groups of clips as those of all, without a graph."""
-    first = groups[0]
-    if isinstance(first, torch.Tensor):
-        return (first if len(groups) == 1 else torch.cat(groups)).detach()
-    if isinstance(first, Mapping):
-        return type(first)(**{name: _joined([group[name] for group in groups]) for name in first})
-    if isinstance(first, tuple):
-        return tuple(_joined(list(values)) for values in zip(*groups, strict=True))
-    return first
 
 
 class MediaEncoderMixin:
@@ -229,8 +182,8 @@ class MediaEncoderMixin:
     clips, as `tower_states`: a tower that is frozen gives the same at every step, so its states may be kept.
     """
 
-    # The file that holds the towers' weights, and the towers, while these are not in memory.
-    unloaded: tuple[str, list[dict[str, nn.Module]]] | None = None
+    # While towers are no modules: the file with their weights, if they are not in memory, and the towers.
+    unloaded: tuple[str | None, list[dict[str, nn.Module]]] | None = None
 
     def _require(self, modality: str, argument: str) -> None:
         if modality not in self.config.modalities:
@@ -241,7 +194,10 @@ class MediaEncoderMixin:
 
     def _tower(self, modality: str, argument: str) -> nn.Module:
         self._require(modality, argument)
-        tower = getattr(self, f"{TOWERS[modality]}_tower")
+        name = f"{TOWERS[modality]}_tower"
+        tower = getattr(self, name)
+        if tower is None and self.unloaded is not None and self.unloaded[0] is None:
+            tower = self.unloaded[1][0][name]
         if tower is None:
             raise ValueError(
                 f"`{argument}` were passed, but the {TOWERS[modality]} tower of this model is not in memory; pass "
@@ -374,23 +330,38 @@ class MediaEncoderMixin:
         """
         given = {"image": (pixel_values,), "video": (pixel_values_videos, pixel_values_videos_mask)}
         given |= {"audio": (input_values, input_values_mask), "speech": (input_features, input_features_mask)}
-        encoded = {
-            modality: getattr(self, f"get_{modality}_features")(*inputs, return_dict=True)
-            for modality, inputs in given.items()
-            if inputs[0] is not None
-        }
+        return self._encode_media(given, tower_states or {})[0]
+
+    def _encode_media(
+        self, given: dict[str, tuple], tower_states: dict[str, torch.Tensor], encoded: Iterable[str] = ()
+    ) -> tuple[dict[str, BaseModelOutputWithPooling], torch.Tensor | float]:
+        """
+        As [`encode_media`], and a 0 of which idle connectors are a part. All run in one order, whatever a batch holds:
+        DeepSpeed adds up gradients of several processes in the order in which they come.
+
+        Args:
+            given (`dict[str, tuple]`): Modality -> inputs of `get_<modality>_features`.
+            tower_states (`dict[str, torch.Tensor]`): As in [`encode_media`].
+            encoded (`Iterable[str]`): Modalities that came encoded.
+        """
+        used = {*encoded, *tower_states, *(modality for modality, inputs in given.items() if inputs[0] is not None)}
+        idle, made, is_idle_run = 0.0, {}, runs_idle(self, used)
         for modality in MODALITIES:
-            if (states := (tower_states or {}).get(modality)) is None:
-                continue
-            self._require(modality, f"tower_states['{modality}']")
-            if modality in encoded:
+            states, inputs = tower_states.get(modality), given[modality]
+            if inputs[0] is not None and states is not None:
                 raise ValueError(f"Got {modality} inputs as well as their `tower_states`; pass one of the two.")
-            mask = tower_states.get(f"{modality}_mask")
-            if self.device.type != "meta":  # a `dict` among a model's inputs is not moved by everybody
-                states, mask = states.to(self.device), None if mask is None else mask.to(self.device)
-            pooled = self._connected(modality, states, mask)
-            encoded[modality] = BaseModelOutputWithPooling(pooler_output=pooled)
-        return encoded
+            if inputs[0] is not None:
+                made[modality] = getattr(self, f"get_{modality}_features")(*inputs, return_dict=True)
+            elif states is not None:
+                self._require(modality, f"tower_states['{modality}']")
+                mask = tower_states.get(f"{modality}_mask")
+                if self.device.type != "meta":  # a `dict` among a model's inputs is not moved by everybody
+                    states, mask = states.to(self.device), None if mask is None else mask.to(self.device)
+                pooled = self._connected(modality, states, mask)
+                made[modality] = BaseModelOutputWithPooling(pooler_output=pooled)
+            elif is_idle_run and modality not in used:
+                idle = idle + idle_connector(self, TOWERS[modality])
+        return made, idle
 
     @torch.no_grad()
     def run_towers(
@@ -427,23 +398,30 @@ class MediaEncoderMixin:
             _, states["speech"], states["speech_mask"] = self._speech_states(input_features, input_features_mask)
         return {name: tensor for name, tensor in states.items() if tensor is not None}
 
-    def unload_towers(self, file: str) -> None:
+    def unload_towers(self, file: str | None) -> None:
         """
-        Moves the towers from memory to a file, for training on `tower_states`. Saving the model brings them back for
-        as long as it takes.
+        Takes the towers out of the model's modules. [`whole`], and so saving, puts them back for as long as it takes.
 
         Args:
-            file (`str`): Where their weights go; where it exists, it holds them already.
+            file (`str`, *optional*): Where their weights go, for training on `tower_states` without them in memory;
+                where it exists, it holds them already. With `None` they stay in memory and run as before, but nobody
+                who walks through the modules meets them: ZeRO-3 would cut them up, and wait in them for processes
+                whose batches do not need them.
+
+        Raises:
+            ValueError: a tower is trained.
         """
         names = [f"{name}_tower" for name in dict.fromkeys(TOWERS.values())]
         towers = {name: tower for name in names if (tower := getattr(self, name, None)) is not None}
         if trained := [name for name, tower in towers.items() if learns(tower)]:
-            raise ValueError(f"{', '.join(trained)}: is trained, so its features change and it must stay in memory.")
-        if not os.path.exists(file):
+            raise ValueError(
+                f"{', '.join(trained)}: is trained, so it must stay; freeze it, or leave it among the modules."
+            )
+        if file is not None and not os.path.exists(file):
             torch.save({name: tower.state_dict() for name, tower in towers.items()}, f"{file}.partial")
             os.replace(f"{file}.partial", file)
         for name, tower in towers.items():
-            for module in tower.modules():
+            for module in tower.modules() if file is not None else ():
                 for key, parameter in [*module.named_parameters(recurse=False)]:
                     setattr(module, key, nn.Parameter(parameter.to("meta"), requires_grad=False))
             setattr(self, name, None)
@@ -454,15 +432,30 @@ class MediaEncoderMixin:
         if self.unloaded is None:
             return
         file, [towers] = self.unloaded
-        weights = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+        weights = {} if file is None else torch.load(file, weights_only=True, mmap=True, map_location="cpu")
         for name, tower in towers.items():
-            tower.load_state_dict(weights[name], assign=True)
-            setattr(self, name, tower.to(self.device))
+            if file is not None:
+                tower.load_state_dict(weights[name], assign=True)
+                tower.to(self.device)
+            setattr(self, name, tower)
         self.unloaded = None
 
+    @contextmanager
+    def whole(self) -> Iterator[bool]:
+        """While it is entered, towers are modules of the model and in memory. Gives whether they were before."""
+        unloaded = self.unloaded
+        self.load_towers()
+        try:
+            yield unloaded is None
+        finally:
+            if unloaded is not None:
+                self.unload_towers(unloaded[0])
+
     @select_hidden_states("layer")
-    def _run_vision_tower(self, pixel_values: torch.Tensor, layer: int, **kwargs) -> BaseModelOutputWithPooling:
-        return self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
+    def _run_vision_tower(
+        self, tower: nn.Module, pixel_values: torch.Tensor, layer: int, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        return tower(pixel_values.to(tower.dtype), return_dict=True, **kwargs)
 
     def _picture_states(
         self,
@@ -479,7 +472,7 @@ class MediaEncoderMixin:
             raise ValueError(f"`vision_feature_select_strategy={strategy!r}` must be 'default' or 'full'.")
 
         def run(pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
-            return self._run_vision_tower(pixel_values, layer=layer, **kwargs)
+            return self._run_vision_tower(tower, pixel_values, layer=layer, **kwargs)
 
         outputs = run_tower(tower, run, pixel_values)
         states = outputs.hidden_states[layer]  # (N, prefix + P, D)
@@ -542,26 +535,4 @@ class MediaEncoderMixin:
         return rows[mask.bool()].flatten(0, 1).unsqueeze(0)
 
 
-def by_length(run: Callable[[torch.Tensor, int], torch.Tensor], windows: torch.Tensor, mask: torch.Tensor):
-    """
-    Runs windows of equal length together: one's numbers must not depend on how long the others are.
-
-    Args:
-        run (`Callable`): From windows and their length to `(windows, positions, width)`.
-        windows (`torch.Tensor` of shape `(W, ...)`): All of them.
-        mask (`torch.Tensor` of shape `(W, L)`): 1 = valid.
-
-    Returns:
-        `torch.Tensor` of shape `(W, positions, width)`: zeros behind what is shorter.
-    """
-    lengths, found = mask.sum(dim=1), {}
-    for length in sorted(set(lengths.tolist())):
-        chosen = (lengths == length).nonzero().flatten()
-        found[length] = chosen, run(windows[chosen], int(length))
-    longest = max(rows.shape[1] for _, rows in found.values())
-    whole = [nn.functional.pad(rows, (0, 0, 0, longest - rows.shape[1])) for _, rows in found.values()]
-    order = torch.cat([chosen for chosen, _ in found.values()]).argsort()
-    return torch.cat(whole)[order]
-
-
-__all__ = ["MediaEncoderMixin", "QFormerConnector", "SpeechConnector", "VisionConnector", "idle_connectors"]
+__all__ = ["MediaEncoderMixin", "QFormerConnector", "SpeechConnector", "VisionConnector"]

@@ -33,8 +33,6 @@ from .connectors_uni_moe import (
     QFormerConnector,
     SpeechConnector,
     VisionConnector,
-    idle_connectors,
-    learns,
 )
 from .decoder_uni_moe import QuantizationMixin, adjust_logits, build_decoder
 from .expert_kernels_uni_moe import ExpertsRouteMixin
@@ -50,7 +48,7 @@ from .generation_uni_moe import (
     warn_of_positions,
 )
 from .pipeline_uni_moe import AnyToTextPipeline  # noqa: F401  saving a model ships every file imported here
-from .towers_uni_moe import tower_class
+from .towers_uni_moe import learns, tower_class
 
 
 class UniMoEPreTrainedModel(ExpertsRouteMixin, QuantizationMixin, PreTrainedModel):
@@ -93,17 +91,10 @@ class UniMoEPreTrainedModel(ExpertsRouteMixin, QuantizationMixin, PreTrainedMode
         memory meanwhile, so what is saved is whole.
         """
         keep_names(self)  # whoever has sharded it
-        encoder = self.base_model
-        if (unloaded := encoder.unloaded) is None:
-            super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
-        else:
-            encoder.load_towers()
-            if state_dict is not None:  # of a trainer, which looked for weights in memory
+        with self.base_model.whole() as was_whole:
+            if state_dict is not None and not was_whole:  # of a trainer, which looked for weights in modules
                 state_dict = {name: state_dict.get(name, tensor) for name, tensor in self.state_dict().items()}
-            try:
-                super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
-            finally:
-                encoder.unload_towers(unloaded[0])
+            super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
         same_permissions(save_directory)
 
     def _experts(self) -> Iterator[UniMoELoraExperts]:
@@ -267,19 +258,12 @@ class UniMoEModel(MediaEncoderMixin, UniMoEPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either `input_ids` or `inputs_embeds`, not both and not neither.")
 
-        encoded = self.encode_media(
-            pixel_values,
-            pixel_values_videos,
-            input_values,
-            input_values_mask,
-            input_features,
-            pixel_values_videos_mask,
-            input_features_mask,
-            tower_states,
-        )
+        given = {"image": (pixel_values,), "video": (pixel_values_videos, pixel_values_videos_mask)}
+        given |= {"audio": (input_values, input_values_mask), "speech": (input_features, input_features_mask)}
+        encoded, idle = self._encode_media(given, tower_states or {}, mm_encoder_outputs or ())
         features = {m: outputs.pooler_output for m, outputs in joined(mm_encoder_outputs, encoded).items()}
         if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids, features)
+            inputs_embeds = self._embed(input_ids, features) + idle
         elif features:
             raise ValueError(
                 f"Got {', '.join(features)} inputs together with `inputs_embeds`; placeholders are found in "
@@ -315,7 +299,7 @@ class UniMoEModel(MediaEncoderMixin, UniMoEPreTrainedModel):
             rows = rows.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = masks[modality].unsqueeze(-1).to(inputs_embeds.device)  # (B, T, 1)
             inputs_embeds = inputs_embeds.masked_scatter(mask, rows)
-        return inputs_embeds + idle_connectors(self, features)
+        return inputs_embeds
 
 
 def _explain(masks: dict[str, torch.Tensor], num_features: int) -> str:

@@ -9,6 +9,8 @@ Letters: W windows, F frames, M mel bins, T tokens, D hidden, A heads.
 """
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .compat_uni_moe import ASTModel, ClapAudioModel, GradientCheckpointingLayer, WhisperEncoder, can_return_tuple
 from .configuration_uni_moe import BeatsConfig, YamnetConfig
+
+
+# What a frozen tower is given together. On a CPU windows go one by one: that is as fast, and some kernels' last digit
+# depends on how many there are.
+PICTURES_AT_ONCE, WINDOWS_AT_ONCE = 32, 8
 
 
 class SoundTower:
@@ -471,6 +478,79 @@ class YamnetModel(SoundTower, PreTrainedModel):
         return patches.repeat_interleave(num_positions // patches.shape[1], dim=1)
 
 
+# Running them
+
+
+def learns(*parts: nn.Module | torch.Tensor | None) -> bool:
+    """Whether any of these modules or tensors takes part in training."""
+    return any(
+        part.requires_grad if isinstance(part, torch.Tensor) else any(p.requires_grad for p in part.parameters())
+        for part in parts
+        if part is not None
+    )
+
+
+def run_tower(tower: nn.Module, run: Callable[..., Any], *inputs: torch.Tensor | None) -> Any:
+    """
+    Runs an encoder on clips. One that is frozen keeps no graph, and is given a few clips at a time, so that memory
+    does not grow with their number.
+
+    Args:
+        tower (`nn.Module`): The encoder.
+        run (`Callable`): From inputs to a `ModelOutput` whose tensors begin with the number of clips.
+        inputs (`torch.Tensor` of shape `(clips, ...)`, *optional*): What it is called with.
+
+    Returns:
+        What `run` returns, for all clips.
+    """
+    if torch.is_grad_enabled() and learns(tower, *inputs):
+        return run(*inputs)
+    count, is_picture = len(inputs[0]), inputs[0].dim() == 4 and len(inputs) == 1
+    step = PICTURES_AT_ONCE if is_picture else 1 if inputs[0].device.type == "cpu" else WINDOWS_AT_ONCE
+    if torch.compiler.is_compiling():
+        step = max(count, 1)
+    with torch.no_grad():
+        groups = [
+            run(*(None if values is None else values[start : start + step] for values in inputs))
+            for start in range(0, max(count, 1), step)
+        ]
+        return _joined(groups)
+
+
+def _joined(groups: list[Any]) -> Any:
+    """Outputs of several groups of clips as those of all, without a graph."""
+    first = groups[0]
+    if isinstance(first, torch.Tensor):
+        return (first if len(groups) == 1 else torch.cat(groups)).detach()
+    if isinstance(first, Mapping):
+        return type(first)(**{name: _joined([group[name] for group in groups]) for name in first})
+    if isinstance(first, tuple):
+        return tuple(_joined(list(values)) for values in zip(*groups, strict=True))
+    return first
+
+
+def by_length(run: Callable[[torch.Tensor, int], torch.Tensor], windows: torch.Tensor, mask: torch.Tensor):
+    """
+    Runs windows of equal length together: one's numbers must not depend on how long the others are.
+
+    Args:
+        run (`Callable`): From windows and their length to `(windows, positions, width)`.
+        windows (`torch.Tensor` of shape `(W, ...)`): All of them.
+        mask (`torch.Tensor` of shape `(W, L)`): 1 = valid.
+
+    Returns:
+        `torch.Tensor` of shape `(W, positions, width)`: zeros behind what is shorter.
+    """
+    lengths, found = mask.sum(dim=1), {}
+    for length in sorted(set(lengths.tolist())):
+        chosen = (lengths == length).nonzero().flatten()
+        found[length] = chosen, run(windows[chosen], int(length))
+    longest = max(rows.shape[1] for _, rows in found.values())
+    whole = [F.pad(rows, (0, 0, 0, longest - rows.shape[1])) for _, rows in found.values()]
+    order = torch.cat([chosen for chosen, _ in found.values()]).argsort()
+    return torch.cat(whole)[order]
+
+
 # `model_type` -> class.
 SOUND_TOWERS = {
     "beats": BeatsModel,
@@ -513,5 +593,8 @@ __all__ = [
     "WhisperSpeechTower",
     "WhisperTower",
     "YamnetModel",
+    "by_length",
+    "learns",
+    "run_tower",
     "tower_class",
 ]

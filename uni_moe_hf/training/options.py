@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ScriptArguments, SFTConfig, TrlParser
 
@@ -265,7 +266,11 @@ def parse_options(kinds: tuple[type, ...], args: list[str] | None = None) -> tup
     parser.set_defaults(
         use_cpu=not torch.accelerator.is_available(), bf16=None if is_torch_bf16_gpu_available() else False
     )
-    return parser.parse_args_and_config(args)
+    options = parser.parse_args_and_config(args)
+    # With ZeRO-3 the library would cut models up while it makes them: all processes together, where ours may be alone,
+    # and Whisper's positions cannot be made of a piece. The trainer sets it again.
+    unset_hf_deepspeed_config()
+    return options
 
 
 def json_object(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:

@@ -97,7 +97,7 @@ def is_spread(model: nn.Module) -> bool:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether parameters lie in pieces in several processes, whoever has cut them."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
@@ -25,7 +26,7 @@ from ..hub.compat_uni_moe import same_permissions
 from ..hub.configuration_uni_moe import is_sparse
 from ..mixtures.routing import record_routing
 from .data import NO_ROW, UniMoEDataCollator
-from .feature_cache import FeatureCache
+from .feature_cache import FeatureCache, encoder_of
 from .model_card import trained_card
 from .resuming import last_complete_checkpoint, only_run_in, write_digests
 from .rows import row_modalities
@@ -72,7 +73,9 @@ def sft_config(stage: str, output_dir: str | Path, **settings: Any) -> SFTConfig
         paper |= {"use_cpu": True, "bf16": False}
     for name, value in REQUIRED.items():
         settings[name] = {**settings[name], **value} if isinstance(settings.get(name), dict) else value
-    return SFTConfig(output_dir=str(output_dir), **{**paper, **settings})
+    config = SFTConfig(output_dir=str(output_dir), **{**paper, **settings})
+    unset_hf_deepspeed_config()  # a model that is made from now on is whole, until a trainer cuts it up
+    return config
 
 
 def _holds(given: Any, required: Any) -> bool:
@@ -170,6 +173,11 @@ class UniMoESFTTrainer(SFTTrainer):
             # The decoder's layers alone: a process without pictures must not be waited for in the vision tower.
             layers = self.model.get_submodule(_name_of_decoder(self.model)).layers
             plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
+        deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if deepspeed is not None and deepspeed.zero_stage == 3 and encoder_of(self.model).unloaded is None:
+            encoder = encoder_of(self.model)
+            encoder.to(self.accelerator.device)  # with its towers, which stay whole
+            encoder.unload_towers(None)
         if self.args.should_save and not os.access(self.args.output_dir, os.W_OK):
             raise PermissionError(f"'{self.args.output_dir}' cannot be written to; choose another `output_dir`.")
         for parameter in self.model.parameters():
