@@ -86,7 +86,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, mixture: Mixture
     model.config.text_config.expert_activations = mixture.expert_activations
     peft_config = prepare_stage(model, "moe")
     script_args.use_feature_cache(model, processor, training_args)
-    if mixture.expert_parallel_size > 1 or (mixture.fsdp_size or 1) > 1:
+    if mixture.expert_parallel_size != 1 or mixture.fsdp_size not in (None, 1):
         set_seed(training_args.seed)  # every process keeps its piece of the same adapter
         model = spread(get_peft_model(model, peft_config), mixture.expert_parallel_size, mixture.fsdp_size)
         peft_config = None

@@ -17,16 +17,17 @@ from PIL import Image
 from safetensors import SafetensorError
 from tiny import EXACT, ROOT, TESTS, child_environment, picture, tiny_model, tiny_processor, tone
 from tiny_training import make_own_trainer, rows, write_media
-from transformers import AutoModel
+from transformers import AutoModel, CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from uni_moe_hf import FeatureCache, UniMoEDataCollator, UniMoESFTTrainer, encode_rows, prepare_stage, sft_config
 from uni_moe_hf.cli import main
 from uni_moe_hf.hub.media_uni_moe import Clip
 from uni_moe_hf.training import feature_cache
-from uni_moe_hf.training.feature_cache import NotStoredError
+from uni_moe_hf.training.feature_cache import FeatureCacheError
 
 
 DENSE = {"mlp_layer_types": ["dense", "dense"]}
+SQUARE = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
 STAGES = {"connectors": DENSE, "experts": DENSE, "moe": {"shared_expert_base": True}}
 
 
@@ -99,8 +100,41 @@ def test_a_model_without_its_towers_saves_whole_and_says_what_it_lacks(media, tm
     assert not any("_tower." in name for name in trainer.model.state_dict())
     with pytest.raises(ValueError, match="the vision tower of this model is not in memory"):
         trainer.model.get_image_features(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="have been unloaded already"):
+        trainer.model.model.unload_towers(str(tmp_path / "other.pt"))
+    content = (tmp_path / "towers.pt").read_bytes()
+    (tmp_path / "towers.pt").write_bytes(b"no weights")
+    with pytest.raises(OSError, match="towers' weights in .* cannot be read"):
+        trainer.model.save_pretrained(tmp_path / "again")
+    (tmp_path / "towers.pt").write_bytes(content)
     trainer.model.model.load_towers()
     trainer.model.get_image_features(torch.zeros(1, 3, 16, 16))
+    (tmp_path / "towers.pt").write_bytes(b"of another model")  # is replaced, not believed
+    trainer.model.model.unload_towers(str(tmp_path / "towers.pt"))
+    trainer.model.model.load_towers()
+    torch.testing.assert_close(trainer.model.state_dict(), whole, **EXACT)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_tower_without_a_cls_token_and_of_real_width_gives_the_same_bits(batch_size, media, tmp_path):
+    """Its states are a view whose rows do not follow each other, as `safetensors` and some kernels want them."""
+
+    def losses_of(cache: Path | None, fill: bool = False) -> list[float]:
+        torch.manual_seed(0)
+        config = {"model_type": "siglip_vision_model", "hidden_size": 768, "intermediate_size": 768}
+        config |= {"num_hidden_layers": 1, "num_attention_heads": 12, "image_size": 16, "patch_size": 8}
+        tower = {"vision_prefix_length": 0, "vision_feature_layer": -1}
+        model = tiny_model(DENSE, without=("vision", "audio", "speech"), vision_config=config, **tower)
+        processor = tiny_processor(model.config, image_processor=CLIPImageProcessorPil(**SQUARE))
+        if cache is not None:
+            processor.feature_cache = FeatureCache(cache, model, processor, fill=fill)
+        pictures = [row for row in rows(24) if row["messages"][0]["content"][0].get("type") == "image"]
+        pictures = [row for row in pictures if len(row["messages"][0]["content"]) == 2]
+        settings = {"per_device_train_batch_size": batch_size, "max_steps": 3, "data": pictures}
+        return losses(make_own_trainer(media, tmp_path, model, "connectors", processor=processor, **settings))
+
+    plain = losses_of(None)
+    assert losses_of(tmp_path / "c", fill=True) == plain == losses_of(tmp_path / "c")
 
 
 def test_a_batch_from_the_cache_generates_the_same(parts, with_cache, media):
@@ -172,12 +206,18 @@ def test_keys_tell_content_and_cut_apart(parts, filled, media):
         key("video", [png, png]),
         key("video", [png]),
         key("video", Clip([png, png], num_frames=1)),
+        key("video", Clip([png, png], num_frames=2), videos_kwargs={"num_frames": 1}),
     ]
     same = [{10, 12}]  # an array and the picture of it hold the same
     for first in range(len(keys)):
         for second in range(first):
             if {first, second} not in same:
                 assert keys[first] != keys[second], (first, second)
+    whole = key("video", Clip([png, png], num_frames=2), videos_kwargs={"num_frames": 1})
+    assert whole == key("video", Clip([png, png], num_frames=2))  # what a clip says of itself wins
+    assert key("audio", Clip(wav, start=0)) == key("audio", wav)
+    assert key("audio", Clip(wav, end=1)) == key("audio", Clip(wav, end=1.0))
+    assert key("image", torch.ones(3, 4, 4, dtype=torch.bfloat16)) != key("image", torch.zeros(3, 4, 4).bfloat16())
     assert key("audio", wav) == key("audio", Path(wav)) == key("audio", Path(wav).read_bytes())
     assert key("audio", sound) == key("audio", sound.tolist() if sound.dtype == np.float64 else sound.copy())
 
@@ -188,10 +228,10 @@ def test_what_is_not_stored_is_named(parts, filled, with_cache, media, tmp_path)
 
     batch(type="image", path=str(media / "0.png"))
     Image.fromarray(picture(7)).save(tmp_path / "new.png")
-    with pytest.raises(NotStoredError, match="does not hold '.*new.png' as image; encode the rows once more"):
+    with pytest.raises(FeatureCacheError, match="does not hold '.*new.png' as image; encode the rows once more"):
         batch(type="image", path=str(tmp_path / "new.png"))
     with_cache.skip_bad_rows = True  # no fault of the row, so it is not passed over
-    with pytest.raises(NotStoredError, match="does not hold"):
+    with pytest.raises(FeatureCacheError, match="does not hold"):
         batch(type="image", path=str(tmp_path / "new.png"))
 
 
@@ -210,9 +250,9 @@ def test_a_clip_that_has_changed_since_is_refused_and_one_of_a_missing_modality_
         samples[0] += 0.01
         soundfile.write(tmp_path / "bell.wav", samples, 16000)
         os.utime(tmp_path / "bell.wav", ns=(before.st_atime_ns, before.st_mtime_ns))  # content decides, not dates
-        with pytest.raises(NotStoredError, match="bell.wav' as it was before, or cut otherwise: it has changed"):
+        with pytest.raises(FeatureCacheError, match="bell.wav' as it was before, or cut otherwise: it has changed"):
             collator([row])
-        with pytest.raises(NotStoredError, match="holds no image"):
+        with pytest.raises(FeatureCacheError, match="holds no image"):
             collator([rows(1)[0] | {"_root": str(media)}])
     finally:
         processor.feature_cache = None
@@ -231,6 +271,15 @@ def _other_mode(model, processor):
     processor.image_mode = "pad"
 
 
+def _other_size(model, processor):
+    processor.image_processor.size = {"height": 16, "width": 16}
+
+
+def _other_kind(model, processor):
+    settings = processor.image_processor.to_dict()
+    processor.image_processor = SiglipImageProcessorPil.from_dict(settings)
+
+
 def _other_window(model, processor):
     processor.feature_extractor.cut_speech_windows = True
 
@@ -245,6 +294,11 @@ def _other_precision(model, processor):
         (_other_weights, "another vision tower or front end: its weights differ"),
         (_other_layer, "`reads.vision_feature_layer` is -2 there and -1 here"),
         (_other_mode, "`front_end.image_mode` is 'crop' there and 'pad' here"),
+        (_other_size, "`front_end.size` is "),
+        (
+            _other_kind,
+            "`front_end.image_processor_type` is 'CLIPImageProcessor' there and 'SiglipImageProcessor' here",
+        ),
         (_other_window, "another speech tower or front end: `front_end.cut_speech_windows` is False there"),
         (_other_precision, "another .* tower or front end"),
     ],
@@ -253,7 +307,13 @@ def test_a_cache_of_another_tower_or_front_end_is_refused(change, message, fille
     model = tiny_model(DENSE)
     processor = tiny_processor(model.config)
     FeatureCache(filled.folder, model, processor)
+    processor.feature_cache = FeatureCache(filled.folder, model, processor)
     change(model, processor)
+    prepare_stage(model, "connectors")
+    args = sft_config("connectors", filled.folder / "x", use_cpu=True, bf16=False, report_to="none")
+    data = Dataset.from_list(rows(2), on_mixed_types="use_json")
+    with pytest.raises(ValueError, match=message):  # changed after it was opened
+        UniMoESFTTrainer(model=model, args=args, train_dataset=data, processing_class=processor)
     for fill in (False, True):
         with pytest.raises(ValueError, match=message):
             FeatureCache(filled.folder, model, processor, fill=fill)
@@ -307,7 +367,9 @@ def test_a_damaged_shard_is_named_and_unfinished_files_are_passed_over(parts, fi
     shard = next(path for path in folder.glob("features-*.safetensors") if path.name != "features-0.safetensors")
     content = shard.read_bytes()
     shard.write_bytes(content[:-10])
-    with pytest.raises(ValueError, match=r"cannot be used \(.* has .* bytes in place of .*\); remove it and its"):
+    with pytest.raises(
+        FeatureCacheError, match=r"cannot be used \(.* has .* bytes in place of .*\); remove it and its"
+    ):
         FeatureCache(folder, *parts)
 
 

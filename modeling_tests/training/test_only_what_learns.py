@@ -145,6 +145,16 @@ def test_our_own_loss_scores_labelled_positions_alone_in_training():
     assert part.logits[:, :-1][~is_scored].isinf().all()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, all_gradients[name], atol=1e-7, rtol=1e-5, msg=name)
+
+    # A loss function of somebody's own is given what it can move by one, as the library's contract has it.
+    def own(logits, labels, vocab_size, **kwargs):
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+
+    plain = model.loss_function
+    model.loss_function = own
+    given = model(**inputs, labels=labels, output_router_logits=True)
+    torch.testing.assert_close(given.loss, whole.loss, atol=1e-6, rtol=0)
+    model.loss_function = plain
     # Who asks for some positions gets those.
     assert model(**inputs, labels=None, logits_to_keep=2).logits.shape[1] == 2
     shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]

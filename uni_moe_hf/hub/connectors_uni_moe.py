@@ -404,22 +404,34 @@ class MediaEncoderMixin:
 
         Args:
             file (`str`, *optional*): Where their weights go, for training on `tower_states` without them in memory;
-                where it exists, it holds them already. With `None` they stay in memory and run as before, but nobody
-                who walks through the modules meets them: ZeRO-3 would cut them up, and wait in them for processes
-                whose batches do not need them.
+                replaced where it exists. With `None` they stay in memory and run as before, but nobody who walks
+                through the modules meets them: ZeRO-3 would cut them up, and wait in them for processes whose batches
+                do not need them.
 
         Raises:
-            ValueError: a tower is trained.
+            ValueError: a tower is trained, or they have been unloaded.
+            OSError: the file cannot be written.
         """
+        if self.unloaded is not None:
+            raise ValueError("The towers have been unloaded already; `load_towers()` brings them back.")
+        self._unload(file, is_written=False)
+
+    def _unload(self, file: str | None, is_written: bool) -> None:
         names = [f"{name}_tower" for name in dict.fromkeys(TOWERS.values())]
         towers = {name: tower for name in names if (tower := getattr(self, name, None)) is not None}
         if trained := [name for name, tower in towers.items() if learns(tower)]:
             raise ValueError(
                 f"{', '.join(trained)}: is trained, so it must stay; freeze it, or leave it among the modules."
             )
-        if file is not None and not os.path.exists(file):
-            torch.save({name: tower.state_dict() for name, tower in towers.items()}, f"{file}.partial")
-            os.replace(f"{file}.partial", file)
+        if file is not None and not is_written:
+            file = os.path.abspath(file)
+            try:
+                torch.save({name: tower.state_dict() for name, tower in towers.items()}, f"{file}.partial")
+                os.replace(f"{file}.partial", file)
+            except (OSError, RuntimeError) as error:
+                raise OSError(
+                    f"The towers could not be written to '{file}' ({error}); they stay in memory."
+                ) from error
         for name, tower in towers.items():
             for module in tower.modules() if file is not None else ():
                 for key, parameter in [*module.named_parameters(recurse=False)]:
@@ -432,7 +444,13 @@ class MediaEncoderMixin:
         if self.unloaded is None:
             return
         file, [towers] = self.unloaded
-        weights = {} if file is None else torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+        try:
+            weights = {} if file is None else torch.load(file, weights_only=True, map_location="cpu")
+        except Exception as error:  # torch's, pickle's or the system's, in many words
+            raise OSError(
+                f"The towers' weights in '{file}' cannot be read ({type(error).__name__}); put it back, and save "
+                "again."
+            ) from error
         for name, tower in towers.items():
             if file is not None:
                 tower.load_state_dict(weights[name], assign=True)
@@ -449,7 +467,7 @@ class MediaEncoderMixin:
             yield unloaded is None
         finally:
             if unloaded is not None:
-                self.unload_towers(unloaded[0])
+                self._unload(unloaded[0], is_written=True)
 
     @select_hidden_states("layer")
     def _run_vision_tower(
@@ -478,7 +496,8 @@ class MediaEncoderMixin:
         states = outputs.hidden_states[layer]  # (N, prefix + P, D)
         if states.dim() == 4:  # a map, of towers that are no Transformers
             states = states.flatten(2).transpose(1, 2)
-        return outputs, states[:, self.config.vision_prefix_length :] if strategy == "default" else states
+        states = states[:, self.config.vision_prefix_length :] if strategy == "default" else states
+        return outputs, states.contiguous()  # the last digit of a product depends on how its factors lie
 
     def _audio_states(
         self, input_values: torch.Tensor, input_values_mask: torch.Tensor | None, **kwargs

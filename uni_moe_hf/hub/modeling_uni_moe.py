@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.nn import init
@@ -445,9 +446,10 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
 
         loss = aux_loss = None
         if labels is not None:
-            if scored is not None:
-                kwargs["shift_labels"] = shift_labels
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
+            rows, targets = logits, labels
+            if scored is not None:  # moved by one, as loss functions move them back
+                rows, targets = F.pad(logits, (0, 0, 0, 1)), F.pad(shift_labels, (1, 0), value=-100)
+            loss = self.loss_function(logits=rows, labels=targets, vocab_size=text_config.vocab_size, **kwargs)
         if scored is not None:
             everywhere = logits.new_full((*scored.shape, logits.shape[-1]), -torch.inf)
             logits = everywhere.masked_scatter(scored.unsqueeze(-1), logits)

@@ -17,7 +17,7 @@ from ..hub.conversations_uni_moe import VICUNA_CHAT_TEMPLATE, ConversationMixin
 from ..hub.files_uni_moe import reason, resolved
 from ..hub.media_uni_moe import MAX_VIDEO_FRAMES, Clip, iter_frames, load_image, load_waveform
 from ..hub.processing_uni_moe import UniMoEProcessor
-from .feature_cache import NotStoredError
+from .feature_cache import FeatureCacheError
 from .row_files import iter_rows
 from .rows import describe_row, parts_of, rooted, row_to_messages, unread_fields
 
@@ -89,7 +89,7 @@ class UniMoEDataCollator:
         named = [(name, messages) for name, messages in named if messages]
         try:
             batch = self._encode([messages for _, messages in named]) if named else {}
-        except NotStoredError:
+        except FeatureCacheError:
             raise
         except Exception:
             named = [(name, messages) for name, messages in named if self._is_readable(name, messages)]
@@ -164,7 +164,7 @@ class UniMoEDataCollator:
     def _is_readable(self, name: str, messages: list[dict]) -> bool:
         try:
             self._encode([messages])
-        except (ImportError, NotStoredError):
+        except (ImportError, FeatureCacheError):
             raise
         except Exception as error:
             self._refuse(name, error)

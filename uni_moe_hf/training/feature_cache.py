@@ -41,7 +41,7 @@ SHARD_BYTES = 512 * 2**20  # of features that wait to be written, and so of a fi
 MAX_OPEN_SHARDS = 64
 # Of configs and front ends: says where they come from, not what they do.
 UNTOLD = {"transformers_version", "architectures", "dtype", "torch_dtype", "processor_class", "auto_map"}
-UNTOLD |= {"id2label", "label2id", "image_processor_type", "feature_extractor_type"}
+UNTOLD |= {"id2label", "label2id"}
 NOUNS = {"image": "Picture", "video": "Video", "audio": "Audio", "speech": "Audio"}
 INPUTS = {
     "image": ("pixel_values",),
@@ -51,8 +51,8 @@ INPUTS = {
 }
 
 
-class NotStoredError(OSError):
-    """The features of a clip are not in the cache: a fault of the cache, not of the row."""
+class FeatureCacheError(OSError):
+    """Features cannot be had from a cache: a fault of the cache, not of the row."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class FeatureCache:
                 header = self._header(towers, dtype)
         else:
             header = self._header(towers, dtype)
-        self.towers: list[str] = list(header["towers"])
+        self._header_towers: dict[str, dict] = header["towers"]
         self.dtype = DTYPES[header["dtype"]]
         self._index: dict[str, tuple[Path, dict]] = {}  # key -> file, and what is known of the clip
         self._sources: set[tuple[str, str]] = set()  # (modality, source) of the clips
@@ -165,24 +165,31 @@ class FeatureCache:
                 raise ValueError(
                     f"The feature cache '{self.folder}' holds {header['dtype']}, not {dtype}; name another folder."
                 )
-        for name, tower in towers.items():
-            if name in header["towers"] and (difference := _difference(header["towers"][name], tower)):
-                raise ValueError(
-                    f"The feature cache '{self.folder}' was made with another {name} tower or front end: "
-                    f"{difference}. Use the model that it was made with, or make a cache of its own for this one."
-                )
+        self._compare(header["towers"], towers)
         missing = towers.keys() - header["towers"].keys()
         if self.fill and (missing or not path.is_file()):
             header["towers"] |= {name: towers[name] for name in missing}
             self._write(HEADER, lambda aside: aside.write_text(json.dumps(header, indent=1), encoding="utf-8"))
         return header
 
-    def check_frozen(self, model: nn.Module) -> None:
+    def _compare(self, stored: dict[str, dict], towers: dict[str, dict]) -> None:
+        for name, tower in towers.items():
+            if name in stored and (difference := _difference(stored[name], tower)):
+                raise ValueError(
+                    f"The feature cache '{self.folder}' was made with another {name} tower or front end: "
+                    f"{difference}. Use the model that it was made with, or make a cache of its own for this one."
+                )
+
+    def check(self, model: nn.Module, processor: Any) -> None:
         """
+        Before a training: the model and the processor may not be those that the cache was opened with.
+
         Raises:
-            ValueError: a tower is trained, so its features change with every step.
+            ValueError: the features are of others; or a tower is trained, so they change with every step.
         """
         encoder = encoder_of(model)
+        if encoder.unloaded is None:
+            self._compare(self._header_towers, tower_identities(model, processor))
         for name in dict.fromkeys(TOWERS.values()):
             if any(parameter.requires_grad for parameter in _tower_parameters(encoder, name)):
                 raise ValueError(
@@ -200,7 +207,7 @@ class FeatureCache:
                 return
             names = {entry.name for entry in os.scandir(self.folder)}
         except FileNotFoundError as error:
-            raise ValueError(f"The feature cache '{self.folder}' is gone.") from error
+            raise FeatureCacheError(f"The feature cache '{self.folder}' is gone.") from error
         self._listed = listed
         for name in sorted(names - self._shards):
             if name == HEADER or not (name.startswith("features-") and name.endswith(".json")):
@@ -209,17 +216,19 @@ class FeatureCache:
             try:
                 content = json.loads((self.folder / name).read_text(encoding="utf-8"))
                 clips, size = dict(content["clips"]), content["bytes"]
+                sources = {(about["modality"], about["source"]) for about in clips.values()}
+                if any(not about["units"] or not about["tensors"] for about in clips.values()):
+                    raise ValueError("an entry is empty")
                 if shard.stat().st_size != size:
                     raise ValueError(f"'{shard.name}' has {shard.stat().st_size} bytes in place of {size}")
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise ValueError(
+                raise FeatureCacheError(
                     f"'{self.folder / name}' of the feature cache cannot be used ({reason(error)}); remove it and its "
                     ".safetensors, and encode again."
                 ) from error
             self._shards.add(name)
-            for key, about in clips.items():
-                self._index[key] = (shard, about)
-                self._sources.add((about["modality"], about["source"]))
+            self._index |= {key: (shard, about) for key, about in clips.items()}
+            self._sources |= sources
 
     def key_of(self, processor: Any, modality: str, source: Any, kwargs: Mapping[str, Mapping]) -> ClipKey:
         """
@@ -236,14 +245,14 @@ class FeatureCache:
             ValueError: it is missing, or has no content that could be told from another.
         """
         clip = source if isinstance(source, Clip) else Clip(source)
-        asked: dict[str, Any] = {"start": clip.start, "end": clip.end}
-        if modality in ("image", "video"):
-            asked |= kwargs.get("images_kwargs", {})
-        if modality == "video":
-            asked |= {"num_frames": clip.num_frames, "fps": clip.fps, "at_most": processor.video_frames}
-            asked |= kwargs.get("videos_kwargs", {})
-        if modality in ("audio", "speech"):
-            asked |= kwargs.get("audio_kwargs", {})
+        groups = {"image": ("images_kwargs",), "video": ("images_kwargs", "videos_kwargs")}
+        asked: dict[str, Any] = {"at_most": processor.video_frames if modality == "video" else None}
+        for group in groups.get(modality, ("audio_kwargs",)):
+            asked |= kwargs.get(group, {})
+        # What a clip says of itself wins, as where it is read.
+        of_clip = {"start": clip.start or None, "end": clip.end, "num_frames": clip.num_frames, "fps": clip.fps}
+        numbers = {name: float(value) for name, value in of_clip.items() if value is not None}
+        asked |= numbers
         asked = {name: value for name, value in asked.items() if value is not None and name != "return_tensors"}
         content = _content(clip.source, NOUNS[modality], processor.uploads_only)
         told = json.dumps([modality, content, asked], sort_keys=True, default=str)
@@ -260,7 +269,7 @@ class FeatureCache:
             [`Found`].
 
         Raises:
-            NotStoredError: one of them is not stored, and the cache is not being filled.
+            FeatureCacheError: one of them is not stored, and the cache is not being filled.
             ValueError: as in [`key_of`]; a file of the cache is damaged.
         """
         keys = [self.key_of(processor, modality, source, kwargs) for source in sources]
@@ -279,13 +288,13 @@ class FeatureCache:
         return all(key.key in self._index or key.key in self._waiting for key in keys)
 
     def _refuse(self, modality: str, key: ClipKey) -> None:
-        if TOWERS[modality] not in self.towers or not any(kind == modality for kind, _ in self._sources):
+        if TOWERS[modality] not in self._header_towers or not any(kind == modality for kind, _ in self._sources):
             what = f"holds no {modality}"
         elif (modality, key.source) in self._sources:
             what = f"holds {key.source} as it was before, or cut otherwise: it has changed since"
         else:
             what = f"does not hold {key.source} as {modality}"
-        raise NotStoredError(
+        raise FeatureCacheError(
             f"The feature cache '{self.folder}' {what}; encode the rows once more with `uni-moe data encode`, or fill "
             "the cache while training (`fill_feature_cache`)."
         )
@@ -305,7 +314,7 @@ class FeatureCache:
             file = self._opened[shard]
             return about, {name: file.get_tensor(f"{key}.{name}") for name in about["tensors"]}
         except (OSError, SafetensorError) as error:
-            raise ValueError(
+            raise FeatureCacheError(
                 f"'{shard}' of the feature cache cannot be read ({reason(error)}); remove it and its .json, and "
                 "encode again."
             ) from error
@@ -357,13 +366,16 @@ class FeatureCache:
                 "The towers are sharded over processes, so a feature cache cannot be filled; make it before with "
                 "`uni-moe data encode`."
             )
+        for name in dict.fromkeys(TOWERS.values()):
+            if (tower := getattr(encoder, f"{name}_tower", None)) is not None:
+                tower.eval()  # nothing is drawn at random
         states = encoder.run_towers(**media)
         return {name: rows.to(self.dtype) if rows.is_floating_point() else rows for name, rows in states.items()}
 
     def _add(self, key: ClipKey, about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         if self.has([key]):
             return
-        tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
         size = sum(tensor.nbytes for tensor in tensors.values())
         self._waiting[key.key] = about | {"tensors": list(tensors), "bytes": size}, tensors
         self._waiting_bytes += size
@@ -444,8 +456,11 @@ def tower_identities(model: nn.Module, processor: Any) -> dict[str, dict[str, An
     encoder, found = encoder_of(model), {}
     config, extractor = encoder.config, processor.feature_extractor
     ear = {"sampling_rate": extractor.sampling_rate, "chunk_length": extractor.chunk_length}
-    front_ends = {"vision": {**_told(processor.image_processor.to_dict()), "image_mode": processor.image_mode}}
-    front_ends["audio"] = _told(extractor.audio_front_end or {**ear, "num_mel_bins": extractor.num_audio_mel_bins})
+    pictures = _told(processor.image_processor.to_dict()) | {"image_mode": processor.image_mode}
+    kind = type(processor.image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
+    front_ends = {"vision": pictures | {"image_processor_type": kind}}
+    own = {**ear, "num_mel_bins": extractor.num_audio_mel_bins, "feature_extractor_type": "of BEATs"}
+    front_ends["audio"] = _told(extractor.audio_front_end or own)
     speech = ("feature_size", "hop_length", "n_fft", "dither", "cut_speech_windows")
     front_ends["speech"] = ear | {name: getattr(extractor, name) for name in speech}
     for name, front_end in front_ends.items():
@@ -477,8 +492,11 @@ def _digest_of(tower: nn.Module) -> str:
 
 
 def _difference(stored: Any, wanted: Any, name: str = "") -> str:
-    """The first setting that differs; empty where none does. What one side does not tell is not compared."""
-    if isinstance(stored, dict) and isinstance(wanted, dict):
+    """
+    The first setting that differs; empty where none does. A setting that one side does not know is not compared: of
+    another release of the library.
+    """
+    if isinstance(stored, dict) and isinstance(wanted, dict) and name.count(".") == 0:
         for key in stored.keys() & wanted.keys():
             if found := _difference(stored[key], wanted[key], f"{name}.{key}" if name else key):
                 return found
@@ -523,8 +541,12 @@ def _content_of_values(source: Any, kind: str, uploads_only: bool) -> str:
         return digest.hexdigest()
     if hasattr(source, "getexif"):  # its pixels, and how they are read
         digest.update(f"{source.mode} {source.getexif().get(0x0112)} {source.info.get('transparency')}".encode())
-        if (palette := source.getpalette()) is not None:
+        if (palette := source.getpalette("RGBA")) is not None:
             digest.update(bytes(palette))
+    if isinstance(source, torch.Tensor):
+        told = f"{source.dtype} {tuple(source.shape)}".encode()
+        values = source.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return hashlib.blake2b(told + values.tobytes()).hexdigest()
     array = np.ascontiguousarray(np.asarray(source))
     if array.dtype == object:
         raise ValueError(f"{kind} has no source: neither a path, nor bytes, nor an array.")
@@ -559,4 +581,4 @@ def _umask() -> int:
     return mask
 
 
-__all__ = ["ClipKey", "FeatureCache", "Found", "NotStoredError", "encoder_of", "tower_identities"]
+__all__ = ["ClipKey", "FeatureCache", "FeatureCacheError", "Found", "encoder_of", "tower_identities"]

@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -166,13 +167,11 @@ class StageArguments(ScriptArguments):
         self.open_feature_cache(model, processor)
         if self.without_towers:
             folder = Path(training_args.output_dir).resolve()
-            file = folder.parent / f".{folder.name}.towers.pt"  # beside the folder, which may be pushed to the Hub
+            # Beside the folder, which may be pushed to the Hub; of this process, whatever else runs there.
+            file = folder.parent / f".{folder.name}.towers-{os.getpid()}.pt"
             file.parent.mkdir(parents=True, exist_ok=True)
-            with training_args.main_process_first(desc="unloading towers"):
-                if training_args.process_index == 0:
-                    file.unlink(missing_ok=True)  # of a run that was killed
-                    atexit.register(file.unlink, missing_ok=True)
-                model.model.unload_towers(str(file))
+            atexit.register(file.unlink, missing_ok=True)
+            model.model.unload_towers(str(file))
 
     def loading(self) -> dict[str, Any]:
         """What is said about loading models."""

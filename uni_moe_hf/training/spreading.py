@@ -55,6 +55,9 @@ def spread(model: nn.Module, expert_parallel_size: int = 1, fsdp_size: int | Non
 
 
 def _check_sizes(text_config: Any, expert_parallel_size: int, fsdp_size: int, processes: int) -> None:
+    for name, size in (("expert_parallel_size", expert_parallel_size), ("fsdp_size", fsdp_size)):
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"`{name}={size!r}` must be a number of processes, 1 or more.")
     if fsdp_size != processes:
         raise ValueError(
             f"`fsdp_size={fsdp_size}` is not the number of processes, {processes}; start as many with torchrun."

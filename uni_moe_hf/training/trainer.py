@@ -199,7 +199,7 @@ class UniMoESFTTrainer(SFTTrainer):
             getattr(self.data_collator, "processor", None), "feature_cache", None
         )
         if self.feature_cache is not None:
-            self.feature_cache.check_frozen(self.model)
+            self.feature_cache.check(self.model, self.data_collator.processor)
             if self.feature_cache.fill:
                 self.add_callback(_WriteFeatures(self.feature_cache))
         self._losses = ModalityLosses(self.model)
@@ -369,7 +369,10 @@ class _WriteFeatures(TrainerCallback):
         self.cache = cache
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        self.cache.flush()
+        try:
+            self.cache.flush()
+        except OSError as error:  # what was learned is worth more
+            logger.warning("%s", error)
 
     on_save = on_train_end = on_evaluate = on_epoch_end
 
