@@ -144,7 +144,7 @@ def test_our_own_loss_scores_labelled_positions_alone_in_training():
     torch.testing.assert_close(part.logits[:, :-1][is_scored], whole.logits[:, :-1][is_scored], **ROUNDING)
     assert part.logits[:, :-1][~is_scored].isinf().all()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, all_gradients[name], atol=1e-7, rtol=1e-5, msg=name)
+        torch.testing.assert_close(gradient, all_gradients[name], atol=1e-5, rtol=1e-4, msg=name)
 
     # A loss function of somebody's own is given what it can move by one, as the library's contract has it.
     def own(logits, labels, vocab_size, **kwargs):

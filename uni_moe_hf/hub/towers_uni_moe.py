@@ -25,8 +25,7 @@ from .compat_uni_moe import ASTModel, ClapAudioModel, GradientCheckpointingLayer
 from .configuration_uni_moe import BeatsConfig, YamnetConfig
 
 
-# What a frozen tower is given together. On a CPU windows go one by one: that is as fast, and some kernels' last digit
-# depends on how many there are.
+# Given together on a GPU. On a CPU clips go one by one: about as fast, and no last digit depends on their number.
 PICTURES_AT_ONCE, WINDOWS_AT_ONCE = 32, 8
 
 
@@ -506,7 +505,7 @@ def run_tower(tower: nn.Module, run: Callable[..., Any], *inputs: torch.Tensor |
     if torch.is_grad_enabled() and learns(tower, *inputs):
         return run(*inputs)
     count, is_picture = len(inputs[0]), inputs[0].dim() == 4 and len(inputs) == 1
-    step = PICTURES_AT_ONCE if is_picture else 1 if inputs[0].device.type == "cpu" else WINDOWS_AT_ONCE
+    step = 1 if inputs[0].device.type == "cpu" else PICTURES_AT_ONCE if is_picture else WINDOWS_AT_ONCE
     if torch.compiler.is_compiling():
         step = max(count, 1)
     with torch.no_grad():
