@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from ..hub.connectors_uni_moe import TOWERS
 from ..hub.files_uni_moe import name_of, reason, resolved
 from ..hub.media_uni_moe import Clip
+from ..hub.towers_uni_moe import learns
 
 
 HEADER = "features.json"
@@ -190,8 +191,8 @@ class FeatureCache:
         encoder = encoder_of(model)
         if encoder.unloaded is None:
             self._compare(self._header_towers, tower_identities(model, processor))
-        for name in dict.fromkeys(TOWERS.values()):
-            if any(parameter.requires_grad for parameter in _tower_parameters(encoder, name)):
+        for name, tower in _towers_of(encoder).items():
+            if learns(tower):
                 raise ValueError(
                     f"The {name} tower is trained, so its features change and cannot be kept; freeze it, or train "
                     "without a feature cache."
@@ -361,14 +362,14 @@ class FeatureCache:
         """`tower_states` of a batch's pictures, frames and sound, in the precision in which they are stored."""
         encoder = encoder_of(model)
         media = {name: media[name] for names in INPUTS.values() for name in names if name in media}
-        if any(isinstance(p, DTensor) for name in set(TOWERS.values()) for p in _tower_parameters(encoder, name)):
+        towers = _towers_of(encoder).values()
+        if any(isinstance(parameter, DTensor) for tower in towers for parameter in tower.parameters()):
             raise ValueError(
                 "The towers are sharded over processes, so a feature cache cannot be filled; make it before with "
                 "`uni-moe data encode`."
             )
-        for name in dict.fromkeys(TOWERS.values()):
-            if (tower := getattr(encoder, f"{name}_tower", None)) is not None:
-                tower.eval()  # nothing is drawn at random
+        for tower in towers:
+            tower.eval()  # nothing is drawn at random
         states = encoder.run_towers(**media)
         return {name: rows.to(self.dtype) if rows.is_floating_point() else rows for name, rows in states.items()}
 
@@ -435,9 +436,10 @@ def encoder_of(model: nn.Module) -> nn.Module:
     return next(module for module in model.modules() if hasattr(type(module), "run_towers"))
 
 
-def _tower_parameters(encoder: nn.Module, name: str) -> Iterable[nn.Parameter]:
-    tower = getattr(encoder, f"{name}_tower", None)
-    return () if tower is None else tower.parameters()
+def _towers_of(encoder: nn.Module) -> dict[str, nn.Module]:
+    """Those that are there and among its modules."""
+    found = {name: getattr(encoder, f"{name}_tower", None) for name in dict.fromkeys(TOWERS.values())}
+    return {name: tower for name, tower in found.items() if tower is not None}
 
 
 def tower_identities(model: nn.Module, processor: Any) -> dict[str, dict[str, Any]]:
