@@ -126,12 +126,13 @@ class Candidate:
             copies = max(1, min(24, int(3e8 // bytes_of_one)))
         self.layers = []
         for _ in range(copies):
-            experts = layers.ours(shape, expert_activations=recompute).to(device, DTYPES[case.dtype])
-            experts.config._experts_implementation = "grouped_mm" if name == "(e)" else "auto"
-            if name == "ours, merged":
-                experts.merge_lora()
-                experts.requires_grad_(False)
-            self.layers.append(build.get(name, lambda experts: experts)(experts))
+            with torch.device(device):
+                experts = layers.ours(shape, expert_activations=recompute).to(DTYPES[case.dtype])
+                experts.experts_implementation = "grouped_mm" if name == "(e)" else "auto"
+                if name == "ours, merged":
+                    experts.merge_lora()
+                    experts.requires_grad_(False)
+                self.layers.append(build.get(name, lambda experts: experts)(experts))
 
     def step(self, seed: int) -> float:
         """Seconds of one pass on the tokens and routing that `seed` draws."""

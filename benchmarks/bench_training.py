@@ -96,7 +96,8 @@ def model_of(
         num_audio_query_tokens=16,
         cut_speech_windows=cut,
     )
-    model = UniMoEForConditionalGeneration(config).to(DTYPES[dtype]).to(device)
+    with torch.device(device):
+        model = UniMoEForConditionalGeneration(config).to(DTYPES[dtype])
     for layer in model.model.language_model.layers:
         if hasattr(layer.mlp, "gate"):
             layer.mlp.gate.float()  # as where a mixture is loaded in half precision
@@ -340,7 +341,8 @@ def llava_of(size: str, dtype: str, device: str) -> LlavaForConditionalGeneratio
     )  # fmt: skip
     text = {"model_type": "llama", **SIZES[size], "tie_word_embeddings": True, "pad_token_id": 0}
     config = LlavaConfig(text_config=text, vision_config=tower, image_token_index=SIZES[size]["vocab_size"] - 1)
-    return LlavaForConditionalGeneration(config).to(DTYPES[dtype]).to(device)
+    with torch.device(device):
+        return LlavaForConditionalGeneration(config).to(DTYPES[dtype])
 
 
 def against_dense(args: argparse.Namespace, folder: Path) -> list[str]:

@@ -21,7 +21,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from uni_moe_hf import UniMoEConfig
-from uni_moe_hf.hub import expert_kernels_uni_moe, expert_segments_uni_moe
+from uni_moe_hf.hub import compat_uni_moe, expert_kernels_uni_moe, expert_segments_uni_moe
 from uni_moe_hf.hub.expert_kernels_uni_moe import ExpertsRouteMixin, choose_route
 from uni_moe_hf.hub.experts_uni_moe import (
     UniMoELoraExperts,
@@ -675,9 +675,9 @@ def test_an_unknown_route_is_refused_by_name():
 
 @pytest.fixture
 def forget_the_operator():
-    expert_segments_uni_moe._onednn_linear.cache_clear()
+    compat_uni_moe.onednn_linear.cache_clear()
     yield
-    expert_segments_uni_moe._onednn_linear.cache_clear()
+    compat_uni_moe.onednn_linear.cache_clear()
 
 
 def wrong(rows, weight, *others):
@@ -692,7 +692,7 @@ def absent(*args):
 def test_a_private_operator_that_is_wrong_or_gone_is_not_used(operator, monkeypatch, forget_the_operator):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(_linear_pointwise=operator) if operator else object())
-    assert expert_segments_uni_moe._onednn_linear() is None
+    assert compat_uni_moe.onednn_linear() is None
     rows, weight = torch.randn(300, 200), torch.randn(100, 200)
     assert torch.equal(expert_segments_uni_moe._linear(rows, weight), F.linear(rows, weight))
 
@@ -753,6 +753,34 @@ def test_full_dropout_leaves_the_frozen_network(shared, route):
     nn.init.zeros_(experts.lora.gate_up_b)
     nn.init.zeros_(experts.lora.down_b)
     torch.testing.assert_close(actual, experts.eval()(*routed()), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("probability", [1e-4, 0.05, 0.5, 0.97])
+def test_every_element_is_dropped_with_the_same_probability(probability):
+    """Counts of 40 draws within five standard deviations: over all elements, and over the first and last hundred."""
+    dropout, rows = expert_segments_uni_moe._Dropout(probability, seed=0), torch.ones(50, 400)
+    draws = torch.zeros(rows.numel())
+    for _ in range(40):
+        dropped = dropout.draw(rows)
+        assert (dropped.diff() > 0).all() and (0 <= dropped).all() and (dropped < rows.numel()).all()
+        draws += expert_segments_uni_moe._drop(rows, dropped).flatten() == 0
+    for part in (draws, draws[:100], draws[-100:]):
+        expected, spread = 40 * len(part) * probability, (40 * len(part) * probability * (1 - probability)) ** 0.5
+        assert abs(part.sum() - expected) < 5 * spread + 1
+    assert torch.equal(rows, torch.ones_like(rows))  # of which a copy was changed
+
+
+@both_bases
+def test_dropout_keeps_the_mean(shared):
+    """Of 600 outputs, in their own spread: within 0.5, where the standard error is 0.04 and a wrong scale gives 1.5."""
+    experts = make_experts(shared, "auto", expert_lora_dropout=0.5)
+    with torch.no_grad():
+        expected, outputs = experts(*routed()), []
+        experts.train()
+        for _ in range(600):
+            outputs.append(experts(*routed()))
+    errors = (torch.stack(outputs).mean(dim=0) - expected) / torch.stack(outputs).std(dim=0).clamp(min=1e-6)
+    assert errors.square().mean().sqrt() < 0.5
 
 
 # Merging

@@ -1,5 +1,5 @@
 """
-What differs between releases of Transformers, in one place: 5.16.1 and everything newer.
+What differs between releases of Transformers, 5.16.1 and everything newer, and of torch, in one place.
 
 Checkpoints carry this code to libraries that do not exist yet. So the other Hub files use documented names; what they
 need besides is imported here, each with what happens where it is gone.
@@ -8,7 +8,7 @@ need besides is imported here, each with what happens where it is gone.
 import re
 from collections.abc import Callable
 from dataclasses import fields
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,29 @@ try:
     from transformers import GradientCheckpointingLayer
 except ImportError:
     GradientCheckpointingLayer = torch.nn.Module
+
+
+@cache
+def onednn_linear() -> Callable | None:
+    """
+    Torch's private operator for `rows @ weight.T` through oneDNN, tried once per process against the public ones.
+
+    Public is only `torch.set_float32_matmul_precision("medium")`, for the whole process, and on AMX it means bf16.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return None
+    generator = torch.Generator().manual_seed(0)
+    rows, weight, base = (torch.randn(*shape, generator=generator) for shape in ((24, 48), (32, 48), (24, 32)))
+    try:
+        operator = torch.ops.mkldnn._linear_pointwise
+        plain = operator(rows, weight, None, "none", [], "")
+        turned = operator(rows, weight.t().contiguous().t(), None, "none", [], "")
+        added = operator.binary(rows, base, weight, None, "add")
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    expected = rows @ weight.t()
+    pairs = ((plain, expected), (turned, expected), (added, base + expected))
+    return operator if all(torch.allclose(actual, wanted, atol=1e-4) for actual, wanted in pairs) else None
 
 
 def same_permissions(folder: str | Path) -> None:

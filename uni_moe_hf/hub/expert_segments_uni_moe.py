@@ -13,13 +13,16 @@ Letters: N tokens, K experts per token, S = N * K routed rows, E experts, H hidd
 of one expert, padding included.
 """
 
+import math
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from .compat_uni_moe import onednn_linear
 
 
 # At most so many tokens are "decoding": reading weights then costs more than any arithmetic.
@@ -132,7 +135,7 @@ def segmented_experts(
     if tokens.shape[0] <= FEW_TOKENS:
         return _run_few(tokens, weights, index, frozen, lora, ACTIVATIONS[activation])
     segments = _cut(*_sort_by_expert(index, num_experts), index, weights)
-    return _run_segments(tokens, segments, frozen, lora, ACTIVATIONS[activation], _Masks(0.0), keep=False)[0]
+    return _run_segments(tokens, segments, frozen, lora, ACTIVATIONS[activation], _Dropout(0.0), keep=False)[0]
 
 
 class _Segment(NamedTuple):
@@ -176,24 +179,38 @@ def _padded(count: int, like: torch.Tensor) -> int:
     return -(-count // step) * step
 
 
-class _Masks:
-    """Dropout masks drawn from a seed: backward draws them again, in the same order, instead of keeping them."""
+class _Dropout:
+    """Which elements are dropped, drawn from a seed: backward draws them again, in the same order, and keeps none."""
 
     def __init__(self, probability: float, seed: int = 0, device: torch.device | None = None):
-        # Of 16 random bits: four elements a draw take a third of the time of `bernoulli_` on a CPU.
-        self.dropped = round(2**16 * probability)
+        self.probability = probability
         self.generator = torch.Generator(device).manual_seed(seed) if probability else None
 
+    @property
+    def scaling(self) -> float:
+        """Of what is kept; it is left to LoRA's own scaling, which costs nothing."""
+        return 1 / (1 - self.probability) if self.probability < 1 else 0.0
+
     def draw(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """What to multiply `rows` with, and later their gradient; `None` where nothing is dropped."""
+        """
+        Positions in the flattened `rows`, or a mask of their shape on an accelerator, which must not wait for a count.
+        Distances between positions are geometric; drawing these takes a tenth of the time of a mask's `bernoulli_`.
+        """
         if self.generator is None:
             return None
-        if self.dropped == 2**16:
-            return torch.zeros_like(rows)
-        bits = torch.empty(-(-rows.numel() // 4), dtype=torch.int64, device=rows.device)
-        bits = bits.random_(-(2**63), None, generator=self.generator).view(torch.int16)[: rows.numel()]
-        kept = rows.new_full((), 1 / (1 - self.dropped / 2**16))
-        return torch.where(bits.view(rows.shape) < self.dropped - 2**15, rows.new_zeros(()), kept)
+        if rows.device.type != "cpu" or self.probability == 1:
+            chances = torch.empty(rows.shape, device=rows.device)
+            return chances.uniform_(generator=self.generator) < self.probability
+        count, chance = rows.numel(), self.probability
+        spread = math.sqrt(count * chance * (1 - chance))
+        positions, start = [], -1
+        while start < count:  # once, but for one draw in 1e9
+            uniform = torch.rand(int(count * chance + 6 * spread) + 16, generator=self.generator)
+            distances = uniform.neg_().log1p_().mul_(1 / math.log1p(-chance)).long() + 1
+            positions.append(distances.cumsum_(0).add_(start))
+            start = int(positions[-1][-1])
+        found = torch.cat(positions)
+        return found[: int(torch.searchsorted(found, count))]
 
 
 class _Scratch:
@@ -216,12 +233,13 @@ def _run_segments(
     frozen: FrozenWeights,
     lora: LoraFactors | None,
     activation: Activation,
-    masks: _Masks,
+    dropout: _Dropout,
     keep: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The output `(N, H)`, and what [`_SegmentedExperts`] keeps for backward."""
     shared, (hidden, inner_size) = frozen.shared, frozen.down.shape[-2:]
     scratch, kept, output = _Scratch(tokens, segments), [], torch.zeros_like(tokens)
+    scaling = 0.0 if lora is None else lora.scaling * dropout.scaling
     if shared:
         base_gate, base_up = _linear(tokens, frozen.gate), _linear(tokens, frozen.up)  # (N, I)
         inner_sum = torch.zeros_like(base_gate)
@@ -235,11 +253,11 @@ def _run_segments(
             gate, up = _linear(rows, frozen.gate[expert]), _linear(rows, frozen.up[expert])
         if lora is not None:
             factors = lora.of(expert)
-            low = _low_rank(rows, factors.gate_up_a, lora.scaling, masks.draw(rows))  # (n, 2R)
+            low = _low_rank(rows, factors.gate_up_a, scaling, dropout.draw(rows))  # (n, 2R)
             gate, up = _add_low_rank(gate, up, low, factors)
         inner = _gated(gate, up, activation, scratch("inner", size, inner_size))
         if lora is not None:
-            low_down = _low_rank(inner, factors.down_a, lora.scaling, masks.draw(inner))  # (n, R)
+            low_down = _low_rank(inner, factors.down_a, scaling, dropout.draw(inner))  # (n, R)
         if keep:
             kept += ([] if shared else [gate, up]) + ([] if lora is None else [low, low_down])
         if not shared:
@@ -321,7 +339,7 @@ class _SegmentedExperts(torch.autograd.Function):
             FrozenWeights(gate, up, down),
             lora,
             ACTIVATIONS[activation],
-            _Masks(dropout, seed, tokens.device),
+            _Dropout(dropout, seed, tokens.device),
             keep=not recompute,
         )
         # All tensors go this way, none on `ctx`: hooks that offload or count what is saved must see them.
@@ -340,15 +358,16 @@ class _SegmentedExperts(torch.autograd.Function):
     @staticmethod
     def _backward(ctx, grad_output):
         tokens, weights, index, order, *rest = ctx.saved_tensors
-        _, scaling, activation, dropout, recompute = ctx.settings
+        _, scaling, activation, probability, recompute = ctx.settings
+        dropout = _Dropout(probability, ctx.seed, tokens.device)
         frozen, factors, kept = FrozenWeights(*rest[:3]), rest[3:7], iter(rest[7:])
-        lora = None if factors[0] is None else LoraFactors(*factors, scaling)
+        lora, scaling = None if factors[0] is None else LoraFactors(*factors, scaling), scaling * dropout.scaling
         grads = None
         if any(ctx.needs_input_grad[6:10]):
             grads = LoraFactors(*(torch.zeros_like(factor) for factor in factors), scaling)
         shared, (hidden, inner_size) = frozen.shared, frozen.down.shape[-2:]
         segments = _cut(order, ctx.counts, index, weights)
-        masks, scratch = _Masks(dropout, ctx.seed, tokens.device), _Scratch(tokens, segments)
+        scratch = _Scratch(tokens, segments)
 
         grad_tokens, grad_weights = torch.zeros_like(tokens), []
         if shared:
@@ -368,16 +387,16 @@ class _SegmentedExperts(torch.autograd.Function):
                 gate, up = _linear(rows, frozen.gate[expert]), _linear(rows, frozen.up[expert])
             else:
                 gate, up = next(kept), next(kept)
-            low = low_down = rows_mask = inner_mask = None
+            low = low_down = rows_dropped = inner_dropped = None
             if lora is not None:
-                factors, rows_mask = lora.of(expert), masks.draw(rows)
+                factors, rows_dropped = lora.of(expert), dropout.draw(rows)
                 if recompute:
-                    low = _low_rank(rows, factors.gate_up_a, scaling, rows_mask)  # (n, 2R)
+                    low = _low_rank(rows, factors.gate_up_a, scaling, rows_dropped)  # (n, 2R)
                 else:
                     low, low_down = next(kept), next(kept)
                 if shared or recompute:
                     gate, up = _add_low_rank(gate, up, low, factors)
-                inner_mask = masks.draw(gate)
+                inner_dropped = dropout.draw(gate)
 
             # Through the down projection and the gate, first per unit of routing weight.
             grad_rows = _take(grad_output, token, scratch("grad_rows", size, hidden))  # (n, H)
@@ -387,7 +406,7 @@ class _SegmentedExperts(torch.autograd.Function):
                 grad_inner = _linear(grad_rows, frozen.down[expert].t())
             if lora is not None:
                 grad_low_down = _linear(grad_rows, factors.down_b.t()).mul_(scaling)  # (n, R)
-                grad_inner = _add_masked(grad_inner, grad_low_down, factors.down_a.t(), inner_mask)
+                grad_inner = _add_dropped(grad_inner, grad_low_down, factors.down_a.t(), inner_dropped)
             weight = F.pad(weight, (0, 0, 0, size - weight.shape[0]))
             inner, grad_gate, grad_up, grad_weight = _gated_backward(
                 grad_inner,
@@ -406,14 +425,14 @@ class _SegmentedExperts(torch.autograd.Function):
                 grad_low.mul_(scaling)  # (n, 2R)
             if grads is not None:
                 if low_down is None:
-                    low_down = _low_rank(inner, factors.down_a, scaling, inner_mask)
+                    low_down = _low_rank(inner, factors.down_a, scaling, inner_dropped)
                 low_gate, low_up = low.chunk(2, dim=1)
                 grad = grads.of(expert)
                 grad.down_b.copy_(_outer(low_down * weight, grad_rows).t())
-                grad.down_a.copy_(_outer(grad_low_down * weight, _masked(inner, inner_mask)))
+                grad.down_a.copy_(_outer(grad_low_down * weight, _drop(inner, inner_dropped)))
                 grad.gate_b.copy_(_outer(low_gate.contiguous(), grad_gate).t())
                 grad.up_b.copy_(_outer(low_up.contiguous(), grad_up).t())
-                grad.gate_up_a.copy_(_outer(grad_low, _masked(rows, rows_mask)))
+                grad.gate_up_a.copy_(_outer(grad_low, _drop(rows, rows_dropped)))
 
             # To the tokens.
             if shared:
@@ -424,7 +443,7 @@ class _SegmentedExperts(torch.autograd.Function):
                 grad_rows = _linear(grad_gate, frozen.gate[expert].t())
                 grad_rows = _add_linear(grad_rows, grad_up, frozen.up[expert].t())
             if lora is not None:
-                grad_rows = _add_masked(grad_rows, grad_low, factors.gate_up_a.t(), rows_mask)
+                grad_rows = _add_dropped(grad_rows, grad_low, factors.gate_up_a.t(), rows_dropped)
             if grad_rows is not None:
                 _put(grad_tokens, token, grad_rows)
         if shared:
@@ -452,16 +471,27 @@ def _put(target: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, weights
     target.index_add_(0, rows, values if weights is None else values.mul_(weights))
 
 
-def _masked(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return rows if mask is None else rows * mask
+def _drop_(rows: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
+    """`rows`, with zeros where [`_Dropout.draw`] says so."""
+    if dropped is None:
+        return rows
+    if dropped.dtype == torch.bool:
+        return rows.masked_fill_(dropped, 0)
+    rows.view(-1).index_fill_(0, dropped, 0)
+    return rows
+
+
+def _drop(rows: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
+    """[`_drop_`] on a copy."""
+    return rows if dropped is None else _drop_(rows.clone(), dropped)
 
 
 # LoRA
 
 
-def _low_rank(rows: torch.Tensor, first: torch.Tensor, scaling: float, mask: torch.Tensor | None) -> torch.Tensor:
+def _low_rank(rows: torch.Tensor, first: torch.Tensor, scaling: float, dropped: torch.Tensor | None) -> torch.Tensor:
     """Rows after dropout and LoRA's first factor, scaled: `(n, R)` or `(n, 2R)`."""
-    return _linear(_masked(rows, mask), first).mul_(scaling)
+    return _linear(_drop(rows, dropped), first).mul_(scaling)
 
 
 def _add_low_rank(gate, up, low, factors: _ExpertLora) -> tuple[torch.Tensor, torch.Tensor]:
@@ -470,11 +500,13 @@ def _add_low_rank(gate, up, low, factors: _ExpertLora) -> tuple[torch.Tensor, to
     return _add_linear(gate, low_gate, factors.gate_b), _add_linear(up, low_up, factors.up_b)
 
 
-def _add_masked(base: torch.Tensor, low: torch.Tensor, first: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _add_dropped(
+    base: torch.Tensor, low: torch.Tensor, first: torch.Tensor, dropped: torch.Tensor | None
+) -> torch.Tensor:
     """`base`, which may be overwritten, plus a gradient that goes back through LoRA's first factor and dropout."""
-    if mask is None:
+    if dropped is None:
         return _add_linear(base, low, first)
-    return base.add_(_linear(low, first).mul_(mask))
+    return base.add_(_drop_(_linear(low, first), dropped))
 
 
 # Products. Weights follow the rows' dtype, which differs from theirs under autocast only.
@@ -484,7 +516,7 @@ def _linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`rows @ weight.T`."""
     weight = weight if weight.dtype == rows.dtype else weight.to(rows.dtype)
     if _prefers_onednn(rows, weight):
-        return _onednn_linear()(rows, weight, None, "none", [], "")
+        return onednn_linear()(rows, weight, None, "none", [], "")
     return F.linear(rows, weight)
 
 
@@ -492,7 +524,7 @@ def _add_linear(base: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) ->
     """`base + rows @ weight.T`; `base` may be overwritten."""
     weight = weight if weight.dtype == rows.dtype else weight.to(rows.dtype)
     if rows.shape[1] >= 16 and _prefers_onednn(rows, weight):
-        return _onednn_linear().binary(rows, base, weight, None, "add")
+        return onednn_linear().binary(rows, base, weight, None, "add")
     return base.addmm_(rows, weight.t())
 
 
@@ -508,31 +540,8 @@ def _prefers_onednn(rows: torch.Tensor, weight: torch.Tensor) -> bool:
         and rows.device.type == "cpu"
         and (rows.shape[0] * weight.numel() > 4_000_000 or (rows.shape[0] <= FEW_TOKENS and weight.numel() > 100_000))
         and torch.backends.mkldnn.enabled
-        and _onednn_linear() is not None
+        and onednn_linear() is not None
     )
-
-
-@cache
-def _onednn_linear() -> Callable | None:
-    """
-    Torch's private operator for `rows @ weight.T` through oneDNN, tried once per process against the public ones.
-
-    Public is only `torch.set_float32_matmul_precision("medium")`, for the whole process, and on AMX it means bf16.
-    """
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return None
-    generator = torch.Generator().manual_seed(0)
-    rows, weight, base = (torch.randn(*shape, generator=generator) for shape in ((24, 48), (32, 48), (24, 32)))
-    try:
-        operator = torch.ops.mkldnn._linear_pointwise
-        plain = operator(rows, weight, None, "none", [], "")
-        turned = operator(rows, weight.t().contiguous().t(), None, "none", [], "")
-        added = operator.binary(rows, base, weight, None, "add")
-    except (AttributeError, RuntimeError, TypeError):
-        return None
-    expected = rows @ weight.t()
-    pairs = ((plain, expected), (turned, expected), (added, base + expected))
-    return operator if all(torch.allclose(actual, wanted, atol=1e-4) for actual, wanted in pairs) else None
 
 
 # The gate
