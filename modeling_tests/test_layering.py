@@ -19,7 +19,7 @@ HUB_MODULES = [file.stem for file in FILES if file.parts[0] == "hub" and file.st
 DRAWING = {
     "compat_uni_moe": set(),
     "configuration_uni_moe": {"compat_uni_moe"},
-    "expert_segments_uni_moe": set(),
+    "expert_segments_uni_moe": {"compat_uni_moe"},
     "expert_kernels_uni_moe": {"compat_uni_moe", "expert_segments_uni_moe"},
     "experts_uni_moe": {"expert_kernels_uni_moe", "expert_segments_uni_moe"},
     "decoder_uni_moe": {"compat_uni_moe", "configuration_uni_moe", "expert_kernels_uni_moe", "experts_uni_moe"},
