@@ -22,7 +22,7 @@ from transformers import AutoModel, CLIPImageProcessorPil, SiglipImageProcessorP
 from uni_moe_hf import FeatureCache, UniMoEDataCollator, UniMoESFTTrainer, encode_rows, prepare_stage, sft_config
 from uni_moe_hf.cli import main
 from uni_moe_hf.hub.media_uni_moe import Clip
-from uni_moe_hf.training import feature_cache
+from uni_moe_hf.training import encoding, feature_cache
 from uni_moe_hf.training.feature_cache import FeatureCacheError
 
 
@@ -373,6 +373,61 @@ def test_a_damaged_shard_is_named_and_unfinished_files_are_passed_over(parts, fi
         FeatureCache(folder, *parts)
 
 
+def test_a_bit_that_has_flipped_is_found_where_its_clip_is_read(parts, filled, with_cache, media):
+    batch = with_cache(rows())["tower_states"]
+    shard = next(filled.folder.glob("features-*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1  # of the last tensor
+    shard.write_bytes(content)
+    with_cache.processor.feature_cache = FeatureCache(filled.folder, *parts)
+    with pytest.raises(FeatureCacheError, match=r"the features of .* are not those that were stored\); remove it"):
+        with_cache(rows())
+    assert batch
+
+
+def test_clips_are_in_memory_a_few_at_a_time(parts, media, tmp_path, monkeypatch):
+    """And what is encoded between two parts of the rows is known in the second."""
+    model, processor = parts
+    monkeypatch.setattr(encoding, "BATCHES_AT_ONCE", 1)
+    held, batches = [], encoding._batches
+    monkeypatch.setattr(
+        encoding, "_batches", lambda p, m, clips, *others: held.append(len(clips)) or batches(p, m, clips, *others)
+    )
+    counts = []
+    for name, size, dry_run in (("a", 1, False), ("b", 100, False), ("c", 1, True)):
+        cache = FeatureCache(tmp_path / name, model, processor, fill=True)
+        collator = UniMoEDataCollator(processor, media_root=media)
+        done = encode_rows(rows() * 2, model, collator, cache, size, dry_run=dry_run)
+        counts.append({modality: (each.new, each.known) for modality, each in done.modalities.items()})
+        assert max(held) == min(size, 2)  # of two different pictures
+        held.clear()
+    assert counts[0] == counts[1] == counts[2]
+    assert all(known >= new > 0 for new, known in counts[0].values())
+
+
+@pytest.mark.parametrize("fill", [False, True])
+def test_a_folder_that_cannot_be_one_is_named(fill, parts, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for folder in ("file", "file/below", "loop"):
+        with pytest.raises((ValueError, FeatureCacheError), match="cannot be a feature cache|holds no feature cache"):
+            FeatureCache(tmp_path / folder, *parts, fill=fill)
+
+
+def test_outside_a_training_a_cache_that_is_being_filled_reads_what_is_missing(parts, media, tmp_path):
+    """And hands nothing to the model that only a trainer would store."""
+    model, processor = parts
+    collator = UniMoEDataCollator(processor, media_root=media)
+    expected = collator(rows())
+    processor.feature_cache = FeatureCache(tmp_path / "c", model, processor, fill=True)
+    try:
+        found = collator(rows())
+    finally:
+        processor.feature_cache = None
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in ("pixel_values", "input_features"))
+
+
 def test_a_full_disk_loses_nothing_that_was_stored(parts, media, tmp_path, monkeypatch):
     model, processor = parts
     collator = UniMoEDataCollator(processor, media_root=media)
@@ -422,7 +477,8 @@ def test_several_processes_may_fill_one_cache(parts, media, tmp_path):
     batches = []
     for cache in caches:
         processor.feature_cache = cache
-        batches.append(cache.store(model, collator(rows(6))))
+        with cache.collecting():
+            batches.append(cache.store(model, collator(rows(6))))
     for cache in caches:
         cache.flush()
     processor.feature_cache = None
@@ -439,7 +495,7 @@ import json, os, signal, sys
 from pathlib import Path
 import torch
 from uni_moe_hf import FeatureCache, UniMoEDataCollator, encode_rows
-from uni_moe_hf.training import feature_cache
+from uni_moe_hf.training import encoding, feature_cache
 from tiny import tiny_model, tiny_processor
 from tiny_training import rows
 

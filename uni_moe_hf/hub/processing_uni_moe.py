@@ -333,8 +333,8 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
         if self.feature_cache is not None:
             for modality in [modality for modality in clips if clips[modality]]:
                 found = self.feature_cache.find(self, modality, clips[modality], kwargs)
-                if found.states is None:  # read once more, to be stored by whoever has the towers
-                    keys[modality] = found.keys
+                if found.states is None:  # read once more; to be stored, where keys are given, by who has the towers
+                    keys |= {modality: found.keys} if found.keys else {}
                 else:
                     data["tower_states"] = data.get("tower_states", {}) | found.states
                     units[modality] = found.units

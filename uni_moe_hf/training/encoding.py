@@ -14,6 +14,9 @@ from .feature_cache import FeatureCache
 from .rows import describe_row
 
 
+BATCHES_AT_ONCE = 64  # whose clips are in memory while rows are read
+
+
 @dataclass
 class Encoded:
     """
@@ -75,24 +78,25 @@ def encode_rows(
     Raises:
         OSError: the disk is full; what was stored before is kept.
     """
-    found, processor = Encoding(), collator.processor
+    found, processor, bytes_of_unit = Encoding(), collator.processor, {}
     before, processor.feature_cache = processor.feature_cache, cache
     try:
-        missing = _missing(rows, collator, cache, found)
-        for modality, clips in missing.items():
-            counts, per_unit = found.modalities[modality], 0.0
-            for batch, refused in _batches(processor, modality, [*clips.values()], batch_size, num_workers):
-                found.refused += refused
-                if batch is None:
-                    continue
-                units = [units for _, units in batch["clips_to_store"][modality]]
-                counts.new += len(units)
-                if not per_unit or not dry_run:
-                    device = model.device
-                    batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-                    states = cache.states_of(model, batch) if dry_run else cache.store(model, batch)["tower_states"]
-                    per_unit = sum(rows.nbytes for rows in states.values()) / sum(units)
-                counts.bytes += round(per_unit * sum(units))
+        with cache.collecting():
+            for modality, clips in _missing(rows, collator, cache, found, BATCHES_AT_ONCE * batch_size):
+                counts = found.modalities[modality]
+                for batch, refused in _batches(processor, modality, clips, batch_size, num_workers):
+                    found.refused += refused
+                    if batch is None:
+                        continue
+                    units = [units for _, units in batch["clips_to_store"][modality]]
+                    counts.new += len(units)
+                    if modality not in bytes_of_unit or not dry_run:
+                        device = model.device
+                        batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                        run = cache.states_of if dry_run else lambda *given: cache.store(*given)["tower_states"]
+                        states = run(model, batch)
+                        bytes_of_unit[modality] = sum(rows.nbytes for rows in states.values()) / sum(units)
+                    counts.bytes += round(bytes_of_unit[modality] * sum(units))
         cache.flush()
     finally:
         processor.feature_cache = before
@@ -100,23 +104,31 @@ def encode_rows(
 
 
 def _missing(
-    rows: Iterable[Mapping[str, Any]], collator: UniMoEDataCollator, cache: FeatureCache, found: Encoding
-) -> dict[str, dict[str, Any]]:
-    """Modality -> key -> clip, of those that are to be encoded."""
-    missing: dict[str, dict[str, Any]] = {}  # modality -> key -> clip
+    rows: Iterable[Mapping[str, Any]],
+    collator: UniMoEDataCollator,
+    cache: FeatureCache,
+    found: Encoding,
+    at_once: int,
+) -> Iterator[tuple[str, list[Any]]]:
+    """Clips that are to be encoded: a modality and at most `at_once` of its clips, which may hold whole films."""
+    missing: dict[str, list[Any]] = {}
+    seen: set[str] = set()
     for row in rows:
         try:
             for modality, source in collator.clips(row):
                 key = cache.key_of(collator.processor, modality, source, {})
-                counts, new = found.modalities.setdefault(modality, Encoded()), missing.setdefault(modality, {})
+                counts = found.modalities.setdefault(modality, Encoded())
                 counts.clips += 1
-                if cache.has([key]) or key.key in new:
+                if key.key in seen or cache.has([key]):
                     counts.known += 1
                 else:
-                    new[key.key] = source
+                    seen.add(key.key)
+                    missing.setdefault(modality, []).append(source)
         except (ValueError, OSError) as error:
             found.refused.append(f"{describe_row(row)}: {reason(error)}")
-    return missing
+        for modality in [modality for modality, clips in missing.items() if len(clips) >= at_once]:
+            yield modality, missing.pop(modality)
+    yield from missing.items()
 
 
 class _Reader(Dataset):

@@ -13,9 +13,10 @@ import hashlib
 import json
 import os
 import uuid
+import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,9 @@ class Found:
     What a cache knows of the clips of one modality.
 
     Args:
-        keys (`list[ClipKey]`): One per clip.
+        keys (`list[ClipKey]`): One per clip; none where nobody would store what is missing.
         states (`dict[str, torch.Tensor]`, *optional*): A part of the model's `tower_states`; `None` where clips are
-            missing and the cache is being filled.
+            missing and the cache may be filled.
         units (`list[int]`): Windows or frames of each clip, 1 for a picture.
     """
 
@@ -92,8 +93,8 @@ class FeatureCache:
         processor ([`UniMoEProcessor`]): Of the model.
         dtype (`str`, *optional*): In which features are stored: "float32", "bfloat16" or "float16"; that of the towers
             by default. What exists keeps its own.
-        fill (`bool`, *optional*, defaults to `False`): Whether clips that are missing are read, and stored by
-            [`UniMoESFTTrainer`] when it has run the towers on them; else they are an error.
+        fill (`bool`, *optional*, defaults to `False`): Whether clips that are missing are read; else they are an
+            error. They are stored by [`encode_rows`] and, while it trains, by [`UniMoESFTTrainer`].
 
     Raises:
         ValueError: there is no cache, or it is of another tower, front end or precision; the message says which
@@ -113,15 +114,21 @@ class FeatureCache:
         self, folder: str | Path, model: nn.Module, processor: Any, dtype: str | None = None, fill: bool = False
     ):
         self.folder, self.fill = Path(folder), fill
+        self.is_collecting = False  # whether missing clips are handed on to whoever has the towers, to be stored
         if dtype not in (None, *DTYPES):
             raise ValueError(f"Features are stored in {', '.join(DTYPES)}, not in {dtype!r}.")
         towers = tower_identities(model, processor)
-        if fill:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / ".lock"):
+        try:
+            if fill:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with FileLock(self.folder / ".lock"):
+                    header = self._header(towers, dtype)
+            else:
                 header = self._header(towers, dtype)
-        else:
-            header = self._header(towers, dtype)
+        except OSError as error:
+            if isinstance(error, FeatureCacheError):
+                raise
+            raise FeatureCacheError(f"'{self.folder}' cannot be a feature cache ({reason(error)}).") from error
         self._header_towers: dict[str, dict] = header["towers"]
         self.dtype = DTYPES[header["dtype"]]
         self._index: dict[str, tuple[Path, dict]] = {}  # key -> file, and what is known of the clip
@@ -130,6 +137,7 @@ class FeatureCache:
         self._waiting: dict[str, tuple[dict, dict[str, torch.Tensor]]] = {}  # key -> what is known, tensors
         self._waiting_bytes = 0
         self._opened: OrderedDict[Path, Any] = OrderedDict()
+        self._checked: set[str] = set()  # keys of clips whose bytes were found to be those that were stored
         self._process = os.getpid()
         self._listed = -1
         self.refresh()
@@ -140,6 +148,15 @@ class FeatureCache:
     def __getstate__(self) -> dict[str, Any]:
         # For workers: what waits is written by this process.
         return self.__dict__ | {"_opened": OrderedDict(), "_waiting": {}, "_waiting_bytes": 0}
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """While it is entered, a batch says of clips that are missing how [`store`] keeps their features."""
+        self.is_collecting = self.fill
+        try:
+            yield
+        finally:
+            self.is_collecting = False
 
     def __len__(self) -> int:
         return len(self._index) + len(self._waiting.keys() - self._index.keys())
@@ -218,7 +235,7 @@ class FeatureCache:
                 content = json.loads((self.folder / name).read_text(encoding="utf-8"))
                 clips, size = dict(content["clips"]), content["bytes"]
                 sources = {(about["modality"], about["source"]) for about in clips.values()}
-                if any(not about["units"] or not about["tensors"] for about in clips.values()):
+                if any(not (about["units"] and about["tensors"] and "checksum" in about) for about in clips.values()):
                     raise ValueError("an entry is empty")
                 if shard.stat().st_size != size:
                     raise ValueError(f"'{shard.name}' has {shard.stat().st_size} bytes in place of {size}")
@@ -278,7 +295,7 @@ class FeatureCache:
             self.refresh()
         if not self.has(keys):
             if self.fill:
-                return Found(keys)
+                return Found(keys if self.is_collecting else [])
             self._refuse(modality, next(key for key in keys if key.key not in self._index))
         clips = [self._read(key.key) for key in keys]
         units = [about["units"] for about, _ in clips]
@@ -313,7 +330,12 @@ class FeatureCache:
                     self._opened.popitem(last=False)
             self._opened.move_to_end(shard)
             file = self._opened[shard]
-            return about, {name: file.get_tensor(f"{key}.{name}") for name in about["tensors"]}
+            tensors = {name: file.get_tensor(f"{key}.{name}") for name in about["tensors"]}
+            if key not in self._checked:
+                if _checksum(tensors) != about["checksum"]:
+                    raise OSError(f"the features of {about['source']} are not those that were stored")
+                self._checked.add(key)
+            return about, tensors
         except (OSError, SafetensorError) as error:
             raise FeatureCacheError(
                 f"'{shard}' of the feature cache cannot be read ({reason(error)}); remove it and its .json, and "
@@ -352,7 +374,7 @@ class FeatureCache:
                 if modality == "video":
                     tensors = {"states": tensors["states"][:units]}
                 elif modality == "speech" and mask is not None:
-                    longest = int(tensors["mask"].sum(dim=1).max())
+                    longest = max(1, int(tensors["mask"].sum(dim=1).max()))
                     tensors = {name: tensor[:, :longest] for name, tensor in tensors.items()}
                 self._add(key, {"modality": modality, "source": key.source, "units": units}, tensors)
         batch["tower_states"] = batch.get("tower_states", {}) | states
@@ -378,7 +400,8 @@ class FeatureCache:
             return
         tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
         size = sum(tensor.nbytes for tensor in tensors.values())
-        self._waiting[key.key] = about | {"tensors": list(tensors), "bytes": size}, tensors
+        about = about | {"tensors": list(tensors), "bytes": size, "checksum": _checksum(tensors)}
+        self._waiting[key.key] = about, tensors
         self._waiting_bytes += size
         if self._waiting_bytes >= SHARD_BYTES:
             self.flush()
@@ -409,12 +432,14 @@ class FeatureCache:
         aside, path = self.folder / f".{name}.{os.getpid()}", self.folder / name
         try:
             write(aside)
+            with open(aside, "rb") as file:  # on the disk before anything says that it is there
+                os.fsync(file.fileno())
             aside.chmod(0o666 & ~_umask())
             os.replace(aside, path)
         except (OSError, SafetensorError) as error:
             with suppress(OSError):
                 aside.unlink()
-            raise OSError(
+            raise FeatureCacheError(
                 f"The feature cache '{self.folder}' could not be written to ({reason(error)}); make room and start "
                 "again: what was stored before is kept."
             ) from error
@@ -476,6 +501,14 @@ def tower_identities(model: nn.Module, processor: Any) -> dict[str, dict[str, An
             fields = ("vision_feature_layer", "vision_feature_select_strategy", "vision_prefix_length")
             about["reads"] = {field: getattr(config, field) for field in fields}
         found[name] = json.loads(json.dumps(about, default=str))
+    return found
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Of the tensors' bytes."""
+    found = 0
+    for tensor in tensors.values():
+        found = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy(), found)
     return found
 
 

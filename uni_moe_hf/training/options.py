@@ -4,7 +4,7 @@ import atexit
 import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -192,11 +192,13 @@ class StageArguments(ScriptArguments):
             rows = list(rows.take(count))
         else:
             rows = rows.select(range(0, len(rows), -(-len(rows) // count)))
-        for start in range(0, len(rows), batch_size):
-            batch = collator([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
-            yield batch if processor.feature_cache is None else processor.feature_cache.store(model, batch)
-        if processor.feature_cache is not None:
-            processor.feature_cache.flush()
+        cache = processor.feature_cache
+        with nullcontext() if cache is None else cache.collecting():
+            for start in range(0, len(rows), batch_size):
+                batch = collator([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
+                yield batch if cache is None else cache.store(model, batch)
+        if cache is not None:
+            cache.flush()
 
     def collator(self, processor: UniMoEProcessor) -> UniMoEDataCollator:
         """What makes batches of them for a model with this processor."""

@@ -363,10 +363,16 @@ def _name_of_decoder(model: nn.Module) -> str:
 
 
 class _WriteFeatures(TrainerCallback):
-    """Features that wait in memory are written with every checkpoint, and when an epoch or the training ends."""
+    """
+    What is missing is collected while the model trains, and written with every checkpoint, and when an epoch or the
+    training ends.
+    """
 
     def __init__(self, cache: FeatureCache):
         self.cache = cache
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.cache.is_collecting = True
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -374,7 +380,11 @@ class _WriteFeatures(TrainerCallback):
         except OSError as error:  # what was learned is worth more
             logger.warning("%s", error)
 
-    on_save = on_train_end = on_evaluate = on_epoch_end
+    on_save = on_evaluate = on_epoch_end
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.on_epoch_end()
+        self.cache.is_collecting = False
 
 
 class ModalityLosses:
