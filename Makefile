@@ -9,7 +9,7 @@ DEV := $(VENV)/installed-dev
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 HF_HUB_DISABLE_UPDATE_CHECK=1 TOKENIZERS_PARALLELISM=false \
 	TORCHAO_FORCE_SKIP_LOADING_SO_FILES=1
 
-# Tiny models gain nothing from threads, and lose much where cores are busy.
+# Tiny models gain nothing from threads, and lose much where cores are busy; two files at a time are tested instead.
 TEST := $(OFFLINE) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 .PHONY: demo demo-control test test-slow test-releases test-newest lint clean
@@ -21,7 +21,7 @@ demo-control: $(DEMO)
 	$(OFFLINE) $(BIN)/python examples/demo/run.py outputs/demo --control
 
 test: lint
-	$(TEST) $(BIN)/python -m pytest -m "not slow"
+	$(TEST) $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: lint
 	$(TEST) $(BIN)/python -m pytest

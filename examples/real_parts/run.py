@@ -187,8 +187,8 @@ def report(root: Path, minutes: dict[str, float]) -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
     lines = [
         f"The three stages on real parts, {date.today()}: {llm}, DINOv2-small at 112 pixels, Whisper tiny.en, YAMNet; "
-        f"Tux Paint's stamps and Asterisk's prompts; torch {torch.__version__}, {platform.machine()}, {device}, bfloat16 "
-        "with what is trained in float32; batches of 16, one run, seed 0.",
+        f"Tux Paint's stamps and Asterisk's prompts; torch {torch.__version__}, {platform.machine()}, {device}, "
+        "bfloat16 with what is trained in float32; batches of 16, one run, seed 0.",
         "",
         f"Training loss, mean of {ENDS} steps and its standard error:",
         "",

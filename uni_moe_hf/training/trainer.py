@@ -26,7 +26,8 @@ from ..hub.compat_uni_moe import same_permissions
 from ..hub.configuration_uni_moe import is_sparse
 from ..mixtures.routing import record_routing
 from .data import NO_ROW, UniMoEDataCollator
-from .feature_cache import FeatureCache, encoder_of
+from .feature_cache import FeatureCache
+from .feature_keys import encoder_of
 from .model_card import trained_card
 from .resuming import last_complete_checkpoint, only_run_in, write_digests
 from .rows import row_modalities
