@@ -31,10 +31,17 @@ import soundfile
 import torch
 from comparing import WARM_UP, publish
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, logging
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    logging,
+)
 from trl import SFTTrainer
 
 from uni_moe_hf import (
@@ -395,6 +402,47 @@ def against_dense(args: argparse.Namespace, folder: Path) -> list[str]:
     return lines
 
 
+WORDS = 32
+
+
+def generation(args: argparse.Namespace, folder: Path) -> list[str]:
+    lines = [
+        "",
+        f"An answer of {WORDS} words to a prompt of 302, LoRA of stage 3 in place / a dense Llama of as many active",
+        "weights with LoRA by PEFT:",
+        "",
+        "| experts | dtype | s of the dense one | ours / dense |",
+        "|---|---|--:|--:|",
+    ]
+    torch.set_num_threads(args.threads)
+    shape = SIZES[args.size]
+    ids = torch.randint(3, shape["vocab_size"], (1, 302), generator=torch.Generator().manual_seed(0))
+    prompt = {"input_ids": ids.to(args.device), "attention_mask": torch.ones_like(ids).to(args.device)}
+    length = {"max_new_tokens": WORDS, "min_new_tokens": WORDS, "do_sample": False}
+    for dtype in DTYPES:
+        models = {}
+        for name, shared in (("4, top-2, shared base", True), ("4, top-2, own bases", False)):
+            model = model_of(args.size, 3, dtype, args.device, shared_expert_base=shared)
+            models[name] = get_peft_model(model, prepare_stage(model, "moe"))
+        with torch.device(args.device):
+            config = LlamaConfig(**shape | {"intermediate_size": 2 * shape["intermediate_size"]}, pad_token_id=0)
+            dense = LlamaForCausalLM(config).to(DTYPES[dtype])
+        ranks = {"r": 8, "rank_pattern": {r".*mlp.*": 16}, "lora_alpha": 16}
+        models["dense"] = get_peft_model(
+            dense, LoraConfig(target_modules=r".*(self_attn|mlp)\.\w+_proj", task_type="CAUSAL_LM", **ranks)
+        )
+        runs = {
+            name: partial(timed, partial(model.eval().generate, **prompt, **length)) for name, model in models.items()
+        }
+        seconds = in_turn(runs, args.rounds)
+        for name in list(models)[:-1]:
+            lines.append(
+                f"| {name} | {dtype} | {statistics.median(seconds['dense']):.2f} | "
+                f"{ratio(seconds[name], seconds['dense'])} |"
+            )
+    return lines
+
+
 # ---- growth ----
 
 
@@ -517,6 +565,7 @@ SECTIONS = {
     "checkpointing": checkpointing,
     "cache": cached,
     "dense": against_dense,
+    "generation": generation,
     "growth": growth,
 }
 

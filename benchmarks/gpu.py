@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 HERE = Path(__file__).resolve().parent
-SECTIONS = "parts,dense,growth,checkpointing,cache"  # what time may not reach comes last
+SECTIONS = "parts,dense,generation,growth,checkpointing,cache"  # what time may not reach comes last
 # Name, seconds at most, command without its output file.
 PARTS = (
     ("gpu_tests.txt", 120, ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:randomly", "modeling_tests/test_gpu.py"]),
