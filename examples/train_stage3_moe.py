@@ -86,7 +86,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, mixture: Mixture
     model.config.text_config.expert_activations = mixture.expert_activations
     peft_config = prepare_stage(model, "moe")
     script_args.use_feature_cache(model, processor, training_args)
-    if mixture.expert_parallel_size != 1 or mixture.fsdp_size not in (None, 1):
+    if mixture.expert_parallel_size != 1 or mixture.fsdp_size is not None:
         set_seed(training_args.seed)  # every process keeps its piece of the same adapter
         model = spread(get_peft_model(model, peft_config), mixture.expert_parallel_size, mixture.fsdp_size)
         peft_config = None
@@ -110,6 +110,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, mixture: Mixture
         if is_sharded(whole):  # pieces in several processes: what was saved is whole
             unset_hf_deepspeed_config()
             parent = load_whole(UniMoEForConditionalGeneration, grown, **script_args.loading())
+            prepare_stage(parent, "moe")  # what was trained stays in float32
             whole = PeftModel.from_pretrained(parent, output_dir)
         merged = whole.merge_and_unload()
         merged.save_pretrained(output_dir / "merged")

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -373,6 +374,119 @@ def test_a_damaged_shard_is_named_and_unfinished_files_are_passed_over(parts, fi
         FeatureCache(folder, *parts)
 
 
+def test_two_encoders_may_read_the_same_rows(parts, media, tmp_path, monkeypatch):
+    """The second finds, batch by batch, that the first has just stored what it was about to read."""
+    model, processor = parts
+    collator = UniMoEDataCollator(processor, media_root=media)
+    mine, other = (FeatureCache(tmp_path / "c", model, processor, fill=True) for _ in range(2))
+    batches = encoding._batches
+
+    def overtaken(*args):
+        monkeypatch.setattr(encoding, "_batches", batches)
+        encode_rows(rows(), model, collator, other)
+        processor.feature_cache = mine
+        return batches(*args)
+
+    monkeypatch.setattr(encoding, "_batches", overtaken)
+    done = encode_rows(rows(), model, collator, mine)
+    assert all(each.new == each.bytes == 0 and each.known == each.clips for each in done.modalities.values())
+    assert len(FeatureCache(tmp_path / "c", model, processor)) == len(other)
+
+
+def test_an_encoder_that_is_interrupted_keeps_what_it_has(parts, media, tmp_path):
+    model, processor = parts
+
+    def interrupted():
+        yield from rows(4)
+        raise KeyboardInterrupt
+
+    cache = FeatureCache(tmp_path / "c", model, processor, fill=True)
+    encoding_at_once = encoding.BATCHES_AT_ONCE
+    try:
+        encoding.BATCHES_AT_ONCE = 1
+        with pytest.raises(KeyboardInterrupt):
+            encode_rows(interrupted(), model, UniMoEDataCollator(processor, media_root=media), cache, batch_size=1)
+    finally:
+        encoding.BATCHES_AT_ONCE = encoding_at_once
+    assert len(FeatureCache(tmp_path / "c", model, processor)) == 4
+    assert not cache.is_collecting and processor.feature_cache is None
+
+
+def test_a_disk_that_is_full_does_not_end_a_training(media, tmp_path, monkeypatch, caplog):
+    expected, _ = trained("connectors", media, tmp_path / "plain", None)
+
+    def save(tensors, path):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(feature_cache, "save_file", save)
+    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 1)
+    filling, trainer = trained("connectors", media, tmp_path / "filling", tmp_path / "c", fill=True)
+    assert filling == expected
+    assert "Nothing more is stored in this run. The feature cache" in caplog.text and "No space left" in caplog.text
+    assert not trainer.feature_cache.is_collecting
+
+
+def test_towers_run_once_for_a_clip_though_its_features_wait(parts, media, tmp_path, monkeypatch):
+    """As where a worker, who does not see what waits, has read it again."""
+    model, processor = parts
+    cache = FeatureCache(tmp_path / "c", model, processor, fill=True)
+    collator = UniMoEDataCollator(processor, media_root=media)
+    try:
+        processor.feature_cache = cache
+        with cache.collecting():
+            first, again = collator(rows()), collator(rows())
+            stored = cache.store(model, first)["tower_states"]
+            monkeypatch.setattr(cache, "states_of", None)
+            found = cache.store(model, again)["tower_states"]
+    finally:
+        processor.feature_cache = None
+    assert found.keys() == stored.keys() and "pixel_values" not in again
+    for name, tensor in stored.items():
+        torch.testing.assert_close(found[name].to(tensor.dtype), tensor, **EXACT)
+
+
+def test_what_cannot_be_read_is_skipped_as_without_a_cache(parts, media, filled, tmp_path):
+    processor = parts[1]
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    bad = {"type": "image", "path": str(tmp_path / "bad.png")}
+    answer = {"role": "assistant", "content": "a"}
+    row = {"messages": [{"role": "user", "content": [bad]}, answer]}
+    processor.feature_cache = filled
+    try:
+        collator = UniMoEDataCollator(processor, media_root=media, skip_bad_rows=True)
+        assert len(collator([row, *rows(2)])["input_ids"]) == 2 and collator.skipped["unreadable"] == 1
+        Image.new("RGB", (20, 20)).save(tmp_path / "bad.png")  # now it can be read, and is not in the cache
+        with pytest.raises(FeatureCacheError, match="does not hold .*bad.png"):
+            collator([row, *rows(2)])
+        assert processor.feature_cache is filled
+    finally:
+        processor.feature_cache = None
+
+
+def test_features_without_finite_numbers_are_not_kept(media, tmp_path):
+    model = tiny_model(DENSE)
+    processor = tiny_processor(model.config)
+    with torch.no_grad():
+        for parameter in model.model.audio_tower.parameters():
+            parameter.fill_(torch.nan)
+    cache = FeatureCache(tmp_path / "c", model, processor, fill=True)
+    with pytest.raises(FeatureCacheError, match="The features of .*wav. are not finite in float32, in which"):
+        encode_rows(rows(), model, UniMoEDataCollator(processor, media_root=media), cache)
+
+
+def test_what_killed_writers_left_goes_after_a_day(parts, filled):
+    day_before = time.time() - 2 * feature_cache.DAY
+    names = (".features-0.safetensors.7", "features-0.safetensors", ".features-1.safetensors.8")
+    for name in names:
+        (filled.folder / name).write_bytes(b"half")
+    for name in names[:2]:
+        os.utime(filled.folder / name, (day_before, day_before))
+    for path in filled.folder.glob("features-*.safetensors"):
+        os.utime(path, (day_before, day_before))  # whole ones stay, however old they are
+    assert len(FeatureCache(filled.folder, *parts, fill=True)) == len(filled)
+    assert [name for name in names if (filled.folder / name).exists()] == [names[2]]
+
+
 def test_a_bit_that_has_flipped_is_found_where_its_clip_is_read(parts, filled, with_cache, media):
     batch = with_cache(rows())["tower_states"]
     shard = next(filled.folder.glob("features-*.safetensors"))
@@ -432,7 +546,7 @@ def test_a_full_disk_loses_nothing_that_was_stored(parts, media, tmp_path, monke
     model, processor = parts
     collator = UniMoEDataCollator(processor, media_root=media)
     cache = FeatureCache(tmp_path / "c", model, processor, fill=True)
-    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 1)  # a shard for each clip
+    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 1)  # a shard for each batch
     real, written = feature_cache.save_file, []
 
     def save(tensors, path):
@@ -444,7 +558,7 @@ def test_a_full_disk_loses_nothing_that_was_stored(parts, media, tmp_path, monke
 
     monkeypatch.setattr(feature_cache, "save_file", save)
     with pytest.raises(OSError, match=r"could not be written to \(.*No space left.*\); make room and start again"):
-        encode_rows(rows(), model, collator, cache)
+        encode_rows(rows(), model, collator, cache, batch_size=1)
     assert not [path for path in (tmp_path / "c").iterdir() if path.name.startswith(".features")]
     monkeypatch.setattr(feature_cache, "save_file", real)
     assert len(FeatureCache(tmp_path / "c", model, processor)) == 3
@@ -513,7 +627,7 @@ feature_cache.save_file = save
 model = tiny_model({"mlp_layer_types": ["dense", "dense"]})
 processor = tiny_processor(model.config)
 cache = FeatureCache(sys.argv[2], model, processor, fill=True)
-encode_rows(rows(), model, UniMoEDataCollator(processor, media_root=sys.argv[1]), cache)
+encode_rows(rows(), model, UniMoEDataCollator(processor, media_root=sys.argv[1]), cache, batch_size=1)
 """
     environment = child_environment(PYTHONPATH=os.pathsep.join(map(str, (TESTS, ROOT))))
     command = [sys.executable, "-c", code, str(media), str(tmp_path / "c")]
@@ -546,6 +660,10 @@ def test_the_command_line_encodes_rows_and_tells_their_size(media, parts, tmp_pa
     tables = [text.splitlines()[:-1] for _, text in (planned, done)]
     assert tables[0] == tables[1] and len(tables[0]) == 5  # a head, and four modalities
     assert again[1].splitlines()[-1].startswith("0.0 MB were added to")
+    header = (tmp_path / "c/features.json").read_text()
+    known = run("--dry-run")
+    assert known[0] == 0 and (tmp_path / "c/features.json").read_text() == header
+    assert known[1].splitlines()[:-1] == again[1].splitlines()[:-1]
     with open(media / "rows.jsonl", "a") as file:
         file.write("\n" + json.dumps({"messages": [{"role": "user", "content": "no answer"}]}))
     code, text = run()

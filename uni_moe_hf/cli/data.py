@@ -99,7 +99,7 @@ def encode(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as nowhere:
         is_new = not Path(args.output, "features.json").is_file()
         folder = nowhere if args.dry_run and is_new else args.output
-        cache = FeatureCache(folder, model, processor, dtype=args.stored, fill=True)
+        cache = FeatureCache(folder, model, processor, dtype=args.stored, fill=is_new or not args.dry_run)
         collator = UniMoEDataCollator(processor, voice=args.voice, media_root=args.media_root)
         rows = iter_rows(source, **reading)
         done = encode_rows(rows, model, collator, cache, args.batch_size, args.workers, args.dry_run)

@@ -181,6 +181,7 @@ class UniMoEGenerationMixin(GenerationMixin):
             ValueError: placeholders and clips differ in number; media and their encoder outputs together; an assistant
                 that cannot take the clips; an assistant, or on older releases chunks, over a filled cache.
         """
+        kwargs.pop("clips_to_store", None)  # of a feature cache that a training fills meanwhile
         cache = named_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))[CACHE]
         if cache is not None:
             kwargs[CACHE] = cache
@@ -375,7 +376,7 @@ def per_position(outputs: Any, positions: torch.Tensor) -> Any:
     shape = (1, int(positions.sum()))
     for name, value in outputs.items():
         if isinstance(value, torch.Tensor) and value.shape == shape:
-            outputs[name] = value.new_zeros(positions.shape).masked_scatter(positions, value)[:, :-1]
+            outputs[name] = value.new_zeros(positions.shape).masked_scatter(positions.to(value.device), value)[:, :-1]
     return outputs
 
 

@@ -284,7 +284,8 @@ class UniMoEModel(MediaEncoderMixin, UniMoEPreTrainedModel):
         )
         outputs = {name: value for name, value in outputs.items() if name != "router_logits" or value}
         if positions_to_keep is not None:
-            outputs["last_hidden_state"] = outputs["last_hidden_state"][positions_to_keep].unsqueeze(0)
+            hidden = outputs["last_hidden_state"]  # of a model that is split over devices on the last one
+            outputs["last_hidden_state"] = hidden[positions_to_keep.to(hidden.device)].unsqueeze(0)
         hidden_states = {f"{modality}_hidden_states": tensor for modality, tensor in features.items()}
         return UniMoEModelOutputWithPast(**outputs, **hidden_states)
 
@@ -452,7 +453,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
             loss = self.loss_function(logits=rows, labels=targets, vocab_size=text_config.vocab_size, **kwargs)
         if scored is not None:
             everywhere = logits.new_full((*scored.shape, logits.shape[-1]), -torch.inf)
-            logits = everywhere.masked_scatter(scored.unsqueeze(-1), logits)
+            logits = everywhere.masked_scatter(scored.unsqueeze(-1).to(logits.device), logits)
         if outputs.router_logits:
             # With a filled cache the mask also covers earlier tokens, whose router logits are not here.
             length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]

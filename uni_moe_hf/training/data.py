@@ -89,9 +89,9 @@ class UniMoEDataCollator:
         named = [(name, messages) for name, messages in named if messages]
         try:
             batch = self._encode([messages for _, messages in named]) if named else {}
-        except FeatureCacheError:
-            raise
-        except Exception:
+        except Exception as error:
+            if isinstance(error, FeatureCacheError) and not self.skip_bad_rows:
+                raise
             named = [(name, messages) for name, messages in named if self._is_readable(name, messages)]
             batch = self._encode([messages for _, messages in named]) if named else {}
         if batch and self.max_length is not None:
@@ -164,8 +164,17 @@ class UniMoEDataCollator:
     def _is_readable(self, name: str, messages: list[dict]) -> bool:
         try:
             self._encode([messages])
-        except (ImportError, FeatureCacheError):
+        except ImportError:
             raise
+        except FeatureCacheError:
+            # What cannot be read is in no cache: a fault of the row.
+            cache, self.processor.feature_cache = self.processor.feature_cache, None
+            try:
+                if self._is_readable(name, messages):
+                    raise
+            finally:
+                self.processor.feature_cache = cache
+            return False
         except Exception as error:
             self._refuse(name, error)
             return False

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..hub.files_uni_moe import reason
 from .data import UniMoEDataCollator
-from .feature_cache import FeatureCache
+from .feature_cache import FeatureCache, parts_of
 from .rows import describe_row
 
 
@@ -70,7 +70,7 @@ def encode_rows(
         batch_size (`int`, *optional*, defaults to 8): Clips that are read together.
         num_workers (`int`, *optional*, defaults to 0): Processes that read media.
         dry_run (`bool`, *optional*, defaults to `False`): Whether to say only what it would come to. Media are read,
-            but towers run on one clip of each modality alone, and nothing is stored.
+            but towers run on one batch of each modality alone, and nothing is stored.
 
     Returns:
         [`Encoding`].
@@ -78,28 +78,35 @@ def encode_rows(
     Raises:
         OSError: the disk is full; what was stored before is kept.
     """
-    found, processor, bytes_of_unit = Encoding(), collator.processor, {}
+    found, processor, bytes_of_unit, before_this = Encoding(), collator.processor, {}, cache.added.copy()
     before, processor.feature_cache = processor.feature_cache, cache
     try:
         with cache.collecting():
             for modality, clips in _missing(rows, collator, cache, found, BATCHES_AT_ONCE * batch_size):
                 counts = found.modalities[modality]
-                for batch, refused in _batches(processor, modality, clips, batch_size, num_workers):
+                for batch, count, refused in _batches(processor, modality, clips, batch_size, num_workers):
                     found.refused += refused
                     if batch is None:
                         continue
-                    units = [units for _, units in batch["clips_to_store"][modality]]
-                    counts.new += len(units)
-                    if modality not in bytes_of_unit or not dry_run:
-                        device = model.device
-                        batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-                        run = cache.states_of if dry_run else lambda *given: cache.store(*given)["tower_states"]
-                        states = run(model, batch)
-                        bytes_of_unit[modality] = sum(rows.nbytes for rows in states.values()) / sum(units)
-                    counts.bytes += round(bytes_of_unit[modality] * sum(units))
-        cache.flush()
+                    # None where another process has stored them meanwhile.
+                    new = batch.get("clips_to_store", {}).get(modality, [])
+                    units = [units for _, units in new]
+                    counts.new += len(new)
+                    counts.known += count - len(new)
+                    batch = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                    if not dry_run:
+                        cache.store(model, batch)
+                    elif modality not in bytes_of_unit and new:
+                        states = cache.states_of(model, batch)
+                        kept = [each for tensors in parts_of(modality, units, states) for each in tensors.values()]
+                        bytes_of_unit[modality] = sum(tensor.nbytes for tensor in kept) / sum(units)
+                    counts.bytes += round(bytes_of_unit.get(modality, 0) * sum(units))
     finally:
         processor.feature_cache = before
+        cache.flush()  # also where it is interrupted
+    if not dry_run:
+        for modality, counts in found.modalities.items():
+            counts.bytes = cache.added[modality] - before_this[modality]
     return found
 
 
@@ -140,13 +147,13 @@ class _Reader(Dataset):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> tuple[dict[str, Any] | None, list[str]]:
+    def __getitem__(self, index: int) -> tuple[dict[str, Any] | None, int, list[str]]:
         readable, refused = self.batches[index], []
         try:
-            return self._read(readable), refused
+            return self._read(readable), len(readable), refused
         except ValueError:
             readable = [source for source in readable if self._is_readable(source, refused)]
-            return (self._read(readable) if readable else None), refused
+            return (self._read(readable) if readable else None), len(readable), refused
 
     def _read(self, sources: list[Any]) -> dict[str, Any]:
         processor = self.processor
@@ -164,8 +171,8 @@ class _Reader(Dataset):
 
 def _batches(
     processor: Any, modality: str, clips: list[Any], batch_size: int, num_workers: int
-) -> Iterator[tuple[dict[str, Any] | None, list[str]]]:
-    """Batches of clips, read by other processes where there are some, and the clips that cannot be read."""
+) -> Iterator[tuple[dict[str, Any] | None, int, list[str]]]:
+    """Batches of clips, how many, read by other processes where there are some, and which cannot be read."""
     batches = [clips[start : start + batch_size] for start in range(0, len(clips), batch_size)]
     return iter(DataLoader(_Reader(processor, modality, batches), batch_size=None, num_workers=num_workers))
 

@@ -12,9 +12,10 @@ whole, and any number of others may read, and write, meanwhile.
 import hashlib
 import json
 import os
+import time
 import uuid
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ FORMAT = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 512 * 2**20  # of features that wait to be written, and so of a file
 MAX_OPEN_SHARDS = 64
+DAY = 24 * 3600  # seconds
 NOUNS = {"image": "Picture", "video": "Video", "audio": "Audio", "speech": "Audio"}
 INPUTS = {
     "image": ("pixel_values",),
@@ -120,6 +122,7 @@ class FeatureCache:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with FileLock(self.folder / ".lock"):
                     header = self._header(towers, dtype)
+                    self._tidy()
             else:
                 header = self._header(towers, dtype)
         except OSError as error:
@@ -133,6 +136,7 @@ class FeatureCache:
         self._shards: set[str] = set()
         self._waiting: dict[str, tuple[dict, dict[str, torch.Tensor]]] = {}  # key -> what is known, tensors
         self._waiting_bytes = 0
+        self.added: Counter[str] = Counter()  # modality -> bytes that this object has stored, or that wait
         self._opened: OrderedDict[Path, Any] = OrderedDict()
         self._checked: set[str] = set()  # keys of clips whose bytes were found to be those that were stored
         self._process = os.getpid()
@@ -149,7 +153,7 @@ class FeatureCache:
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """While it is entered, a batch says of clips that are missing how [`store`] keeps their features."""
-        self.is_collecting = self.fill
+        self.is_collecting = True
         try:
             yield
         finally:
@@ -166,7 +170,7 @@ class FeatureCache:
                 f"'{self.folder}' holds no feature cache; make one with `uni-moe data encode`, or fill it while "
                 "training (`fill_feature_cache`)."
             )
-        precisions = {tower["dtype"] for tower in towers.values()}
+        precisions = {tower["dtype"] for tower in towers.values()} & DTYPES.keys()
         header = {"format": FORMAT, "dtype": dtype or max(precisions, default="float32"), "towers": {}}
         if path.is_file():
             try:
@@ -186,6 +190,13 @@ class FeatureCache:
             header["towers"] |= {name: towers[name] for name in missing}
             self._write(HEADER, lambda aside: aside.write_text(json.dumps(header, indent=1), encoding="utf-8"))
         return header
+
+    def _tidy(self) -> None:
+        """Removes what writers left that were killed a day ago or earlier."""
+        for path in self.folder.glob("*features-*.safetensors*"):
+            is_whole = not path.name.startswith(".") and path.with_suffix(".json").exists()
+            if not is_whole and time.time() - path.stat().st_mtime > DAY:
+                path.unlink(missing_ok=True)
 
     def _compare(self, stored: dict[str, dict], towers: dict[str, dict]) -> None:
         for name, tower in towers.items():
@@ -214,11 +225,11 @@ class FeatureCache:
 
     # ---- reading ----
 
-    def refresh(self) -> None:
-        """Takes up what has been written since."""
+    def refresh(self, thoroughly: bool = False) -> None:
+        """Takes up what has been written since; `thoroughly` even where the folder seems unchanged."""
         try:
             listed = os.stat(self.folder).st_mtime_ns
-            if listed == self._listed:
+            if listed == self._listed and not thoroughly:
                 return
             names = {entry.name for entry in os.scandir(self.folder)}
         except FileNotFoundError as error:
@@ -284,14 +295,16 @@ class FeatureCache:
             [`Found`].
 
         Raises:
-            FeatureCacheError: one of them is not stored, and the cache is not being filled.
-            ValueError: as in [`key_of`]; a file of the cache is damaged.
+            FeatureCacheError: one of them is not stored, and the cache is not being filled; a file of the cache is
+                damaged.
+            ValueError: as in [`key_of`].
         """
         keys = [self.key_of(processor, modality, source, kwargs) for source in sources]
         if not self.has(keys):
-            self.refresh()
+            # The date of a folder may lie behind what is in it.
+            self.refresh(thoroughly=not self.fill)
         if not self.has(keys):
-            if self.fill:
+            if self.fill or self.is_collecting:
                 return Found(keys if self.is_collecting else [])
             self._refuse(modality, next(key for key in keys if key.key not in self._index))
         clips = [self._read(key.key) for key in keys]
@@ -305,7 +318,7 @@ class FeatureCache:
     def _refuse(self, modality: str, key: ClipKey) -> None:
         if TOWERS[modality] not in self._header_towers or not any(kind == modality for kind, _ in self._sources):
             what = f"holds no {modality}"
-        elif (modality, key.source) in self._sources:
+        elif key.source.startswith("'") and (modality, key.source) in self._sources:
             what = f"holds {key.source} as it was before, or cut otherwise: it has changed since"
         else:
             what = f"does not hold {key.source} as {modality}"
@@ -343,38 +356,39 @@ class FeatureCache:
 
     def store(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
         """
-        Runs the towers on the clips of a batch that are not stored yet, and stores what they give.
+        Runs the towers on the clips of a batch where some of their modality are not stored yet, and stores what they
+        give while it is [`collecting`].
 
         Args:
             model ([`UniMoEForConditionalGeneration`]): With its towers, wrapped by PEFT or not.
             batch (`dict`): As the processor makes it while the cache is being filled; loses `clips_to_store`.
 
         Returns:
-            `dict`: the batch with `tower_states` in place of these clips.
+            `dict`: the batch itself, with `tower_states` in place of these clips.
 
         Raises:
             ValueError: the towers are not in memory, or are sharded.
-            OSError: the disk is full; what was written before is kept.
+            FeatureCacheError: the disk is full, what was written before is kept; or a tower gives no finite numbers in
+                the precision in which they are stored. The batch has its features all the same.
         """
-        if not (wanted := batch.pop("clips_to_store", None)):
-            return batch
-        states = self.states_of(model, {name: batch.pop(name) for m in wanted for name in INPUTS[m] if name in batch})
-        for modality, clips in wanted.items():
-            start = 0
-            for number, (key, units) in enumerate(clips):
-                rows = slice(start, start + units) if modality in ("audio", "speech") else number
-                start += units
-                tensors = {"states": states[modality][rows]}
-                if (mask := states.get(f"{modality}_mask")) is not None:
-                    tensors["mask"] = mask[rows].to(torch.uint8)
-                # Without what fills it up to the longest of the batch.
-                if modality == "video":
-                    tensors = {"states": tensors["states"][:units]}
-                elif modality == "speech" and mask is not None:
-                    longest = max(1, int(tensors["mask"].sum(dim=1).max()))
-                    tensors = {name: tensor[:, :longest] for name, tensor in tensors.items()}
-                self._add(key, {"modality": modality, "source": key.source, "units": units}, tensors)
-        batch["tower_states"] = batch.get("tower_states", {}) | states
+        wanted: dict[str, list[tuple[ClipKey, int]]] = batch.pop("clips_to_store", {})
+        states = batch.setdefault("tower_states", {}) if wanted else {}
+        for modality, clips in [*wanted.items()]:
+            if self.has(key for key, _ in clips):  # since: of another row, or by another process
+                joined = _joined(modality, [self._read(key.key)[1] for key, _ in clips])
+                states |= {name: tensor.to(encoder_of(model).device) for name, tensor in joined.items()}
+                del wanted[modality]
+                for name in INPUTS[modality]:
+                    batch.pop(name, None)
+        media = {name: batch.pop(name) for m in wanted for name in INPUTS[m] if name in batch}
+        new = self.states_of(model, media) if wanted else {}
+        states |= new
+        if self.is_collecting:
+            for modality, clips in wanted.items():
+                for (key, units), tensors in zip(clips, parts_of(modality, [u for _, u in clips], new), strict=True):
+                    self._add(key, {"modality": modality, "source": key.source, "units": units}, tensors)
+            if self._waiting_bytes >= SHARD_BYTES:
+                self.flush()
         return batch
 
     def states_of(self, model: nn.Module, media: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -395,13 +409,17 @@ class FeatureCache:
     def _add(self, key: ClipKey, about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         if self.has([key]):
             return
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise FeatureCacheError(
+                f"The features of {key.source} are not finite in {str(self.dtype).removeprefix('torch.')}, in which "
+                f"'{self.folder}' holds them; make a cache of another precision (`dtype`)."
+            )
         tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
         size = sum(tensor.nbytes for tensor in tensors.values())
         about = about | {"tensors": list(tensors), "bytes": size, "checksum": _checksum(tensors)}
         self._waiting[key.key] = about, tensors
         self._waiting_bytes += size
-        if self._waiting_bytes >= SHARD_BYTES:
-            self.flush()
+        self.added[about["modality"]] += size
 
     def flush(self) -> None:
         """
@@ -414,9 +432,11 @@ class FeatureCache:
             return
         self.refresh()  # another process may have stored the same
         waiting = {key: value for key, value in self._waiting.items() if key not in self._index}
+        if waiting:
+            self._write_shard(waiting)
         self._waiting, self._waiting_bytes = {}, 0
-        if not waiting:
-            return
+
+    def _write_shard(self, waiting: dict[str, tuple[dict, dict[str, torch.Tensor]]]) -> None:
         name = f"features-{uuid.uuid4().hex}"
         tensors = {f"{key}.{part}": t for key, (_, parts) in waiting.items() for part, t in parts.items()}
         shard = self._write(f"{name}.safetensors", lambda aside: save_file(tensors, aside))
@@ -467,6 +487,23 @@ def _checksum(tensors: Mapping[str, torch.Tensor]) -> int:
     return found
 
 
+def parts_of(modality: str, units: list[int], states: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """What is kept of each clip, which has so many windows or frames: without what fills it up to the longest."""
+    start = 0
+    for number, count in enumerate(units):
+        rows = slice(start, start + count) if modality in ("audio", "speech") else number
+        start += count
+        tensors = {"states": states[modality][rows]}
+        if (mask := states.get(f"{modality}_mask")) is not None:
+            tensors["mask"] = mask[rows].to(torch.uint8)
+        if modality == "video":
+            tensors = {"states": tensors["states"][:count]}
+        elif modality == "speech" and mask is not None:
+            longest = max(1, int(tensors["mask"].sum(dim=1).max()))
+            tensors = {name: tensor[:, :longest] for name, tensor in tensors.items()}
+        yield tensors
+
+
 def _joined(modality: str, clips: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """`tower_states` of several clips."""
     states = [clip["states"] for clip in clips]
@@ -493,4 +530,4 @@ def _umask() -> int:
     return mask
 
 
-__all__ = ["ClipKey", "FeatureCache", "FeatureCacheError", "Found"]
+__all__ = ["INPUTS", "ClipKey", "FeatureCache", "FeatureCacheError", "Found", "parts_of"]

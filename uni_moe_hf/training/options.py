@@ -3,6 +3,7 @@
 import atexit
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -166,10 +167,7 @@ class StageArguments(ScriptArguments):
         """[`open_feature_cache`], and the towers leave the memory where that is wanted."""
         self.open_feature_cache(model, processor)
         if self.without_towers:
-            folder = Path(training_args.output_dir).resolve()
-            # Beside the folder, which may be pushed to the Hub; of this process, whatever else runs there.
-            file = folder.parent / f".{folder.name}.towers-{os.getpid()}.pt"
-            file.parent.mkdir(parents=True, exist_ok=True)
+            file = _own_file(Path(training_args.output_dir).resolve())
             atexit.register(file.unlink, missing_ok=True)
             model.model.unload_towers(str(file))
 
@@ -205,6 +203,20 @@ class StageArguments(ScriptArguments):
         return UniMoEDataCollator(
             processor, max_length=self.max_tokens, media_root=self.media_root, skip_bad_rows=self.skip_bad_rows
         )
+
+
+def _own_file(folder: Path) -> Path:
+    """
+    Where the towers of this process wait: beside the folder, which may be pushed to the Hub, or in it where nothing
+    may be written beside it.
+    """
+    for place in (folder.parent, folder):
+        with suppress(OSError):
+            place.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(".pt", f".{folder.name}.towers-", place)
+            os.close(handle)
+            return Path(name)
+    raise OSError(f"`without_towers` keeps them in a file beside '{folder}', which cannot be written.")
 
 
 @dataclass

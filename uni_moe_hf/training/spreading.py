@@ -137,7 +137,7 @@ def check_states(folder: str, spread: bool) -> None:
     Raises:
         ValueError: a checkpoint's optimiser states are of the other kind.
     """
-    if Path(folder, STATES).is_dir() != spread:
+    if any(Path(folder).glob("optimizer*")) and Path(folder, STATES).is_dir() != spread:
         was, now = ("was not", "is") if spread else ("was", "is not")
         raise ValueError(
             f"'{folder}' is of a run whose model {was} spread over processes, and this one's {now}: its optimiser "

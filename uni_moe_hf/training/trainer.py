@@ -8,7 +8,7 @@ writes the same checkpoints.
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ..hub.compat_uni_moe import same_permissions
 from ..hub.configuration_uni_moe import is_sparse
 from ..mixtures.routing import record_routing
 from .data import NO_ROW, UniMoEDataCollator
-from .feature_cache import FeatureCache
+from .feature_cache import FeatureCache, FeatureCacheError
 from .feature_keys import encoder_of
 from .model_card import trained_card
 from .resuming import last_complete_checkpoint, only_run_in, write_digests
@@ -202,7 +202,7 @@ class UniMoESFTTrainer(SFTTrainer):
         if self.feature_cache is not None:
             self.feature_cache.check(self.model, self.data_collator.processor)
             if self.feature_cache.fill:
-                self.add_callback(_WriteFeatures(self.feature_cache))
+                self.add_callback(_WriteFeatures(self._flush))
         self._losses = ModalityLosses(self.model)
         self._routing: Any = None
         self._skipped, self._batches, self._empty_batches = 0, 0, 0
@@ -251,6 +251,9 @@ class UniMoESFTTrainer(SFTTrainer):
         with ExitStack() as stack:
             stack.enter_context(only_run_in(self.args.output_dir, self.args.should_save))
             stack.enter_context(self._losses)
+            if self.feature_cache is not None:
+                stack.enter_context(self.feature_cache.collecting())
+                stack.callback(self._flush)  # also where it is interrupted
             if is_sparse(self.model.config.get_text_config()):
                 self._routing = stack.enter_context(record_routing(self.model))
             result = super().train(resume_from_checkpoint, **kwargs)
@@ -260,6 +263,13 @@ class UniMoESFTTrainer(SFTTrainer):
                 "why, or rows are longer than `max_length` of the collator."
             )
         return result
+
+    def _flush(self) -> None:
+        """Writes features that wait; what was learned is worth more than these."""
+        try:
+            self.feature_cache.flush()
+        except OSError as error:
+            logger.warning("%s", error)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in the library, uncounted."""
@@ -274,7 +284,11 @@ class UniMoESFTTrainer(SFTTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in TRL; stops at a loss that is no number, before it reaches a weight."""
         if self.feature_cache is not None:
-            inputs = self.feature_cache.store(self.model, inputs)
+            try:
+                self.feature_cache.store(self.model, inputs)
+            except FeatureCacheError as error:  # the batch has its features; what was learned is worth more
+                logger.warning("Nothing more is stored in this run. %s", error)
+                self.feature_cache.is_collecting = False
         rows = inputs.pop("rows", None)
         self._skipped += inputs.pop("num_skipped", 0)
         self._batches += self.model.training
@@ -364,28 +378,15 @@ def _name_of_decoder(model: nn.Module) -> str:
 
 
 class _WriteFeatures(TrainerCallback):
-    """
-    What is missing is collected while the model trains, and written with every checkpoint, and when an epoch or the
-    training ends.
-    """
+    """Features that wait in memory are written with every checkpoint, and when an epoch ends."""
 
-    def __init__(self, cache: FeatureCache):
-        self.cache = cache
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.cache.is_collecting = True
+    def __init__(self, flush: Callable[[], None]):
+        self.flush = flush
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            self.cache.flush()
-        except OSError as error:  # what was learned is worth more
-            logger.warning("%s", error)
+        self.flush()
 
     on_save = on_evaluate = on_epoch_end
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.on_epoch_end()
-        self.cache.is_collecting = False
 
 
 class ModalityLosses:
