@@ -213,7 +213,10 @@ def _segmented(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
     device = hidden_states.device.type
     autocast = torch.is_autocast_enabled(device)
     tokens = hidden_states.to(torch.get_autocast_dtype(device)) if autocast else hidden_states
-    factors = self.lora_tensors(tokens)
+    dropout = self.lora_dropout.p if self.training and self.lora is not None else 0.0
+    # While decoding, only the factors of the experts that are met are worth a cast.
+    decodes = tokens.shape[0] <= FEW_TOKENS and not dropout and not torch.is_grad_enabled()
+    factors = self.lora_tensors(None if decodes else tokens)
     lora = None if factors is None else LoraFactors(*factors, self.lora_scaling)
     with torch.autocast(device, enabled=False):
         output = segmented_experts(
@@ -224,7 +227,7 @@ def _segmented(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
             lora,
             self.num_experts,
             activation=self.activation,
-            dropout=self.lora_dropout.p if self.training and lora is not None else 0.0,
+            dropout=dropout,
             recompute=self.config.expert_activations == "recompute",
         )
     return output.to(hidden_states.dtype)

@@ -117,7 +117,7 @@ def segmented_experts(
         index (`torch.Tensor` of shape `(N, K)`): Experts of each token, `int64` in `[0, num_experts)`.
         frozen ([`FrozenWeights`]): Get no gradients. Their dtype may be another one (under autocast): each is then
             cast when it is used.
-        lora ([`LoraFactors`], *optional*): `None` for plain experts.
+        lora ([`LoraFactors`], *optional*): `None` for plain experts. In any dtype for few tokens without gradients.
         num_experts (`int`): E.
         activation (`str`, *optional*, defaults to `"silu"`): One of `ACTIVATIONS`.
         dropout (`float`, *optional*, defaults to 0.0): Before each LoRA's first factor, in `[0, 1]`.
@@ -301,7 +301,7 @@ def _run_few(
         else:
             gate, up = (base_gate, base_up) if single else (base_gate[token], base_up[token])
         if lora is not None:
-            factors = lora.of(expert)
+            factors = _ExpertLora(*(factor.to(tokens.dtype) for factor in lora.of(expert)))
             low_gate, low_up = F.linear(rows, factors.gate_up_a).chunk(2, dim=1)  # (n, R)
             gate = torch.addmm(gate, low_gate, factors.gate_b.t(), alpha=lora.scaling)
             up = torch.addmm(up, low_up, factors.up_b.t(), alpha=lora.scaling)

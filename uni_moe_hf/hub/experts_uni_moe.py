@@ -147,15 +147,17 @@ class UniMoEExpertLora(nn.Module):
         self.down_a = nn.Parameter(torch.empty(experts, rank, inner))
         self.down_b = nn.Parameter(torch.empty(experts, hidden, rank))
 
-    def forward(self, hidden_states: torch.Tensor) -> ExpertLoraTensors:
+    def forward(self, hidden_states: torch.Tensor | None = None) -> ExpertLoraTensors:
         """
         Args:
-            hidden_states (`torch.Tensor`): Gives the dtype; PEFT keeps trained copies in float32.
+            hidden_states (`torch.Tensor`, *optional*): Gives the dtype; PEFT keeps trained copies in float32.
 
         Returns:
-            [`ExpertLoraTensors`] in the dtype of `hidden_states`.
+            [`ExpertLoraTensors`] in the dtype of `hidden_states`, or as they are stored.
         """
         tensors = (self.gate_up_a, self.gate_up_b, self.down_a, self.down_b)
+        if hidden_states is None:
+            return ExpertLoraTensors(*tensors)
         return ExpertLoraTensors(*(tensor.to(hidden_states.dtype) for tensor in tensors))
 
 
@@ -196,8 +198,8 @@ class UniMoELoraExperts(nn.Module):
         self.lora_dropout = nn.Dropout(config.expert_lora_dropout)
         self._is_merged = False
 
-    def lora_tensors(self, hidden_states: torch.Tensor) -> ExpertLoraTensors | None:
-        """The LoRA factors in the dtype of `hidden_states`, `None` for plain experts."""
+    def lora_tensors(self, hidden_states: torch.Tensor | None) -> ExpertLoraTensors | None:
+        """The LoRA factors in the dtype of `hidden_states`, or as they are stored; `None` for plain experts."""
         return None if self.lora is None else self.lora(hidden_states)
 
     def base_gate_up(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
