@@ -3,7 +3,8 @@ What the feature cache saves in the three stages of `examples/real_parts`, step 
 cache in turn; with speech in whole windows of 30 s, and cut to its length.
 
     python benchmarks/real_parts_cache.py ROOT --llm ... --vision_tower ... --speech_tower ... --audio_tower ... \
-        [--steps 8] [--rounds 2] [--output benchmarks/results/real_parts_cache.md]
+        [--steps 8] [--rounds 2] [--speech whole cut] [--stages stage1 stage2/speech] \
+        [--output benchmarks/results/real_parts_cache.md]
 
 ROOT holds data/, as `examples/real_parts/make_data.py` leaves it. Shown are seconds a step, without what a script does
 before its first, and the quotient of the two; "all" weighs the stages by the steps that they have in `run.py`.
@@ -56,6 +57,7 @@ def measured(args: argparse.Namespace, root: Path, cut: bool) -> dict[str, dict[
         **{f"stage2/{name}": partial(run.stage2, root, expert=name) for name in run.EXPERTS},
         "stage3": partial(run.stage3, root),
     }
+    stages = {name: stage for name, stage in stages.items() if name in args.stages}
     found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in stages}
     cache = {"feature_cache": root / "features"}
     for name, stage in stages.items():
@@ -76,6 +78,8 @@ def main() -> None:
         parser.add_argument(f"--{part}", required=True)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--speech", nargs="+", choices=["whole", "cut"], default=["whole", "cut"])
+    parser.add_argument("--stages", nargs="+", choices=list(run.STAGES), default=list(run.STAGES))
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -88,12 +92,12 @@ def main() -> None:
         "| speech | stage | s a step from media | from the cache | quotient |",
         "|---|---|--:|--:|--:|",
     ]
-    for cut in (False, True):
+    for speech in args.speech:
         with tempfile.TemporaryDirectory(dir=args.root) as folder:
             root = Path(folder)
             (root / "data").symlink_to((args.root / "data").resolve())
-            found = measured(args, root, cut)
-        planned = {name: steps for name, (_, steps) in run.STAGES.items()}
+            found = measured(args, root, cut=speech == "cut")
+        planned = {name: steps for name, (_, steps) in run.STAGES.items() if name in args.stages}
         for kind in ("media", "cache"):
             rounds = zip(*(found[name][kind] for name in planned), strict=True)
             sums = [sum(s * n for s, n in zip(each, planned.values(), strict=True)) for each in rounds]
@@ -103,7 +107,7 @@ def main() -> None:
             told = " and ".join(f"{value:.2f}" for value in quotients)
             medians = (statistics.median(each[kind]) for kind in ("media", "cache"))
             lines.append(
-                f"| {'cut' if cut else 'whole windows'} | {run.STAGES.get(name, ['all'])[0]} | "
+                f"| {speech} | {run.STAGES.get(name, ['all'])[0]} | "
                 f"{' | '.join(f'{median:.2f}' for median in medians)} | {told} |"
             )
         if args.output:

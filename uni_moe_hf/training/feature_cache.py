@@ -375,7 +375,10 @@ class FeatureCache:
         states = batch.setdefault("tower_states", {}) if wanted else {}
         for modality, clips in [*wanted.items()]:
             if self.has(key for key, _ in clips):  # since: of another row, or by another process
-                joined = _joined(modality, [self._read(key.key)[1] for key, _ in clips])
+                try:
+                    joined = _joined(modality, [self._read(key.key)[1] for key, _ in clips])
+                except FeatureCacheError:  # damaged; its clips are at hand
+                    continue
                 states |= {name: tensor.to(encoder_of(model).device) for name, tensor in joined.items()}
                 del wanted[modality]
                 for name in INPUTS[modality]:
