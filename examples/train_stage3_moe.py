@@ -71,6 +71,9 @@ def grow(script_args: StageArguments, mixture: MixtureArguments, rows: Dataset, 
 def main(script_args: StageArguments, training_args: SFTConfig, mixture: MixtureArguments) -> None:
     set_seed(training_args.seed)  # before anything starts at random: the trainer's own call comes after that
     rows, eval_rows = script_args.rows(), script_args.eval_rows(training_args)
+    count, pieces = len(mixture.experts), mixture.expert_parallel_size
+    if pieces > 1 and count % pieces:  # `spread` would say so after a long while
+        raise ValueError(f"`expert_parallel_size={pieces}` does not divide the {count} experts; use a divisor.")
     output_dir = Path(training_args.output_dir)
     grown, resume = output_dir / "grown", training_args.resume_from_checkpoint
     if resume == "last":  # that was saved whole; none at the first start

@@ -20,7 +20,15 @@ from tiny import EXACT, ROOT, TESTS, child_environment, picture, tiny_model, tin
 from tiny_training import make_own_trainer, rows, write_media
 from transformers import AutoModel, CLIPImageProcessorPil, SiglipImageProcessorPil
 
-from uni_moe_hf import FeatureCache, UniMoEDataCollator, UniMoESFTTrainer, encode_rows, prepare_stage, sft_config
+from uni_moe_hf import (
+    FeatureCache,
+    StageArguments,
+    UniMoEDataCollator,
+    UniMoESFTTrainer,
+    encode_rows,
+    prepare_stage,
+    sft_config,
+)
 from uni_moe_hf.cli import main
 from uni_moe_hf.hub.media_uni_moe import Clip
 from uni_moe_hf.training import encoding, feature_cache
@@ -372,6 +380,25 @@ def test_a_damaged_shard_is_named_and_unfinished_files_are_passed_over(parts, fi
         FeatureCacheError, match=r"cannot be used \(.* has .* bytes in place of .*\); remove it and its"
     ):
         FeatureCache(folder, *parts)
+
+
+def test_a_training_never_fills_a_cache_unasked(media, filled, tmp_path):
+    """Neither its steps nor the sample on which routers are balanced."""
+    Image.new("RGB", (30, 20), "green").save(tmp_path / "new.png")
+    answer = {"role": "assistant", "content": "a"}
+    row = {"messages": [{"role": "user", "content": [{"type": "image", "path": str(tmp_path / "new.png")}]}, answer]}
+    model = tiny_model(DENSE)
+    processor = tiny_processor(model.config)
+    processor.feature_cache = FeatureCache(filled.folder, model, processor)
+    trainer = make_own_trainer(media, tmp_path / "x", model, "connectors", processor=processor)
+    trainer.train_dataset = Dataset.from_list([row] * 4, on_mixed_types="use_json")
+    files = set(filled.folder.iterdir())
+    with pytest.raises(FeatureCacheError, match="does not hold .*new.png"):
+        trainer.train()
+    arguments = StageArguments(dataset_name="rows.jsonl")
+    with pytest.raises(FeatureCacheError, match="does not hold .*new.png"):
+        list(arguments.sample(trainer.train_dataset, model, processor, 4))
+    assert set(filled.folder.iterdir()) == files
 
 
 def test_two_encoders_may_read_the_same_rows(parts, media, tmp_path, monkeypatch):

@@ -507,7 +507,7 @@ class UniMoEConfig(PreTrainedConfig):
         if has_decoder and self.num_speech_query_tokens > self.speech_config.max_target_positions:
             raise ValueError(
                 f"`num_speech_query_tokens={self.num_speech_query_tokens}` exceeds the query decoder's "
-                f"`max_target_positions={self.speech_config.max_target_positions}`."
+                f"`max_target_positions={self.speech_config.max_target_positions}`; pass as many or fewer."
             )
 
 

@@ -81,7 +81,7 @@ def encode_rows(
     found, processor, bytes_of_unit, before_this = Encoding(), collator.processor, {}, cache.added.copy()
     before, processor.feature_cache = processor.feature_cache, cache
     try:
-        with cache.collecting():
+        with cache.collecting(dry_run):
             for modality, clips in _missing(rows, collator, cache, found, BATCHES_AT_ONCE * batch_size):
                 counts = found.modalities[modality]
                 for batch, count, refused in _batches(processor, modality, clips, batch_size, num_workers):

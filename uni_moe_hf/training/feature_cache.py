@@ -151,9 +151,12 @@ class FeatureCache:
         return self.__dict__ | {"_opened": OrderedDict(), "_waiting": {}, "_waiting_bytes": 0}
 
     @contextmanager
-    def collecting(self) -> Iterator[None]:
-        """While it is entered, a batch says of clips that are missing how [`store`] keeps their features."""
-        self.is_collecting = True
+    def collecting(self, dry_run: bool = False) -> Iterator[None]:
+        """
+        While it is entered, a batch says of clips that are missing how [`store`] keeps their features. They are an
+        error where the cache is not being filled, but for a dry run.
+        """
+        self.is_collecting = self.fill or dry_run
         try:
             yield
         finally:

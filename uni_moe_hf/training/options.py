@@ -16,6 +16,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ScriptArguments, SFTConfig, TrlParser
 
+from ..hub.configuration_uni_moe import MODALITIES
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 from ..hub.processing_uni_moe import UniMoEProcessor
 from .data import UniMoEDataCollator
@@ -141,14 +142,17 @@ class StageArguments(ScriptArguments):
             sample = list(rows.take(SAMPLE))
         else:
             sample = rows.select(range(0, len(rows), -(-len(rows) // SAMPLE)))
+        if unknown := [name for name in modalities if name not in MODALITIES]:
+            raise ValueError(f"{', '.join(unknown)}: no modality; there are {', '.join(MODALITIES)}.")
         found = set()
         for row in sample:
             with suppress(ValueError):  # the collator will name it
                 found |= {processor._ear(kind) for kind in row_modalities(row)[0]}
         if not found & set(modalities):
+            hint = " (speech in a plain column is said with --columns audio=speech)" if "speech" in modalities else ""
             raise ValueError(
                 f"The expert is for {' and '.join(modalities)}, but of {len(sample)} rows none holds it; they hold "
-                f"{', '.join(sorted(found)) or 'text'} (speech in a plain column is said with --columns audio=speech)."
+                f"{', '.join(sorted(found)) or 'text'}{hint}."
             )
 
     def open_feature_cache(self, model: UniMoEForConditionalGeneration, processor: UniMoEProcessor) -> None:
