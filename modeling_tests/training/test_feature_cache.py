@@ -31,7 +31,7 @@ from uni_moe_hf import (
 )
 from uni_moe_hf.cli import main
 from uni_moe_hf.hub.media_uni_moe import Clip
-from uni_moe_hf.training import encoding, feature_cache
+from uni_moe_hf.training import encoding, feature_cache, options
 from uni_moe_hf.training.feature_cache import FeatureCacheError
 
 
@@ -382,6 +382,28 @@ def test_a_damaged_shard_is_named_and_unfinished_files_are_passed_over(parts, fi
         FeatureCache(folder, *parts)
 
 
+@pytest.mark.parametrize("towers", [[["vision", 1]], {"vision": 3}, None])
+def test_a_header_that_says_nothing_of_towers_is_none(towers, parts, filled):
+    header = json.loads((filled.folder / "features.json").read_text())
+    (filled.folder / "features.json").write_text(json.dumps({**header, "towers": towers}))
+    with pytest.raises(ValueError, match="is no header of a feature cache"):
+        FeatureCache(filled.folder, *parts)
+
+
+def test_features_without_a_header_are_nobodys(parts, filled):
+    (filled.folder / "features.json").unlink()
+    with pytest.raises(ValueError, match="holds features but no features.json, which says whose they are"):
+        FeatureCache(filled.folder, *parts, fill=True)
+
+
+def test_towers_of_a_process_that_was_killed_are_removed_by_the_next(tmp_path):
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    mine = options._own_file(tmp_path / "out")
+    old = mine.with_name(mine.name.replace(f"-{os.getpid()}-", f"-{int(gone.stdout)}-"))
+    old.write_bytes(b"towers")
+    assert options._own_file(tmp_path / "out").exists() and mine.exists() and not old.exists()
+
+
 def test_a_training_never_fills_a_cache_unasked(media, filled, tmp_path):
     """Neither its steps nor the sample on which routers are balanced."""
     Image.new("RGB", (30, 20), "green").save(tmp_path / "new.png")
@@ -551,8 +573,10 @@ def test_a_folder_that_cannot_be_one_is_named(fill, parts, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for folder in ("file", "file/below", "loop"):
-        with pytest.raises((ValueError, FeatureCacheError), match="cannot be a feature cache|holds no feature cache"):
+        with pytest.raises(ValueError, match="cannot be the folder of a feature cache: '.*(file|loop)' is none"):
             FeatureCache(tmp_path / folder, *parts, fill=fill)
+    with pytest.raises(ValueError, match="its name is empty"):
+        FeatureCache("", *parts, fill=fill)
 
 
 def test_outside_a_training_a_cache_that_is_being_filled_reads_what_is_missing(parts, media, tmp_path):

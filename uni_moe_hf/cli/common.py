@@ -63,6 +63,14 @@ def positive(text: str) -> int:
     return number
 
 
+def not_negative(text: str) -> int:
+    """An option's whole number, 0 or more."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is negative")
+    return number
+
+
 def check_conversation(args: argparse.Namespace, takes_rows: bool) -> None:
     """
     Before a model is loaded in vain.

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .common import BYTES, load_checkpoint, load_config, positive
+from .common import BYTES, load_checkpoint, load_config, not_negative, positive
 
 
 MAX_LISTED = 100  # rows that are named one by one
@@ -33,7 +33,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--voice", choices=["speech", "audio"], default="speech", help="what `voice` files are")
     parser.add_argument("--device", default="auto", help="default: cuda where there is one, else cpu")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="clips at once (default: 8)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read media (default: 0)")
+    parser.add_argument(
+        "--workers", type=not_negative, default=0, metavar="N", help="processes that read media (default: 0)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say how large it would be, and encode nothing")
 
 
@@ -91,9 +93,10 @@ def encode(args: argparse.Namespace) -> int:
     """Exit code 1 where a row or clip could not be read; the others are encoded."""
     from ..training.data import UniMoEDataCollator
     from ..training.encoding import encode_rows
-    from ..training.feature_cache import FeatureCache
+    from ..training.feature_cache import FeatureCache, checked_folder
     from ..training.row_files import iter_rows
 
+    checked_folder(args.output)
     source, reading = _reading(args)
     model, processor = load_checkpoint(args)
     with tempfile.TemporaryDirectory() as nowhere:

@@ -132,7 +132,8 @@ def _missing(
                     seen.add(key.key)
                     missing.setdefault(modality, []).append(source)
         except (ValueError, OSError) as error:
-            found.refused.append(f"{describe_row(row)}: {reason(error)}")
+            name, why = describe_row(row), reason(error)
+            found.refused.append(why if why.startswith(name) else f"{name}: {why}")
         for modality in [modality for modality, clips in missing.items() if len(clips) >= at_once]:
             yield modality, missing.pop(modality)
     yield from missing.items()

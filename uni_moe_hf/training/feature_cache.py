@@ -112,7 +112,7 @@ class FeatureCache:
     def __init__(
         self, folder: str | Path, model: nn.Module, processor: Any, dtype: str | None = None, fill: bool = False
     ):
-        self.folder, self.fill = Path(folder), fill
+        self.folder, self.fill = checked_folder(folder), fill
         self.is_collecting = False  # whether missing clips are handed on to whoever has the towers, to be stored
         if dtype not in (None, *DTYPES):
             raise ValueError(f"Features are stored in {', '.join(DTYPES)}, not in {dtype!r}.")
@@ -178,15 +178,22 @@ class FeatureCache:
         if path.is_file():
             try:
                 header = json.loads(path.read_text(encoding="utf-8"))
-                known = header["format"] == FORMAT and header["dtype"] in DTYPES and dict(header["towers"])
+                known = header["format"] == FORMAT and header["dtype"] in DTYPES
+                if not all(isinstance(tower, dict) for tower in dict(header["towers"]).values()):
+                    raise TypeError("a tower has no settings")
+                header["towers"] = dict(header["towers"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"'{path}' is no header of a feature cache ({reason(error)}).") from error
-            if known is False:
+            if not known:
                 raise ValueError(f"'{path}' is of a format that this release does not read; make the cache anew.")
             if dtype is not None and dtype != header["dtype"]:
                 raise ValueError(
                     f"The feature cache '{self.folder}' holds {header['dtype']}, not {dtype}; name another folder."
                 )
+        elif any(self.folder.glob("features-*.json")):
+            raise ValueError(
+                f"'{self.folder}' holds features but no {HEADER}, which says whose they are; make the cache anew."
+            )
         self._compare(header["towers"], towers)
         missing = towers.keys() - header["towers"].keys()
         if self.fill and (missing or not path.is_file()):
@@ -479,6 +486,20 @@ class FeatureCache:
         return found
 
 
+def checked_folder(folder: str | Path) -> Path:
+    """
+    Raises:
+        ValueError: it cannot be a folder: its name is empty, or it or what it lies in is something else.
+    """
+    if not str(folder):
+        raise ValueError("A feature cache needs a folder, and its name is empty.")
+    path = Path(folder)
+    if there := next((place for place in (path, *path.parents) if os.path.lexists(place)), None):
+        if not there.is_dir():
+            raise ValueError(f"'{folder}' cannot be the folder of a feature cache: '{there}' is none.")
+    return path
+
+
 def _towers_of(encoder: nn.Module) -> dict[str, nn.Module]:
     """Those that are there and among its modules."""
     found = {name: getattr(encoder, f"{name}_tower", None) for name in dict.fromkeys(TOWERS.values())}
@@ -536,4 +557,4 @@ def _umask() -> int:
     return mask
 
 
-__all__ = ["INPUTS", "ClipKey", "FeatureCache", "FeatureCacheError", "Found", "parts_of"]
+__all__ = ["INPUTS", "ClipKey", "FeatureCache", "FeatureCacheError", "Found", "checked_folder", "parts_of"]

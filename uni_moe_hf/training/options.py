@@ -1,8 +1,10 @@
 """Options of the scripts: what all three stages share, what each has besides, and how they are read."""
 
 import atexit
+import glob
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
@@ -10,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from datasets import Dataset, IterableDataset
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -214,10 +217,14 @@ def _own_file(folder: Path) -> Path:
     Where the towers of this process wait: beside the folder, which may be pushed to the Hub, or in it where nothing
     may be written beside it.
     """
+    prefix = f".{folder.name}.towers-{platform.node()}-"
     for place in (folder.parent, folder):
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             place.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(".pt", f".{folder.name}.towers-", place)
+            for old in place.glob(f"{glob.escape(prefix)}*.pt*"):  # of a process that was killed
+                if not psutil.pid_exists(int(old.name.removeprefix(prefix).partition("-")[0])):
+                    old.unlink(missing_ok=True)
+            handle, name = tempfile.mkstemp(".pt", f"{prefix}{os.getpid()}-", place)
             os.close(handle)
             return Path(name)
     raise OSError(f"`without_towers` keeps them in a file beside '{folder}', which cannot be written.")
