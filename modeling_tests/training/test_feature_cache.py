@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -693,16 +694,21 @@ encode_rows(rows(), model, UniMoEDataCollator(processor, media_root=sys.argv[1])
     assert whole == filling == warm
 
 
-def test_the_command_line_encodes_rows_and_tells_their_size(media, parts, tmp_path, capsys):
+def interrupted(*args):
+    raise KeyboardInterrupt
+
+
+def test_the_command_line_encodes_rows_and_tells_their_size(media, parts, tmp_path, capsys, monkeypatch):
     model, processor = parts
     for part in parts:
         part.save_pretrained(tmp_path / "model")
     lines = [json.dumps(row) for row in rows(6)]
     (media / "rows.jsonl").write_text("\n".join(lines))
 
+    arguments = [str(media / "rows.jsonl"), "--model", str(tmp_path / "model"), "--output", str(tmp_path / "c")]
+
     def run(*options: str) -> tuple[int, str]:
-        command = ["data", "encode", str(media / "rows.jsonl"), "--model", str(tmp_path / "model")]
-        code = main([*command, "--output", str(tmp_path / "c"), *options])
+        code = main(["data", "encode", *arguments, *options])
         return code, capsys.readouterr().out
 
     planned, done, again = run("--dry-run"), run("--batch-size", "3"), run()
@@ -715,6 +721,10 @@ def test_the_command_line_encodes_rows_and_tells_their_size(media, parts, tmp_pa
     known = run("--dry-run")
     assert known[0] == 0 and (tmp_path / "c/features.json").read_text() == header
     assert known[1].splitlines()[:-1] == again[1].splitlines()[:-1]
+    monkeypatch.setattr(encoding, "_missing", interrupted)
+    assert main(["data", "encode", *arguments]) == 130
+    assert re.search(r"Interrupted with \d+ clips in '.*'; the same command goes on", capsys.readouterr().err)
+    monkeypatch.undo()
     with open(media / "rows.jsonl", "a") as file:
         file.write("\n" + json.dumps({"messages": [{"role": "user", "content": "no answer"}]}))
     code, text = run()

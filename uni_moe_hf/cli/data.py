@@ -105,7 +105,11 @@ def encode(args: argparse.Namespace) -> int:
         cache = FeatureCache(folder, model, processor, dtype=args.stored, fill=is_new or not args.dry_run)
         collator = UniMoEDataCollator(processor, voice=args.voice, media_root=args.media_root)
         rows = iter_rows(source, **reading)
-        done = encode_rows(rows, model, collator, cache, args.batch_size, args.workers, args.dry_run)
+        try:
+            done = encode_rows(rows, model, collator, cache, args.batch_size, args.workers, args.dry_run)
+        except KeyboardInterrupt:
+            sys.stderr.write(f"Interrupted with {len(cache)} clips in '{args.output}'; the same command goes on.\n")
+            raise
     count = _list(done.refused)
     sys.stdout.write(f"{'':<8}{'clips':>10}{'known':>10}{'new':>10}{'MB':>12}\n")
     for modality, each in done.modalities.items():
