@@ -481,7 +481,11 @@ def rooted(messages: list[dict], root: Path | None) -> list[dict]:
         is_path = isinstance(value, str | Path) and not str(value).startswith(
             ("http://", "https://", "data:", "file:")
         )
-        return str(root / value) if is_path and len(str(value)) < 4096 else value
+        if not is_path or len(str(value)) >= 4096:
+            return value
+        path, inside = root / value, root / str(value).lstrip("/")
+        # Data sets are published with roots such as "/coco_images", which mean a folder of the data.
+        return str(inside if path != inside and not path.exists() and inside.exists() else path)
 
     def with_root(part: Mapping[str, Any]) -> dict[str, Any]:
         keys = () if part.get("type") == "text" else (*MODALITIES, "path", "url", *(f"{m}_url" for m in MODALITIES))

@@ -1,0 +1,129 @@
+"""`uni-moe evaluate`: how good a checkpoint is at a task, with intervals, beside another one and the paper's figures."""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .common import BYTES, load_checkpoint, not_negative, positive
+
+
+def add_command(commands: Any) -> None:
+    """Options of `uni-moe evaluate`."""
+    text = "Ask a checkpoint a benchmark's questions, or your own, and score its answers."
+    parser = commands.add_parser("evaluate", help=text, description=text)
+    parser.set_defaults(run=run)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a folder or a Hub id")
+    parser.add_argument("--task", metavar="NAME|FILE", help="a task of --list, or a YAML file of your own")
+    parser.add_argument("--data", metavar="SOURCE", nargs="+", help="rows: files, a folder or a data set")
+    parser.add_argument("--list", action="store_true", help="name the tasks that there are")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="questions at once (default: 8)")
+    parser.add_argument("--workers", type=not_negative, metavar="N", help="processes that read media (default: 1)")
+    parser.add_argument("--predictions", metavar="OUT.jsonl", help="every answer at once; a killed run goes on there")
+    parser.add_argument("--original-format", metavar="OUT.json", help="answers in the original's records")
+    parser.add_argument("--json", metavar="OUT.json", help="figures as JSON ('-': print them instead of the table)")
+    parser.add_argument("--other-media", action="store_true", help="control: show another row's media")
+    parser.add_argument("--baseline", metavar="CHECKPOINT", help="compare with another one on the same rows")
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest words where the task samples")
+    parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="in place of the task's")
+    parser.add_argument("--metrics", nargs="+", metavar="NAME", help="in place of the task's")
+    parser.add_argument("--judge", metavar="URL", help="an OpenAI-compatible server, for tasks that are judged")
+    parser.add_argument("--judge-model", default="default", metavar="NAME", help="as that server names it")
+    parser.add_argument("--answers", metavar="FILE", help="right answers, where rows have none (VQA's annotations)")
+    parser.add_argument("--media-root", metavar="DIR", help="where relative paths start (default: beside the file)")
+    parser.add_argument("--by", metavar="COLUMN", help="what makes groups (default: task or category)")
+    parser.add_argument("--split", default="train", help="of a data set (default: train)")
+    parser.add_argument("--config", metavar="NAME", help="of a data set that has several")
+    parser.add_argument("--columns", nargs="+", metavar="NAME=WHAT", help="such as photo=image label=answer")
+    parser.add_argument("--question", nargs="+", metavar="TEXT", help="what is asked about plain media")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling, and of --other-media (default: 0)")
+    parser.add_argument("--device", default="auto", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *BYTES], help="default: as saved")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table; exit code 1 where a row could not be read."""
+    from ..evaluation.tasks import load_task, task_names
+
+    if args.list:
+        tasks = [load_task(name) for name in task_names()]
+        width = max(len(task.name) for task in tasks)
+        for task in tasks:
+            takes = ", ".join(task.takes) or "anything"
+            scored = ", ".join(task.metrics) or "likelihood"
+            sys.stdout.write(f"{task.name:<{width}}  {task.title} ({takes}; {scored})\n")
+        return 0
+    if missing := [name for name in ("checkpoint", "task", "data") if not getattr(args, name)]:
+        option = missing[0].upper() if missing[0] == "checkpoint" else f"--{missing[0]}"
+        raise ValueError(
+            f"{option} is missing: uni-moe evaluate CHECKPOINT --task NAME --data FILE (--list names tasks)."
+        )
+    task = chosen_task(args)
+    from ..evaluation.judging import open_judge
+    from ..evaluation.predictions import write_original
+    from ..evaluation.questions import load_questions
+
+    judge = None
+    if args.judge:
+        judge = open_judge(args.judge, args.judge_model, os.environ.get("OPENAI_API_KEY"))
+    elif task.needs_judge:
+        raise ValueError(
+            f"Task '{task.name}' is scored by a judge: name an OpenAI-compatible server with --judge URL, or score it by "
+            "something else with --metrics."
+        )
+    source = args.data[0] if len(args.data) == 1 else args.data
+    reading = {name: getattr(args, name) for name in ("split", "config", "columns", "question", "limit", "by")}
+    reading |= {"answers": args.answers, "media_root": args.media_root}
+    load_questions(task, source, **reading)  # whatever is wrong with the rows is said before weights are loaded
+    reading |= {"batch_size": args.batch_size, "workers": args.workers, "seed": args.seed, "judge": judge}
+    reading |= {"media": "other" if args.other_media else "own", "quiet": not sys.stderr.isatty()}
+    found = _evaluate(args, args.checkpoint, args.predictions, task, source, reading)
+    baseline = None
+    if args.baseline:
+        beside = args.predictions and str(Path(args.predictions).with_suffix(".baseline.jsonl"))
+        baseline = _evaluate(args, args.baseline, beside, task, source, reading)
+    if args.original_format:
+        write_original(args.original_format, found.questions, found.records)
+    facts = {"checkpoint": args.checkpoint, **found.to_dict()}
+    if baseline is not None:
+        differences = found.against(baseline)
+        facts["baseline"] = {"checkpoint": args.baseline, **baseline.to_dict()}
+        facts["difference"] = {
+            group: {name: figure.to_dict() for name, figure in figures.items()}
+            for group, figures in differences.items()
+        }
+    text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+    if args.json == "-":
+        sys.stdout.write(text)
+    else:
+        sys.stdout.write(found.table(baseline) + "\n")
+        if args.json:
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.json).write_text(text, encoding="utf-8")
+    return int(bool(found.unreadable))
+
+
+def chosen_task(args: argparse.Namespace) -> Any:
+    """The task, with what the command line says otherwise."""
+    from ..evaluation.tasks import load_task
+
+    task = load_task(args.task)
+    decoding = dict(task.decoding)
+    if args.greedy:
+        decoding = {name: value for name, value in decoding.items() if name not in ("temperature", "top_p", "top_k")}
+        decoding |= {"do_sample": False}
+    if args.max_new_tokens:
+        decoding["max_new_tokens"] = args.max_new_tokens
+    changes = {"decoding": decoding} | ({"metrics": tuple(args.metrics)} if args.metrics else {})
+    return replace(task, **changes)
+
+
+def _evaluate(args: Any, checkpoint: str, predictions: Any, task: Any, source: Any, settings: dict[str, Any]) -> Any:
+    from ..evaluation.evaluation import evaluate
+
+    model, processor = load_checkpoint(argparse.Namespace(**{**vars(args), "checkpoint": checkpoint}))
+    return evaluate(model, processor, task, source, predictions=predictions, **settings)

@@ -1,0 +1,252 @@
+"""
+A model's answers to questions, batch by batch: media are read ahead while it answers, questions of the same kind and
+length share a batch, and what cannot be read is told and left out.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from transformers import set_seed
+
+from ..hub.files_uni_moe import reason
+from ..training.data import UniMoEDataCollator
+from .questions import Question
+from .tasks import Task
+
+
+# Record of a question's answer: `prediction`, `losses`, or `unreadable`, as JSON holds them.
+Record = dict[str, Any]
+
+
+def answer_questions(
+    model: Any,
+    processor: Any,
+    task: Task,
+    questions: Sequence[Question],
+    others: Sequence[Question] | None = None,
+    batch_size: int = 8,
+    workers: int | None = None,
+    seed: int = 0,
+    known: Mapping[int, Record] | None = None,
+    in_order: bool = False,
+) -> Iterator[dict[int, Record]]:
+    r"""
+    Args:
+        model, processor: That belong together.
+        task ([`Task`]): Its `method` and `decoding` say what is done.
+        questions (`list[Question]`): To answer.
+        others (`list[Question]`, *optional*): For `prefer`: the same with another row's media.
+        batch_size (`int`, *optional*, defaults to 8): Questions at once.
+        workers (`int`, *optional*): Processes that read media ahead; one where there is more than one core.
+        seed (`int`, *optional*, defaults to 0): Of sampling. An answer depends on the questions beside it only where
+            it is sampled; then a run that goes on draws as one that was never stopped.
+        known (`dict[int, dict]`, *optional*): Row number -> record of an earlier run: batches of these are left out.
+        in_order (`bool`, *optional*, defaults to `False`): Whether questions are taken as they come, not by kind and
+            length.
+
+    Yields:
+        `dict[int, dict]`: row number -> record, for each batch: `prediction` (text or letter), `losses` (nats a token:
+        of the options by letter, or `own` and `other`), or `unreadable`, why.
+    """
+    order = list(range(len(questions))) if in_order else _by_kind_and_length(questions)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    known = known or {}
+    numbers = [batch for batch in batches if any(questions[index].number not in known for index in batch)]
+    first = {id(batch): place for place, batch in enumerate(batches)}
+    ask = _Asked(processor, task, questions, others, numbers)
+    workers = min(1, (os.cpu_count() or 1) - 1) if workers is None else workers
+    # A batch is made whole by one worker; two wait ready.
+    ahead = {"num_workers": workers, "prefetch_factor": 2} if workers else {}
+    samples = bool(task.decoding.get("do_sample"))
+    with _answering(model):
+        loader = DataLoader(ask, batch_size=None, collate_fn=_as_it_is, **ahead)
+        for batch, (inputs, kept, unread) in zip(numbers, loader, strict=True):
+            found: dict[int, Record] = {questions[index].number: {"unreadable": why} for index, why in unread.items()}
+            if kept:
+                if samples:
+                    set_seed(seed + first[id(batch)])
+                made = _run(model, processor, task, inputs, len(kept))
+                found |= {questions[index].number: record for index, record in zip(kept, made, strict=True)}
+            yield found
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+@contextmanager
+def _answering(model: Any) -> Iterator[None]:
+    """In evaluation mode, without gradients; afterwards as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _by_kind_and_length(questions: Sequence[Question]) -> list[int]:
+    """Indices, neighbours alike: in modalities, then the size of their sounds, then words; the longest first."""
+
+    def key(index: int) -> tuple:
+        question = questions[index]
+        kinds = tuple(str(part.get("type")) for part in question.media)
+        heard = sum(_size(part) for part in question.media if part.get("type") in ("audio", "speech"))
+        return kinds, -heard, -len(question.text.split())
+
+    return sorted(range(len(questions)), key=key)
+
+
+def _size(part: Mapping[str, Any]) -> int:
+    """Bytes of a file, which tell long recordings from short ones; 0 where there is none."""
+    name = part.get("path") or part.get(str(part.get("type")))
+    try:
+        return Path(name).stat().st_size if isinstance(name, str) and len(name) < 4096 else 0
+    except (OSError, ValueError):
+        return 0
+
+
+class _Asked(Dataset):
+    """Batches as model inputs: `(inputs, indices that are in them, index -> why it could not be read)`."""
+
+    def __init__(
+        self,
+        processor: Any,
+        task: Task,
+        questions: Sequence[Question],
+        others: Sequence[Question] | None,
+        batches: list[list[int]],
+    ):
+        self.processor, self.task = processor, task
+        self.questions, self.others, self.batches = questions, others, batches
+        self.collator = UniMoEDataCollator(processor)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, place: int) -> tuple[dict[str, Any], list[int], dict[int, str]]:
+        batch = self.batches[place]
+        try:
+            return self._inputs(batch), batch, {}
+        except ImportError:
+            raise
+        except Exception as error:  # whatever a file can cause is counted for that row
+            if len(batch) == 1:
+                return {}, [], {batch[0]: reason(error)}
+        unread = {}
+        for index in batch:
+            try:
+                self._inputs([index])
+            except Exception as error:
+                unread[index] = reason(error)
+        kept = [index for index in batch if index not in unread]
+        return (self._inputs(kept) if kept else {}), kept, unread
+
+    def _inputs(self, batch: list[int]) -> dict[str, Any]:
+        if self.task.method == "generate":
+            made = self.processor.apply_chat_template(
+                [self.questions[index].messages for index in batch],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, "padding_side": "left"},
+            )
+            return dict(made)
+        rows = [row for index in batch for row in self._completed(index)]
+        return {**self.collator(rows), "per_question": [len(self._completed(index)) for index in batch]}
+
+    def _completed(self, index: int) -> list[dict]:
+        """Conversations whose likelihoods are compared."""
+        question = self.questions[index]
+        if self.task.method == "choose":
+            return [_with_answer(question, text) for text in question.options.values()]
+        return [_with_answer(question, question.answer), _with_answer(self.others[index], question.answer)]
+
+
+def _with_answer(question: Question, answer: str) -> dict[str, Any]:
+    said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    return {"messages": [*question.messages, said]}
+
+
+def _run(model: Any, processor: Any, task: Task, inputs: dict[str, Any], count: int) -> list[Record]:
+    per_question = inputs.pop("per_question", [])
+    inputs = on_device(inputs, model)
+    if task.method == "generate":
+        return [{"prediction": text} for text in generate_texts(model, processor, inputs, task.decoding)]
+    losses = iter(answer_losses(model, inputs))
+    made = []
+    for many in per_question:
+        made.append({"losses": [next(losses) for _ in range(many)]})
+    return made
+
+
+def on_device(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Tensors where the model is, those of media in its precision."""
+    device, dtype = model.device, model.dtype
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else None) if torch.is_tensor(value) else value
+        for name, value in inputs.items()
+    }
+
+
+def generate_texts(model: Any, processor: Any, inputs: dict[str, Any], decoding: Mapping[str, Any]) -> list[str]:
+    """
+    Args:
+        model, processor: That belong together.
+        inputs (`dict`): Of the processor, padded on the left, on the model's device.
+        decoding (`dict`): For `generate`; greedy, 256 tokens by default.
+
+    Returns:
+        `list[str]`: what is written after each prompt, without special tokens and surrounding space.
+    """
+    settings = {"do_sample": False, "max_new_tokens": 256, **decoding}
+    if not settings["do_sample"]:  # what a generation config says of sampling would be warned of
+        settings |= dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "typical_p"))
+    ids = model.generate(**inputs, **settings)
+    texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def answer_losses(model: Any, inputs: dict[str, Any]) -> list[float]:
+    """
+    Args:
+        model: On whose device the inputs are.
+        inputs (`dict`): A batch of [`UniMoEDataCollator`] with `labels` `(B, T)`.
+
+    Returns:
+        `list[float]`: mean loss of each row's answer tokens, in nats.
+    """
+    losses, counts, _ = label_likelihoods(model, inputs)
+    return [-total / max(count, 1) for total, count in zip(losses, counts, strict=True)]
+
+
+def label_likelihoods(model: Any, inputs: dict[str, Any]) -> tuple[list[float], list[int], list[bool]]:
+    """
+    Args:
+        model, inputs: As in [`answer_losses`].
+
+    Returns:
+        `tuple`: for each row the sum of the log-likelihoods of its labels, in nats, how many there are, and whether
+        each is the likeliest token in its place.
+    """
+    labels = inputs["labels"][:, 1:]  # (B, T - 1)
+    is_label = labels != -100
+    logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits[:, :-1]
+    picked = logits[is_label].float()  # (labels, V): the answers alone, of long prompts with a large vocabulary
+    wanted = labels[is_label]
+    likelihoods = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
+    likelihoods[is_label] = -F.cross_entropy(picked, wanted, reduction="none")
+    is_best = torch.ones_like(is_label)
+    is_best[is_label] = picked.argmax(dim=-1) == wanted
+    return likelihoods.sum(dim=1).tolist(), is_label.sum(dim=1).tolist(), is_best.all(dim=1).tolist()
+
+
+__all__ = ["Record", "answer_losses", "answer_questions", "generate_texts", "label_likelihoods", "on_device"]

@@ -1,0 +1,321 @@
+"""`evaluate`: a model's answers to the questions of a task, their figures with intervals, and how two models compare."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..hub.files_uni_moe import reason
+from .answering import Record, answer_questions
+from .judging import Judge, judged
+from .metrics import METRICS, Answered
+from .predictions import Predictions, model_digest
+from .questions import Question, load_questions, with_other_media
+from .statistics import Contributions, Figure, mean_of
+from .tasks import Task, load_task
+
+
+ALL = "all"
+
+
+@dataclass
+class Evaluation:
+    r"""
+    What [`evaluate`] found.
+
+    Args:
+        task ([`Task`]): What was asked.
+        questions (`list[Question]`): All of them.
+        records (`dict[int, dict]`): Row number -> `prediction`, `losses`, `judgement` or `unreadable`.
+        media (`str`): `"own"` or `"other"`: whose media were shown.
+        seconds (`float`): That answering took; of rows that an earlier run had answered nothing.
+        answered_now (`int`): Rows that were answered in this time.
+
+    Attributes:
+        figures (`dict[str, dict[str, Figure]]`): Group (`"all"` for all rows) -> name -> figure.
+        left_out (`dict[str, str]`): Metric -> why it does not apply to these rows.
+    """
+
+    task: Task
+    questions: list[Question]
+    records: dict[int, Record]
+    media: str = "own"
+    seconds: float = 0.0
+    answered_now: int = 0
+    figures: dict[str, dict[str, Figure]] = field(init=False)
+    left_out: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left_out = {}
+        self.figures = {
+            group: {name: each.figure() for name, each in self._contributions(questions).items()}
+            for group, questions in self._groups().items()
+        }
+
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """Row number -> why it could not be asked."""
+        return {number: each["unreadable"] for number, each in self.records.items() if "unreadable" in each}
+
+    @property
+    def main(self) -> tuple[str, Figure]:
+        """Name and figure that the task is about, over all rows."""
+        return next(iter(self.figures[ALL].items()))
+
+    def _groups(self) -> dict[str, list[Question]]:
+        read = [question for question in self.questions if "unreadable" not in self.records.get(question.number, {})]
+        groups: dict[str, list[Question]] = {}
+        for question in read:
+            groups.setdefault(question.group, []).append(question)
+        return groups | {ALL: read} if len(groups) > 1 else {ALL: read}
+
+    def _contributions(self, questions: list[Question]) -> dict[str, Contributions]:
+        if not questions:
+            return {}
+        if self.task.method == "prefer":
+            pairs = [self.records[question.number]["losses"] for question in questions]
+            gains = [other - own for own, other in pairs]
+            return {
+                "own_preferred": mean_of([gain > 0 for gain in gains]),
+                "gain": mean_of(gains, percent=False),
+                "own_loss": mean_of([own for own, _ in pairs], percent=False),
+                "other_loss": mean_of([other for _, other in pairs], percent=False),
+            }
+        rows = [self._answered(question) for question in questions]
+        found: dict[str, Contributions] = {}
+        for name in self.task.metrics:
+            if METRICS[name].needs == "judge" and any(row.judgement is None for row in rows):
+                self.left_out[name] = "no judge was given"
+                continue
+            try:
+                found |= METRICS[name].score(rows)
+            except ValueError as error:
+                if name == self.task.metrics[0]:
+                    raise ValueError(f"Task '{self.task.name}' cannot be scored: {error}.") from error
+                self.left_out[name] = str(error)
+        return found
+
+    def _answered(self, question: Question) -> Answered:
+        record = self.records[question.number]
+        if self.task.method == "choose":
+            losses = record["losses"]
+            said = list(question.options)[min(range(len(losses)), key=losses.__getitem__)]
+        else:
+            said = record["prediction"]
+        return Answered(said, question.references, question.options, question.text, record.get("judgement"))
+
+    def against(self, baseline: "Evaluation") -> dict[str, dict[str, Figure]]:
+        """
+        Args:
+            baseline ([`Evaluation`]): Of the same task and rows.
+
+        Returns:
+            `dict`: as `figures`: this one minus the baseline, over the rows that both could read, with an interval that
+            comes from drawing the same rows for both.
+        """
+        unread = {*self.unreadable, *baseline.unreadable}
+        both = [question for question in self.questions if question.number not in unread]
+        if {q.number: q.digest for q in self.questions} != {q.number: q.digest for q in baseline.questions}:
+            raise ValueError("A comparison needs the same task and rows for both models.")
+        groups: dict[str, list[Question]] = {}
+        for question in both:
+            groups.setdefault(question.group, []).append(question)
+        differences = {}
+        for group, questions in (groups | {ALL: both} if len(groups) > 1 else {ALL: both}).items():
+            mine, theirs = self._contributions(questions), baseline._contributions(questions)
+            differences[group] = {name: mine[name].against(theirs[name]) for name in mine.keys() & theirs.keys()}
+            differences[group] = {name: differences[group][name] for name in mine if name in theirs}
+        return differences
+
+    def table(self, baseline: "Evaluation | None" = None) -> str:
+        """For reading: a line per group, and what stands behind the figures."""
+        title = self.task.title or self.task.name
+        asked = "" if self.media == "own" else ", with another row's media"
+        names = list(self.figures[ALL])
+        lines = [f"{title}{asked}: {len(self.questions) - len(self.unreadable):,} rows, 95 % bootstrap intervals"]
+        if not names:
+            lines.append("no row could be read")
+        else:
+            lines += _table(self.figures, names)
+        if baseline is not None and names:
+            lines += ["", "difference to the baseline, paired:", *_table(self.against(baseline), names)]
+        if self.unreadable:
+            number, why = next(iter(self.unreadable.items()))
+            lines.append(
+                f"{len(self.unreadable)} of {len(self.questions)} rows could not be read and are in no figure; the first "
+                f"is row {number}: {why}"
+            )
+        lines += [f"{name} is left out: {why}" for name, why in self.left_out.items()]
+        lines += self._paper()
+        return "\n".join(lines)
+
+    def _paper(self) -> list[str]:
+        metric, values = self.task.paper.get("metric"), self.task.paper.get("values", {})
+        if metric not in self.figures[ALL] or not values or self.media != "own":
+            return []
+        told = ", ".join(f"{model} {value:.2f}" for model, value in values.items())
+        return [f"the paper's {metric} ({self.task.paper.get('where', 'no table named')}): {told}"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "task": self.task.name,
+            "media": self.media,
+            "rows": len(self.questions),
+            "unreadable": {str(number): why for number, why in self.unreadable.items()},
+            "decoding": dict(self.task.decoding) if self.task.method == "generate" else self.task.method,
+            "figures": {
+                group: {name: figure.to_dict() for name, figure in figures.items()}
+                for group, figures in self.figures.items()
+            },
+            "left_out": self.left_out,
+            "paper": dict(self.task.paper),
+            "seconds": self.seconds,
+            "answered_now": self.answered_now,
+        }
+
+
+def _table(figures: Mapping[str, Mapping[str, Figure]], names: Sequence[str]) -> list[str]:
+    rows = [["", "rows", *names]]
+    for group, found in figures.items():
+        count = max((figure.rows for figure in found.values()), default=0)
+        rows.append([group, f"{count:,}", *(str(found[name]) if name in found else "" for name in names)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if not place else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    task: str | Path | Task,
+    rows: Any,
+    *,
+    batch_size: int = 8,
+    limit: int | None = None,
+    media: str = "own",
+    judge: Judge | None = None,
+    predictions: str | Path | None = None,
+    answers: str | Path | None = None,
+    media_root: str | Path | None = None,
+    by: str | None = None,
+    workers: int | None = None,
+    seed: int = 0,
+    quiet: bool = True,
+    **reading: Any,
+) -> Evaluation:
+    r"""
+    Asks a model the questions of a task and scores its answers.
+
+    Args:
+        model ([`UniMoEForConditionalGeneration`]): Wrapped by PEFT or not.
+        processor ([`UniMoEProcessor`]): Of the model.
+        task (`str`, `Path` or [`Task`]): A name of [`~tasks.task_names`] or a YAML file.
+        rows: A file, folder or data set as in [`load_rows`], or rows as dicts.
+        batch_size (`int`, *optional*, defaults to 8): Questions at once.
+        limit (`int`, *optional*): Only so many rows, the first.
+        media (`str`, *optional*, defaults to `"own"`): `"other"` shows another row's media: what is right then was
+            known without them.
+        judge (`Callable`, *optional*): Messages of a chat -> reply, for tasks that are judged; see [`~judging.open_judge`].
+        predictions (`str` or `Path`, *optional*): `.jsonl` file that gets every answer at once; a run that was stopped
+            goes on from it.
+        answers, media_root, by, reading: As in [`~questions.load_questions`].
+        workers (`int`, *optional*): Processes that read media ahead; one where there is more than one core.
+        seed (`int`, *optional*, defaults to 0): Of sampling, and of whose media `"other"` shows.
+        quiet (`bool`, *optional*, defaults to `True`): Whether there is no progress bar.
+
+    Returns:
+        [`Evaluation`]: figures with 95 % bootstrap intervals. Media that cannot be read are told, and in no figure.
+
+    Raises:
+        ValueError: there is no such task; a row has no answer; the model lacks a tower that the rows need; the task
+            needs a judge and there is none; the predictions are of other questions or another model.
+
+    Example:
+
+    ```python
+    >>> found = evaluate(model, processor, "short-answers", "rows.jsonl")
+    >>> print(found.table())
+    ```
+    """
+    task = load_task(task)
+    if media not in ("own", "other"):
+        raise ValueError(f"`media` is {media!r}; it can be 'own' or 'other'.")
+    if media == "other" and task.method == "prefer":
+        raise ValueError(f"Task '{task.name}' compares with another row's media by itself; leave `media` alone.")
+    if task.needs_judge and judge is None:
+        raise ValueError(
+            f"Task '{task.name}' is scored by a judge: give one (an OpenAI-compatible server with --judge URL, or `judge=`)."
+        )
+    questions = load_questions(task, rows, answers, media_root, limit, by, **reading)
+    check_modalities(processor, task, questions)
+    asked, others = questions, None
+    if media == "other":
+        asked = with_other_media(questions, seed)
+    elif task.method == "prefer":
+        others = with_other_media(questions, seed)
+    header = {
+        "task": task.name,
+        "model": model_digest(model),
+        "media": media,
+        "decoding": dict(task.decoding) if task.method == "generate" else task.method,
+        "seed": seed,
+    }
+    with Predictions(predictions, header, asked) as kept:
+        done_before = len(kept.records)
+        start = time.monotonic()
+        with tqdm(total=len(asked), initial=done_before, desc=task.name, unit="row", disable=quiet) as bar:
+            for records in answer_questions(
+                model, processor, task, asked, others, batch_size, workers, seed, kept.records
+            ):
+                before = len(kept.records)
+                kept.add(records)
+                bar.update(len(kept.records) - before)
+        seconds = time.monotonic() - start
+        if judge is not None and any(METRICS[name].needs == "judge" for name in task.metrics):
+            waiting = {
+                question.number: (question, kept.records[question.number]["prediction"])
+                for question in asked
+                if {"prediction", "judgement"} & kept.records[question.number].keys() == {"prediction"}
+            }
+            numbers = list(waiting)
+            for at in range(0, len(numbers), 64):
+                some = judged(judge, {number: waiting[number] for number in numbers[at : at + 64]})
+                kept.add({number: {"judgement": grade} for number, grade in some.items()})
+        return Evaluation(task, asked, kept.records, media, seconds, len(kept.records) - done_before)
+
+
+def check_modalities(processor: Any, task: Task, questions: Sequence[Question]) -> None:
+    """
+    Before anything is answered in vain.
+
+    Raises:
+        ValueError: the rows hold what the model has no tower for, or not what the task is about.
+    """
+    held = {
+        kind: question for question in reversed(questions) for kind in {str(p.get("type")) for p in question.media}
+    }
+    has = set(processor.modalities)
+    for kind, question in held.items():
+        known = processor._ear(kind) if kind in ("audio", "speech") else kind
+        if known in ("image", "video", "audio", "speech") and known not in has:
+            raise ValueError(
+                f"{question.name} holds {kind}, for which the model has no tower; it takes {', '.join(['text', *has])}."
+            )
+    if missing := [kind for kind in task.takes if kind not in held]:
+        raise ValueError(
+            f"Task '{task.name}' is about {' and '.join(task.takes)}, and no row holds {missing[0]}; they hold "
+            f"{', '.join(sorted(held)) or 'text alone'} (--columns NAME={missing[0]} says which column is one)."
+        )
+
+
+__all__ = ["Evaluation", "check_modalities", "evaluate"]

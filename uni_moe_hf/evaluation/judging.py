@@ -1,0 +1,106 @@
+"""Answers judged by another LLM, as Video-ChatGPT judges: right or wrong, and 0 to 5. Off unless a judge is given."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from .questions import Question
+
+
+# In our words: who judged the paper's answers, and with which prompt, is not known.
+SYSTEM = (
+    "You grade short answers about a picture, a video or a sound that you cannot see or hear yourself. You are told the "
+    "question, the right answer and a candidate's answer. Grade the meaning, not the wording: synonyms and longer "
+    "sentences are fine as long as they say the same and contradict nothing."
+)
+PROMPT = (
+    "Question: {question}\nRight answer: {reference}\nCandidate's answer: {prediction}\n\n"
+    'Reply with one JSON object and nothing else: {{"correct": "yes" or "no", "score": a whole number}}. The score says '
+    "how well the candidate's answer matches, from 0 (not at all) to 5 (completely). In a right answer <AND> joins what "
+    "must all be said, and <OR> joins alternatives."
+)
+AT_ONCE = 8
+
+# Messages of a chat -> what is replied.
+Judge = Callable[[list[dict[str, str]]], str]
+
+
+def open_judge(url: str, model: str = "default", key: str | None = None, timeout: float = 120) -> Judge:
+    """
+    Args:
+        url (`str`): Of an OpenAI-compatible server, such as `http://localhost:8000/v1`.
+        model (`str`, *optional*, defaults to `"default"`): As the server names it.
+        key (`str`, *optional*): Of the server.
+        timeout (`float`, *optional*, defaults to 120): Seconds to wait for a reply.
+
+    Returns:
+        A judge for [`judged`].
+    """
+    from huggingface_hub import InferenceClient
+
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(
+            f"A judge is the address of an OpenAI-compatible server, such as http://localhost:8000/v1, not '{url}'."
+        )
+    client = InferenceClient(base_url=url.removesuffix("/chat/completions"), api_key=key or "none", timeout=timeout)
+
+    def ask(messages: list[dict[str, str]]) -> str:
+        try:
+            reply = client.chat_completion(messages, model=model, temperature=0, max_tokens=64)
+            return reply.choices[0].message.content or ""
+        except Exception as error:  # of many kinds, of whatever speaks HTTP beneath
+            text = " ".join(str(error).split())
+            raise OSError(f"The judge at {url} gave no answer: {text or type(error).__name__}.") from error
+
+    return ask
+
+
+def judged(judge: Judge, asked: Mapping[int, tuple[Question, str]]) -> dict[int, dict[str, Any]]:
+    """
+    Args:
+        judge (`Callable`): Messages -> reply; called from several threads.
+        asked (`dict`): Row number -> question and what the model answered.
+
+    Returns:
+        `dict`: row number -> `correct` (`bool`) and `score` (0 to 5).
+
+    Raises:
+        ValueError: a reply holds no grade, twice.
+    """
+
+    def grade(item: tuple[int, tuple[Question, str]]) -> tuple[int, dict[str, Any]]:
+        number, (question, prediction) = item
+        text = PROMPT.format(
+            question=question.text or "(in the recording)",
+            reference=" <OR> ".join(dict.fromkeys(question.references)),
+            prediction=prediction or "(nothing)",
+        )
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+        for _ in range(2):
+            reply = judge(messages)
+            if (found := parse_grade(reply)) is not None:
+                return number, found
+        raise ValueError(f"The judge gave no grade for {question.name}, but: {reply[:80]!r}; take another judge.")
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return dict(pool.map(grade, asked.items()))
+
+
+def parse_grade(reply: str) -> dict[str, Any] | None:
+    """`correct` and `score` of a reply: JSON or a Python dictionary, also with `pred` for `correct`; else `None`."""
+    if (match := re.search(r"\{[^{}]*\}", reply)) is None:
+        return None
+    text = re.sub(r"'", '"', match[0])
+    try:
+        found = json.loads(text)
+        said, score = str(found.get("correct", found.get("pred"))).lower(), float(found["score"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    if said not in ("yes", "no", "true", "false") or not 0 <= score <= 5:
+        return None
+    return {"correct": said in ("yes", "true"), "score": score}
+
+
+__all__ = ["Judge", "judged", "open_judge", "parse_grade"]

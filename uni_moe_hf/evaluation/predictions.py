@@ -1,0 +1,169 @@
+"""
+Files of predictions: a line of what they are of, then one JSON object a row, appended batch by batch. A run that was
+killed goes on where it was; predictions of other questions, or of another model, are refused.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ..hub.files_uni_moe import reason
+from .answering import Record
+from .questions import Question
+
+
+SAMPLES = 64  # values of each weight that tell one model from another
+
+
+def model_digest(model: Any) -> str:
+    """Of names, shapes and some values of all weights: training changes it, saving and loading does not."""
+    digest = sha256()
+    for name, weight in model.named_parameters():
+        flat = weight.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
+        digest.update(f"{name} {tuple(weight.shape)} ".encode())
+        digest.update(some.to("cpu", torch.float64).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Predictions:
+    r"""
+    Records of answers by row number, in memory and, where there is a file, in it.
+
+    Args:
+        path (`str` or `Path`, *optional*): `.jsonl` file; one that exists is gone on with.
+        header (`dict`): What they are of; a file of something else is refused.
+        questions (`list[Question]`): Whose answers they are.
+
+    Attributes:
+        records (`dict[int, dict]`): Row number -> record.
+
+    Raises:
+        ValueError: the file is none of predictions, or of another model, task or data.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: str | Path | None, header: Mapping[str, Any], questions: list[Question]):
+        self.path = None if path is None else Path(path)
+        self.header = dict(header)
+        self.questions = {question.number: question for question in questions}
+        self.records: dict[int, Record] = {}
+        self._file: Any = None
+
+    def __enter__(self) -> "Predictions":
+        if self.path is None:
+            return self
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b")
+        except OSError as error:
+            raise OSError(f"Predictions cannot be written to '{self.path}': {reason(error)}.") from error
+        try:
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        data = self._file.read()
+        whole = data[: data.rfind(b"\n") + 1]  # a line that was being written when the run was killed is not there
+        if not whole:
+            self._begin()
+            return
+        lines = whole.splitlines()
+        try:
+            header, *rows = [json.loads(line) for line in lines]
+            found = header["predictions_of"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"'{self.path}' exists and holds no predictions of this command; name another file."
+            ) from error
+        for name, value in self.header.items():
+            if found.get(name) != value:
+                raise ValueError(
+                    f"'{self.path}' holds predictions of another {name} ({found.get(name)!r}, not {value!r}); name another "
+                    "file, or delete it."
+                )
+        for row in rows:
+            number, digest = row.pop("row"), row.pop("digest")
+            question = self.questions.get(number)
+            if question is None:
+                continue  # of a run without --limit
+            if question.digest != digest:
+                raise ValueError(
+                    f"'{self.path}' holds predictions of other data: row {number} asks something else there; name another "
+                    "file, or delete it."
+                )
+            row.pop("id", None)
+            self.records[number] = {**self.records.get(number, {}), **row}
+        if len(whole) < len(data):
+            self._file.truncate(len(whole))
+
+    def _begin(self) -> None:
+        self._file.truncate(0)
+        self._write([{"predictions_of": self.header}])
+
+    def add(self, records: Mapping[int, Record]) -> None:
+        """Keeps what is new of a batch's records, and writes it at once."""
+        new = {
+            number: record
+            for number, record in records.items()
+            if not self.records.get(number, {}).keys() >= record.keys()
+        }
+        for number, record in new.items():
+            self.records[number] = {**self.records.get(number, {}), **record}
+        if self._file is not None and new:
+            self._write(
+                {"row": number, "id": self.questions[number].key, "digest": self.questions[number].digest, **record}
+                for number, record in new.items()
+            )
+
+    def _write(self, lines: Any) -> None:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        try:
+            self._file.write(text.encode(errors="replace"))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(
+                f"Predictions could not be written to '{self.path}': {reason(error)}. Make room; the same command goes on."
+            ) from error
+
+
+def write_original(path: str | Path, questions: list[Question], records: Mapping[int, Record]) -> None:
+    """
+    The original's own format: the list of its records, each with the answer as `answer` (as its 8-expert code has it)
+    or, where a record holds the right answer under that name, as `text` (as its 4-expert code has it).
+
+    Source: `*/eval.py@f5e82dd`.
+    """
+    rows = []
+    for question in questions:
+        row = {name: value for name, value in question.row.items() if not name.startswith("_")}
+        row["text" if "answer" in row else "answer"] = records.get(question.number, {}).get("prediction", "")
+        rows.append(row)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(rows, ensure_ascii=False, indent=4, default=str), encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+__all__ = ["Predictions", "model_digest", "write_original"]

@@ -1,0 +1,427 @@
+"""
+From rows to questions: what is asked, with which media, and what the right answer is.
+
+Takes rows in any form that training takes, and the original's records for evaluation as they lie: answers in fields of
+their own, media without a place in the text, paths from a root that is elsewhere.
+"""
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from ..hub.media_uni_moe import MEDIA_COLUMNS, MEDIA_NAMES
+from ..training.row_files import iter_rows
+from ..training.rows import PLACE, QUESTIONS, describe_row, is_nothing, parts_of, rooted, row_to_messages
+from ..training.rows import ANSWERS as PLAIN_ANSWERS
+from .tasks import Task
+
+
+WHOLE = ("messages", "conversations")
+# A line of the original's prompts that says how to answer, and is no part of the question.
+INSTRUCTION = re.compile(r"\n[^\n]*\banswer the question using a single word or phrase\.?\s*$", re.IGNORECASE)
+OPTION_LINE = re.compile(r"^\s*\(?([A-Z])\s*[.):]\s*(.*?)\s*$")
+
+
+@dataclass(frozen=True)
+class Question:
+    """
+    Args:
+        number (`int`): Of its row, from 1.
+        messages (`list[dict]`): What the model is asked, media in their parts.
+        references (`list[str]`): Right answers; letters where there are options.
+        options (`dict[str, str]`): Letter -> text.
+        text (`str`): The question as written, without how to answer.
+        group (`str`): What it is counted with.
+        key (`str`): Name of the row.
+        name (`str`): Its number and file, for messages.
+        answer (`str`): A right answer in words, for likelihoods.
+        row (`dict`): As it was read.
+    """
+
+    number: int
+    messages: list[dict]
+    references: list[str]
+    options: dict[str, str] = field(default_factory=dict)
+    text: str = ""
+    group: str = ""
+    key: str = ""
+    name: str = ""
+    answer: str = ""
+    row: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def media(self) -> list[Mapping[str, Any]]:
+        """All parts that are not text."""
+        return [part for part in parts_of(self.messages) if part.get("type") != "text"]
+
+    @property
+    def digest(self) -> str:
+        """Of what is asked; media by their paths and settings."""
+        text = json.dumps(self.messages, sort_keys=True, default=lambda value: f"<{type(value).__name__}>")
+        return sha256(text.encode(errors="replace")).hexdigest()[:12]
+
+
+def load_questions(
+    task: Task,
+    rows: Any,
+    answers: str | Path | None = None,
+    media_root: str | Path | None = None,
+    limit: int | None = None,
+    by: str | None = None,
+    **reading: Any,
+) -> list[Question]:
+    """
+    Args:
+        task ([`Task`]): What is made of rows.
+        rows: A source as in [`~row_files.load_rows`], or rows as dicts.
+        answers (`str` or `Path`, *optional*): A file with the answers, for rows without: VQA's or TextVQA's
+            annotations, or rows with `question_id` and `answers`.
+        media_root (`str` or `Path`, *optional*): Folder that paths start from; else that of the file.
+        limit (`int`, *optional*): First rows to take; all by default.
+        by (`str`, *optional*): Column that makes groups, in place of the task's.
+        reading: `split`, `config`, `columns`, `question` as in [`~row_files.load_rows`].
+
+    Raises:
+        ValueError: a row is no question of this task, has no right answer, or the source cannot be read.
+    """
+    known = _known_answers(Path(answers)) if answers is not None else {}
+    found = []
+    for row in _numbered(rows, reading):
+        if limit is not None and len(found) == limit:
+            break
+        try:
+            found.append(_question(task, row, known, media_root, by))
+        except ValueError as error:
+            raise ValueError(f"{describe_row(row)} cannot be evaluated: {error}.") from error
+    if not found:
+        raise ValueError("There are no rows to evaluate.")
+    if by is not None and not any(question.group for question in found):
+        raise ValueError(f"No row has the column '{by}' that is to make groups; they have {_columns(found[0].row)}.")
+    if task.distractors:
+        found = _with_distractors(found, task.distractors)
+    if task.needs_options:
+        for question in found:
+            if not question.options:
+                raise ValueError(
+                    f"{question.name} cannot be evaluated: it offers no options (looked for {', '.join(task.options)}, "
+                    "the columns A, B, ..., and lines 'A. ...' in the question)."
+                )
+    return found
+
+
+def with_other_media(questions: list[Question], seed: int = 0) -> list[Question]:
+    """
+    Args:
+        questions (`list[Question]`): Some of which have media.
+        seed (`int`, *optional*, defaults to 0): Of who gets whose.
+
+    Returns:
+        `list[Question]`: the same questions, each with the media of another row of its group that holds the same kinds.
+
+    Raises:
+        ValueError: none has media, or a row is the only one of its group with its kinds.
+    """
+    shuffler = random.Random(seed)
+    alike: dict[tuple, list[int]] = {}
+    for index, question in enumerate(questions):
+        if kinds := tuple(part.get("type") for part in question.media):
+            alike.setdefault((question.group, kinds), []).append(index)
+    if not alike:
+        raise ValueError("No row has media, so there are no other row's to ask with.")
+    result = list(questions)
+    for (_, kinds), indices in alike.items():
+        if len(indices) == 1:
+            raise ValueError(
+                f"{questions[indices[0]].name} is the only one of its group with {' and '.join(map(str, kinds))}, so no "
+                "other row's media can stand in; give more rows."
+            )
+        shuffler.shuffle(indices)
+        for target, source in zip(indices, indices[1:] + indices[:1], strict=True):
+            result[target] = replace(questions[target], messages=_replaced(questions[target], questions[source].media))
+    return result
+
+
+def _replaced(question: Question, media: list[Mapping[str, Any]]) -> list[dict]:
+    """The messages, their media in order replaced by others of the same kinds."""
+    queue = iter(media)
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {**message, "content": [p if p.get("type") == "text" else next(queue) for p in message["content"]]}
+        for message in question.messages
+    ]
+
+
+# --- Rows
+
+
+def _numbered(rows: Any, reading: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    if isinstance(rows, str | Path | Mapping):
+        yield from iter_rows(rows, **reading)
+        return
+    rows = list(rows) if isinstance(rows, Iterator) else rows
+    if isinstance(rows, list | tuple) and all(isinstance(each, str | Path) for each in rows):
+        yield from iter_rows(list(rows), **reading)
+        return
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"Row {number} is a {type(row).__name__}, not an object with fields.")
+        place = {"_row": number, "_source": "the rows given"}
+        yield {**place, **{name: value for name, value in row.items() if value is not None}}
+
+
+def _columns(row: Mapping[str, Any]) -> str:
+    return ", ".join(name for name in row if name not in PLACE)
+
+
+def _first(row: Mapping[str, Any], names: Iterable[str]) -> Any:
+    """What the first of these columns holds that a row has."""
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def _question(task: Task, row: dict, known: Mapping, media_root: Any, by: str | None) -> Question:
+    if row.get("_unreadable"):
+        raise ValueError(row["_unreadable"])
+    messages, written, ended = _asked(task, row)
+    if not messages:
+        raise ValueError("it asks nothing")
+    kinds = {part.get("type") for part in parts_of(messages)}
+    key = str(_first(row, task.keys) if _first(row, task.keys) is not None else row.get("_row", ""))
+    options = _options(task, row, written)
+    answers = known.get(key) or known.get((key, _bare(written).lower())) or _right_answers(task, row) or ended
+    if known and not answers:
+        raise ValueError(f"the file of answers has none for '{key}'")
+    if not answers:
+        raise ValueError(
+            f"it has no right answer (looked for {', '.join(task.answers)}, and an assistant's message); name its column "
+            "with columns (NAME=answer), or give a file of answers"
+        )
+    references = [_letter(answer, options) for answer in answers] if options and task.needs_options else answers
+    root = media_root or row.get("_root")
+    return Question(
+        number=row.get("_row", 0),
+        messages=rooted(messages, None if root is None else Path(root)) if kinds - {"text"} else messages,
+        references=references,
+        options=options,
+        text=_bare(written),
+        group=_group(row, (by,) if by else task.groups),
+        key=key,
+        name=describe_row(row),
+        answer=options.get(references[0]) or Counter(answers).most_common(1)[0][0],
+        row=row,
+    )
+
+
+def _asked(task: Task, row: dict) -> tuple[list[dict], str, list[str]]:
+    """What is asked, the question as written, and what the row's last turn answers."""
+    lower = {name.lower(): name for name in row}
+    place = {name: row[name] for name in PLACE if name in row}
+    media = {n: row[lower[n]] for n in MEDIA_NAMES if n in lower and not is_nothing(row[lower[n]])}
+    system = {"system": row["system"]} if row.get("system") else {}
+    whole = next((lower[name] for name in WHOLE if name in lower), None)
+    pair = all(isinstance(row.get(name), list) for name in ("prompt", "completion"))
+    if whole or pair:
+        names = [whole] if whole else ["prompt", "completion"]
+        kept = {name: row[name] for name in names} | media | system | place
+        if whole == lower.get("conversations"):
+            kept[whole] = _with_marks(row[whole], media)
+        messages = row_to_messages(kept, task.voice)
+        ended = []
+        while messages and messages[-1].get("role") == "assistant":
+            ended = [part.get("text", "") for part in parts_of([messages[-1]]) if part.get("type") == "text"]
+            messages = messages[:-1]
+        asked = [message for message in messages if message.get("role") == "user"][-1:]
+        written = "\n".join(p.get("text", "") for p in parts_of(asked) if p.get("type") == "text")
+        return messages, written, [text for text in ["".join(ended).strip()] if text]
+    question = _first(row, QUESTIONS)
+    hint, options = row.get("hint"), _options(task, row, "")
+    if question is None and not media:
+        raise ValueError(f"it has the fields {_columns(row)}, and neither a question nor media")
+    if question is not None and not isinstance(question, str):
+        raise ValueError(f"the question is a {type(question).__name__}, not a text")
+    filled = {
+        "question": question or "",
+        "hint": f"Hint: {hint}\n" if isinstance(hint, str) and hint.strip() and hint != "nan" else "",
+        "options": "\n".join(task.option.format(letter=name, text=text) for name, text in options.items()),
+    }
+    prompt = task.prompt.format(**filled).strip()
+    asked = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "-"}]
+    return row_to_messages({"messages": asked} | media | system | place, task.voice)[:-1], question or prompt, []
+
+
+def _with_marks(turns: Any, media: Mapping[str, Any]) -> Any:
+    """The original's turns, media that have no place in them put first, as MMBench's rows need it."""
+    if not isinstance(turns, list) or not turns or not isinstance(turns[0], Mapping):
+        return turns
+    text = "".join(str(turn.get("value", "")) for turn in turns if isinstance(turn, Mapping))
+    missing = []
+    for kind, names in MEDIA_COLUMNS.items():
+        for name in (name for name in names if name in media):
+            mark = f"<{'audio' if kind == 'voice' else kind}>"
+            if mark not in text:
+                files = (
+                    media[name] if isinstance(media[name], list) and not (kind, name) == ("video", "video") else [0]
+                )
+                missing += [mark] * len(files)
+    first = next((index for index, turn in enumerate(turns) if turn.get("from") in ("human", "user")), None)
+    if not missing or first is None:
+        return turns
+    value = "\n".join([*missing, str(turns[first].get("value", ""))])
+    return [*turns[:first], {**turns[first], "value": value}, *turns[first + 1 :]]
+
+
+def _bare(text: str) -> str:
+    """A question without the line that says how to answer."""
+    return INSTRUCTION.sub("", text).strip()
+
+
+def _group(row: Mapping[str, Any], names: Iterable[str]) -> str:
+    value = _first(row, names)
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value if value is not None else "")
+
+
+# --- Answers and options
+
+
+def _right_answers(task: Task, row: Mapping[str, Any]) -> list[str]:
+    numbered = sorted(name for name in row if re.fullmatch(r"(?:caption|answer)_?\d+", name))
+    names = (*task.answers, *(PLAIN_ANSWERS if not any(name in row for name in WHOLE) else ()))
+    value = _first(row, names)
+    if value is None and numbered:
+        value = [row[name] for name in numbered if row[name] is not None]
+    return _texts(value)
+
+
+def _texts(value: Any) -> list[str]:
+    """Answers of a field: a text, a number, a list of them, or objects with `answer`, as VQA's annotations have it."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            pass
+    if isinstance(value, Mapping):
+        value = value.get("answer", value.get("text"))
+    if isinstance(value, list | tuple):
+        return [text for each in value for text in _texts(each)]
+    if value is None or isinstance(value, float) and value != value:
+        return []
+    text = str(value).strip()
+    return [text] if text else []
+
+
+def _options(task: Task, row: Mapping[str, Any], written: str) -> dict[str, str]:
+    value = _first(row, task.options)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = [line for line in value.splitlines() if line.strip()]
+    if isinstance(value, Mapping) and {"label", "text"} <= value.keys():  # as ARC and its kin have it
+        value = dict(zip(value["label"], value["text"], strict=False))
+    if isinstance(value, Mapping):
+        return {str(letter): str(text) for letter, text in value.items()}
+    if isinstance(value, list | tuple):
+        texts = [str(text) for text in value]
+        if len(texts) > len(ascii_uppercase):
+            raise ValueError(f"it has {len(texts)} options, more than there are letters")
+        lines = [OPTION_LINE.match(text) for text in texts]
+        if texts and all(line and line[1] == letter for line, letter in zip(lines, ascii_uppercase, strict=False)):
+            texts = [line[2] for line in lines]
+        return dict(zip(ascii_uppercase, texts, strict=False))
+    for columns in (
+        {letter: letter for letter in "ABCDEFGH"},
+        {letter: f"choice_{letter.lower()}" for letter in "ABCDEFGH"},
+    ):
+        texts = {letter: _texts(row.get(name)) for letter, name in columns.items()}
+        if texts["A"] and texts["B"]:
+            return {letter: found[0] for letter, found in texts.items() if found}
+    found = {}
+    for line in written.splitlines():
+        if (match := OPTION_LINE.match(line)) and len(found) < 26 and match[1] == ascii_uppercase[len(found)]:
+            found[match[1]] = match[2]
+    return found if len(found) > 1 else {}
+
+
+def _letter(answer: str, options: Mapping[str, str]) -> str:
+    """An answer as the letter of its option: a letter, an option's text, or its place, from 0."""
+    bare = answer.strip().strip("().").strip()
+    if bare in options:
+        return bare
+    same = [letter for letter, text in options.items() if text.strip().lower() == answer.strip().lower()]
+    if len(same) == 1:
+        return same[0]
+    if bare.upper() in options:
+        return bare.upper()
+    if bare.isdigit() and int(bare) < len(options):
+        return list(options)[int(bare)]
+    raise ValueError(f"its right answer {answer!r} is none of its options {dict(options)}")
+
+
+def _with_distractors(questions: list[Question], count: int) -> list[Question]:
+    """Options for those without: the right answer among `count` others of their group, by a draw that stays."""
+    pools: dict[str, list[str]] = {}
+    for question in questions:
+        pools.setdefault(question.group, []).append(question.answer)
+    pools = {group: sorted(set(answers)) for group, answers in pools.items()}
+    made = []
+    for question in questions:
+        others = [answer for answer in pools[question.group] if answer not in question.references]
+        if question.options:
+            made.append(question)
+            continue
+        if len(others) < count:
+            raise ValueError(
+                f"{question.name} cannot be evaluated: it has no options, and its group has {len(others)} other answers "
+                f"to make {count} of; give options or more rows."
+            )
+        drawn = random.Random(question.digest)
+        texts = [*drawn.sample(others, count), question.answer]
+        drawn.shuffle(texts)
+        options = dict(zip(ascii_uppercase, texts, strict=False))
+        letters = [letter for letter, text in options.items() if text == question.answer]
+        made.append(replace(question, options=options, references=letters))
+    return made
+
+
+def _known_answers(file: Path) -> dict[Any, list[str]]:
+    """Name of a row, or that of its picture with its question -> answers."""
+    if not file.is_file():
+        raise ValueError(f"There is no file of answers '{file}'; check the path.")
+    rows: Iterable[Any] = ()
+    if file.suffix == ".json":
+        try:
+            whole = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, OSError, RecursionError) as error:
+            raise ValueError(f"The file of answers '{file}' is no valid JSON ({error}).") from error
+        rows = (
+            next((whole[name] for name in ("annotations", "data") if name in whole), ())
+            if isinstance(whole, dict)
+            else whole
+        )
+    else:
+        rows = iter_rows(str(file))
+    found: dict[Any, list[str]] = {}
+    for row in rows if isinstance(rows, Iterable) else ():
+        if not isinstance(row, Mapping) or not (
+            answers := _texts(_first(row, ("answers", "gt", "answer", "captions")))
+        ):
+            continue
+        if (key := _first(row, ("question_id", "id", "index"))) is not None:
+            found[str(key)] = answers
+        if row.get("image_id") is not None and isinstance(row.get("question"), str):
+            found[str(row["image_id"]), row["question"].strip().lower()] = answers
+    if not found:
+        raise ValueError(
+            f"'{file}' holds no answers: it needs `annotations`, `data` or rows, with `question_id` and `answers`."
+        )
+    return found
+
+
+__all__ = ["Question", "load_questions", "with_other_media"]

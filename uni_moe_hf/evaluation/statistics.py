@@ -1,0 +1,130 @@
+"""Figures with their uncertainty: what rows contribute, what is made of all of them, and bootstrap intervals."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+
+RESAMPLES = 1000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Figure:
+    """
+    A measured value.
+
+    Args:
+        value (`float`): Over all rows.
+        low, high (`float`): Ends of the 95 % bootstrap interval; of one row they are the value itself.
+        rows (`int`): Of how many rows it is.
+        percent (`bool`): Whether the value is a share of rows, 0 to 1, that is printed in per cent.
+    """
+
+    value: float
+    low: float
+    high: float
+    rows: int
+    percent: bool = True
+
+    def __str__(self) -> str:
+        if self.rows == 0:
+            return "of no row"
+        if self.percent:
+            return f"{100 * self.value:.1f} % ({100 * self.low:.1f} to {100 * self.high:.1f})"
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {name: None if value != value else value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """
+    What each row brings to a figure.
+
+    Args:
+        rows (`np.ndarray` of shape `(N, K)`): Numbers that are summed over rows, such as hits and trials.
+        value (`Callable`): Sums `(K,)` -> the figure.
+        percent (`bool`): As in [`Figure`].
+    """
+
+    rows: np.ndarray
+    value: Callable[[np.ndarray], float]
+    percent: bool = True
+
+    def figure(self, seed: int = 0) -> Figure:
+        """The figure with its interval."""
+        values = _resampled([self], seed)[0] if len(self.rows) else np.empty(0)
+        return _figure(self._of(np.ones(len(self.rows))), values, len(self.rows), self.percent)
+
+    def against(self, other: "Contributions", seed: int = 0) -> Figure:
+        """
+        Args:
+            other ([`Contributions`]): Of the same rows, in the same order.
+            seed (`int`, *optional*, defaults to 0): Of the resampling.
+
+        Returns:
+            [`Figure`]: this figure minus the other; both are computed on the same resampled rows.
+        """
+        if len(self.rows) != len(other.rows):
+            raise ValueError(f"A paired comparison needs the same rows, got {len(self.rows)} and {len(other.rows)}.")
+        ones = np.ones(len(self.rows))
+        mine, others = _resampled([self, other], seed) if len(self.rows) else (np.empty(0), np.empty(0))
+        return _figure(self._of(ones) - other._of(ones), mine - others, len(self.rows), self.percent)
+
+    def _of(self, weights: np.ndarray) -> float:
+        return self.value(weights @ self.rows) if len(self.rows) else math.nan
+
+
+def mean_of(values: Any, percent: bool = True) -> Contributions:
+    """
+    Args:
+        values (array-like of shape `(N,)`): A score per row.
+        percent (`bool`, *optional*, defaults to `True`): As in [`Figure`].
+
+    Returns:
+        [`Contributions`] whose figure is their mean.
+    """
+    values = np.asarray(values, dtype=float).reshape(-1)
+    return ratio_of(values, np.ones(len(values)), percent)
+
+
+def ratio_of(numerators: Any, denominators: Any, percent: bool = True) -> Contributions:
+    """
+    Args:
+        numerators, denominators (array-like of shape `(N,)`): Per row.
+        percent (`bool`, *optional*, defaults to `True`): As in [`Figure`].
+
+    Returns:
+        [`Contributions`] whose figure is the sum of one over the sum of the other; no number where that is 0.
+    """
+    rows = np.stack([np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)], axis=-1)
+    return Contributions(rows, lambda sums: sums[0] / sums[1] if sums[1] else math.nan, percent)
+
+
+def _resampled(several: list[Contributions], seed: int) -> list[np.ndarray]:
+    """Figures of `RESAMPLES` draws of as many rows with replacement; the same rows for all."""
+    count = len(several[0].rows)
+    generator = np.random.default_rng(seed)
+    found = [np.empty(RESAMPLES) for _ in several]
+    for draw in range(RESAMPLES):
+        weights = np.bincount(generator.integers(count, size=count), minlength=count).astype(float)
+        for each, values in zip(several, found, strict=True):
+            values[draw] = each._of(weights)
+    return found
+
+
+def _figure(value: float, resampled: np.ndarray, rows: int, percent: bool) -> Figure:
+    kept = resampled[~np.isnan(resampled)]  # a draw may lack what a ratio divides by
+    if not len(kept):
+        return Figure(value, math.nan, math.nan, rows, percent)
+    low, high = np.quantile(kept, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Figure(float(value), float(low), float(high), rows, percent)
+
+
+__all__ = ["Contributions", "Figure", "mean_of", "ratio_of"]
