@@ -1,4 +1,4 @@
-"""`uni-moe evaluate`: how good a checkpoint is at a task, with intervals, beside another one and the paper's figures."""
+"""`uni-moe evaluate`: how good a checkpoint is at a task, with intervals, beside another one and the paper."""
 
 import argparse
 import json
@@ -25,6 +25,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--workers", type=not_negative, metavar="N", help="processes that read media (default: 1)")
     parser.add_argument("--predictions", metavar="OUT.jsonl", help="every answer at once; a killed run goes on there")
     parser.add_argument("--original-format", metavar="OUT.json", help="answers in the original's records")
+    parser.add_argument("--to-lmms-eval", metavar="DIR", help="write the task and rows for lmms-eval; answers nothing")
     parser.add_argument("--json", metavar="OUT.json", help="figures as JSON ('-': print them instead of the table)")
     parser.add_argument("--other-media", action="store_true", help="control: show another row's media")
     parser.add_argument("--baseline", metavar="CHECKPOINT", help="compare with another one on the same rows")
@@ -57,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
             scored = ", ".join(task.metrics) or "likelihood"
             sys.stdout.write(f"{task.name:<{width}}  {task.title} ({takes}; {scored})\n")
         return 0
-    if missing := [name for name in ("checkpoint", "task", "data") if not getattr(args, name)]:
+    needed = ("task", "data") if args.to_lmms_eval else ("checkpoint", "task", "data")
+    if missing := [name for name in needed if not getattr(args, name)]:
         option = missing[0].upper() if missing[0] == "checkpoint" else f"--{missing[0]}"
         raise ValueError(
             f"{option} is missing: uni-moe evaluate CHECKPOINT --task NAME --data FILE (--list names tasks)."
@@ -72,13 +74,25 @@ def run(args: argparse.Namespace) -> int:
         judge = open_judge(args.judge, args.judge_model, os.environ.get("OPENAI_API_KEY"))
     elif task.needs_judge:
         raise ValueError(
-            f"Task '{task.name}' is scored by a judge: name an OpenAI-compatible server with --judge URL, or score it by "
+            f"Task '{task.name}' is scored by a judge: name an OpenAI-compatible server with --judge URL, or score "
+            "it by "
             "something else with --metrics."
         )
     source = args.data[0] if len(args.data) == 1 else args.data
     reading = {name: getattr(args, name) for name in ("split", "config", "columns", "question", "limit", "by")}
     reading |= {"answers": args.answers, "media_root": args.media_root}
-    load_questions(task, source, **reading)  # whatever is wrong with the rows is said before weights are loaded
+    questions = load_questions(
+        task, source, **reading
+    )  # what is wrong with the rows is said before weights are loaded
+    if args.to_lmms_eval:
+        from ..evaluation.lmms_eval_tasks import export_to_lmms_eval
+
+        name = export_to_lmms_eval(task, questions, args.to_lmms_eval)
+        sys.stdout.write(
+            f"lmms-eval --model uni_moe --tasks {name} --include_path {args.to_lmms_eval} "
+            "--model_args pretrained=CHECKPOINT\n"
+        )
+        return 0
     reading |= {"batch_size": args.batch_size, "workers": args.workers, "seed": args.seed, "judge": judge}
     reading |= {"media": "other" if args.other_media else "own", "quiet": not sys.stderr.isatty()}
     found = _evaluate(args, args.checkpoint, args.predictions, task, source, reading)

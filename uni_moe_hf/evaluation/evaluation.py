@@ -1,15 +1,13 @@
-"""`evaluate`: a model's answers to the questions of a task, their figures with intervals, and how two models compare."""
+"""`evaluate`: a model's answers to a task's questions, their figures with intervals, and how two models compare."""
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from ..hub.files_uni_moe import reason
 from .answering import Record, answer_questions
 from .judging import Judge, judged
 from .metrics import METRICS, Answered
@@ -114,8 +112,8 @@ class Evaluation:
             baseline ([`Evaluation`]): Of the same task and rows.
 
         Returns:
-            `dict`: as `figures`: this one minus the baseline, over the rows that both could read, with an interval that
-            comes from drawing the same rows for both.
+            `dict`: as `figures`: this one minus the baseline, over the rows that both could read; for the interval the
+            same rows are drawn for both.
         """
         unread = {*self.unreadable, *baseline.unreadable}
         both = [question for question in self.questions if question.number not in unread]
@@ -146,7 +144,8 @@ class Evaluation:
         if self.unreadable:
             number, why = next(iter(self.unreadable.items()))
             lines.append(
-                f"{len(self.unreadable)} of {len(self.questions)} rows could not be read and are in no figure; the first "
+                f"{len(self.unreadable)} of {len(self.questions)} rows could not be read and are in no figure; the "
+                "first "
                 f"is row {number}: {why}"
             )
         lines += [f"{name} is left out: {why}" for name, why in self.left_out.items()]
@@ -225,7 +224,8 @@ def evaluate(
         limit (`int`, *optional*): Only so many rows, the first.
         media (`str`, *optional*, defaults to `"own"`): `"other"` shows another row's media: what is right then was
             known without them.
-        judge (`Callable`, *optional*): Messages of a chat -> reply, for tasks that are judged; see [`~judging.open_judge`].
+        judge (`Callable`, *optional*): Messages of a chat -> reply, for tasks that are judged, as
+            [`~judging.open_judge`] makes one.
         predictions (`str` or `Path`, *optional*): `.jsonl` file that gets every answer at once; a run that was stopped
             goes on from it.
         answers, media_root, by, reading: As in [`~questions.load_questions`].
@@ -254,7 +254,8 @@ def evaluate(
         raise ValueError(f"Task '{task.name}' compares with another row's media by itself; leave `media` alone.")
     if task.needs_judge and judge is None:
         raise ValueError(
-            f"Task '{task.name}' is scored by a judge: give one (an OpenAI-compatible server with --judge URL, or `judge=`)."
+            f"Task '{task.name}' is scored by a judge: give one (an OpenAI-compatible server with --judge URL, or "
+            "`judge=`)."
         )
     questions = load_questions(task, rows, answers, media_root, limit, by, **reading)
     check_modalities(processor, task, questions)
@@ -309,7 +310,8 @@ def check_modalities(processor: Any, task: Task, questions: Sequence[Question]) 
         known = processor._ear(kind) if kind in ("audio", "speech") else kind
         if known in ("image", "video", "audio", "speech") and known not in has:
             raise ValueError(
-                f"{question.name} holds {kind}, for which the model has no tower; it takes {', '.join(['text', *has])}."
+                f"{question.name} holds {kind}, for which the model has no tower; it takes "
+                f"{', '.join(['text', *has])}."
             )
     if missing := [kind for kind in task.takes if kind not in held]:
         raise ValueError(

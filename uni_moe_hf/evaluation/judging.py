@@ -11,14 +11,17 @@ from .questions import Question
 
 # In our words: who judged the paper's answers, and with which prompt, is not known.
 SYSTEM = (
-    "You grade short answers about a picture, a video or a sound that you cannot see or hear yourself. You are told the "
+    "You grade short answers about a picture, a video or a sound that you cannot see or hear yourself. You are told "
+    "the "
     "question, the right answer and a candidate's answer. Grade the meaning, not the wording: synonyms and longer "
     "sentences are fine as long as they say the same and contradict nothing."
 )
 PROMPT = (
     "Question: {question}\nRight answer: {reference}\nCandidate's answer: {prediction}\n\n"
-    'Reply with one JSON object and nothing else: {{"correct": "yes" or "no", "score": a whole number}}. The score says '
-    "how well the candidate's answer matches, from 0 (not at all) to 5 (completely). In a right answer <AND> joins what "
+    'Reply with one JSON object and nothing else: {{"correct": "yes" or "no", "score": a whole number}}. The score '
+    "says "
+    "how well the candidate's answer matches, from 0 (not at all) to 5 (completely). In a right answer <AND> joins "
+    "what "
     "must all be said, and <OR> joins alternatives."
 )
 AT_ONCE = 8

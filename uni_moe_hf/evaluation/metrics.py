@@ -40,7 +40,8 @@ class Answered:
 
 # How the official scripts write contractions; a form without (some of) its apostrophes counts as the form with them.
 CONTRACTIONS = (
-    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've "
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
+    "he'd've "
     "he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't "
     "not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll "
     "somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that'd that'd've "
@@ -387,27 +388,29 @@ class Metric:
     What a task can be scored by.
 
     Args:
-        score (`Callable`): Rows -> the name of each figure and what rows bring to it; the first is the main one.
+        figures (`tuple[str]`): Names of its figures; the first is the main one.
+        score (`Callable`): Rows -> figure -> what rows bring to it.
         needs (`str`, *optional*): `"options"` or `"judge"`, without which it cannot be had.
         higher_is_better (`bool`, *optional*, defaults to `True`): Of the main figure.
     """
 
+    figures: tuple[str, ...]
     score: Callable[[Rows], dict[str, Contributions]]
     needs: str | None = None
     higher_is_better: bool = True
 
 
 METRICS = {
-    "exact_match": Metric(_exact_match),
-    "vqa_soft_accuracy": Metric(_vqa_soft_accuracy),
-    "choice": Metric(_choice, needs="options"),
-    "yes_no": Metric(_yes_no),
-    "word_error_rate": Metric(_word_error_rate, higher_is_better=False),
-    "cider": Metric(_cider),
-    "bleu": Metric(_bleu),
-    "rouge": Metric(_rouge),
-    "judged": Metric(_judged, needs="judge"),
-    "chance": Metric(_chance),
+    "exact_match": Metric(("exact_match",), _exact_match),
+    "vqa_soft_accuracy": Metric(("vqa_soft_accuracy",), _vqa_soft_accuracy),
+    "choice": Metric(("choice_accuracy", "choice_unparsed"), _choice, needs="options"),
+    "yes_no": Metric(("yes_no_accuracy", "precision", "recall", "f1", "yes_rate", "neither_rate"), _yes_no),
+    "word_error_rate": Metric(("word_error_rate",), _word_error_rate, higher_is_better=False),
+    "cider": Metric(("cider",), _cider),
+    "bleu": Metric(("bleu",), _bleu),
+    "rouge": Metric(("rouge_l",), _rouge),
+    "judged": Metric(("judged_accuracy", "judged_score"), _judged, needs="judge"),
+    "chance": Metric(("chance",), _chance),
 }
 
 

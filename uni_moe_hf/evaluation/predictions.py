@@ -95,7 +95,8 @@ class Predictions:
         for name, value in self.header.items():
             if found.get(name) != value:
                 raise ValueError(
-                    f"'{self.path}' holds predictions of another {name} ({found.get(name)!r}, not {value!r}); name another "
+                    f"'{self.path}' holds predictions of another {name} ({found.get(name)!r}, not {value!r}); name "
+                    "another "
                     "file, or delete it."
                 )
         for row in rows:
@@ -105,7 +106,8 @@ class Predictions:
                 continue  # of a run without --limit
             if question.digest != digest:
                 raise ValueError(
-                    f"'{self.path}' holds predictions of other data: row {number} asks something else there; name another "
+                    f"'{self.path}' holds predictions of other data: row {number} asks something else there; name "
+                    "another "
                     "file, or delete it."
                 )
             row.pop("id", None)
@@ -140,7 +142,8 @@ class Predictions:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise OSError(
-                f"Predictions could not be written to '{self.path}': {reason(error)}. Make room; the same command goes on."
+                f"Predictions could not be written to '{self.path}': {reason(error)}. Make room; the same command "
+                "goes on."
             ) from error
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from ..hub.media_uni_moe import MEDIA_COLUMNS, MEDIA_NAMES
 from ..training.row_files import iter_rows
-from ..training.rows import PLACE, QUESTIONS, describe_row, is_nothing, parts_of, rooted, row_to_messages
 from ..training.rows import ANSWERS as PLAIN_ANSWERS
+from ..training.rows import PLACE, QUESTIONS, describe_row, is_nothing, parts_of, rooted, row_to_messages
 from .tasks import Task
 
 
@@ -110,7 +110,8 @@ def load_questions(
         for question in found:
             if not question.options:
                 raise ValueError(
-                    f"{question.name} cannot be evaluated: it offers no options (looked for {', '.join(task.options)}, "
+                    f"{question.name} cannot be evaluated: it offers no options (looked for "
+                    f"{', '.join(task.options)}, "
                     "the columns A, B, ..., and lines 'A. ...' in the question)."
                 )
     return found
@@ -123,7 +124,7 @@ def with_other_media(questions: list[Question], seed: int = 0) -> list[Question]
         seed (`int`, *optional*, defaults to 0): Of who gets whose.
 
     Returns:
-        `list[Question]`: the same questions, each with the media of another row of its group that holds the same kinds.
+        `list[Question]`: the same, each with the media of another row of its group that holds the same kinds.
 
     Raises:
         ValueError: none has media, or a row is the only one of its group with its kinds.
@@ -139,7 +140,8 @@ def with_other_media(questions: list[Question], seed: int = 0) -> list[Question]
     for (_, kinds), indices in alike.items():
         if len(indices) == 1:
             raise ValueError(
-                f"{questions[indices[0]].name} is the only one of its group with {' and '.join(map(str, kinds))}, so no "
+                f"{questions[indices[0]].name} is the only one of its group with {' and '.join(map(str, kinds))}, so "
+                "no "
                 "other row's media can stand in; give more rows."
             )
         shuffler.shuffle(indices)
@@ -200,7 +202,8 @@ def _question(task: Task, row: dict, known: Mapping, media_root: Any, by: str | 
         raise ValueError(f"the file of answers has none for '{key}'")
     if not answers:
         raise ValueError(
-            f"it has no right answer (looked for {', '.join(task.answers)}, and an assistant's message); name its column "
+            f"it has no right answer (looked for {', '.join(task.answers)}, and an assistant's message); name its "
+            "column "
             "with columns (NAME=answer), or give a file of answers"
         )
     references = [_letter(answer, options) for answer in answers] if options and task.needs_options else answers
@@ -378,7 +381,8 @@ def _with_distractors(questions: list[Question], count: int) -> list[Question]:
             continue
         if len(others) < count:
             raise ValueError(
-                f"{question.name} cannot be evaluated: it has no options, and its group has {len(others)} other answers "
+                f"{question.name} cannot be evaluated: it has no options, and its group has {len(others)} other "
+                "answers "
                 f"to make {count} of; give options or more rows."
             )
         drawn = random.Random(question.digest)

@@ -92,7 +92,8 @@ class Task:
             self.option.format(letter="", text="")
         except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise ValueError(
-                f"Task '{self.name}': `prompt` may hold {{question}}, {{options}} and {{hint}}, `option` {{letter}} and "
+                f"Task '{self.name}': `prompt` may hold {{question}}, {{options}} and {{hint}}, `option` {{letter}} "
+                "and "
                 f"{{text}}, and nothing else in braces ({error})."
             ) from error
 
