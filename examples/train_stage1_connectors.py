@@ -20,14 +20,21 @@ from pathlib import Path
 from transformers import AutoTokenizer, set_seed
 from trl import SFTConfig
 
-from uni_moe_hf import StageArguments, UniMoESFTTrainer, build_processor, from_pretrained_parts, prepare_stage
+from uni_moe_hf import (
+    GenerationCallback,
+    StageArguments,
+    UniMoESFTTrainer,
+    build_processor,
+    from_pretrained_parts,
+    prepare_stage,
+)
 from uni_moe_hf.training.options import PartsArguments, parse_options
 from uni_moe_hf.training.stages import stage_table
 
 
 def main(script_args: StageArguments, training_args: SFTConfig, parts: PartsArguments) -> None:
     set_seed(training_args.seed)  # before anything starts at random: the trainer's own call comes after that
-    rows, eval_rows = script_args.rows(), script_args.eval_rows(training_args)
+    rows, eval_rows = script_args.splits(training_args)
     model = from_pretrained_parts(
         parts.llm,
         vision_tower=parts.vision_tower,
@@ -60,6 +67,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, parts: PartsArgu
         group_by_modality=script_args.group_by_modality,
         modality_per_process=script_args.modality_per_process,
     )
+    GenerationCallback.add_to(trainer, script_args.eval_generate)
     trainer.accelerator.print(stage_table(trainer.model, training_args.learning_rate, script_args.learning_rates))
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)

@@ -20,7 +20,14 @@ from pathlib import Path
 from transformers import AutoProcessor, set_seed
 from trl import SFTConfig
 
-from uni_moe_hf import StageArguments, UniMoEForConditionalGeneration, UniMoESFTTrainer, export_expert, prepare_stage
+from uni_moe_hf import (
+    GenerationCallback,
+    StageArguments,
+    UniMoEForConditionalGeneration,
+    UniMoESFTTrainer,
+    export_expert,
+    prepare_stage,
+)
 from uni_moe_hf.mixtures.loading import load_whole
 from uni_moe_hf.training.options import ExpertArguments, parse_options
 from uni_moe_hf.training.stages import stage_table
@@ -28,7 +35,7 @@ from uni_moe_hf.training.stages import stage_table
 
 def main(script_args: StageArguments, training_args: SFTConfig, expert: ExpertArguments) -> None:
     set_seed(training_args.seed)  # before anything starts at random: the trainer's own call comes after that
-    rows, eval_rows = script_args.rows(), script_args.eval_rows(training_args)
+    rows, eval_rows = script_args.splits(training_args)
     processor = AutoProcessor.from_pretrained(expert.model_name_or_path)
     script_args.check_modalities(rows, expert.modalities, processor)
     model = load_whole(UniMoEForConditionalGeneration, expert.model_name_or_path, **script_args.loading())
@@ -47,6 +54,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, expert: ExpertAr
         group_by_modality=script_args.group_by_modality,
         modality_per_process=script_args.modality_per_process,
     )
+    GenerationCallback.add_to(trainer, script_args.eval_generate)
     trainer.accelerator.print(stage_table(trainer.model, training_args.learning_rate, script_args.learning_rates))
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)

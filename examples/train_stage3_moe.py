@@ -26,6 +26,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig
 
 from uni_moe_hf import (
+    GenerationCallback,
     StageArguments,
     UniMoEForConditionalGeneration,
     UniMoESFTTrainer,
@@ -70,7 +71,7 @@ def grow(script_args: StageArguments, mixture: MixtureArguments, rows: Dataset, 
 
 def main(script_args: StageArguments, training_args: SFTConfig, mixture: MixtureArguments) -> None:
     set_seed(training_args.seed)  # before anything starts at random: the trainer's own call comes after that
-    rows, eval_rows = script_args.rows(), script_args.eval_rows(training_args)
+    rows, eval_rows = script_args.splits(training_args)
     count, pieces = len(mixture.experts), mixture.expert_parallel_size
     if pieces > 1 and count % pieces:  # `spread` would say so after a long while
         raise ValueError(f"`expert_parallel_size={pieces}` does not divide the {count} experts; use a divisor.")
@@ -105,6 +106,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, mixture: Mixture
         group_by_modality=script_args.group_by_modality,
         modality_per_process=script_args.modality_per_process,
     )
+    GenerationCallback.add_to(trainer, script_args.eval_generate)
     trainer.accelerator.print(stage_table(trainer.model, training_args.learning_rate, script_args.learning_rates))
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training_args.output_dir)

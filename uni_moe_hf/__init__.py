@@ -15,6 +15,9 @@ __version__ = "0.1.0"
 
 # Public names, by the module that defines them. Hub files are imported at once, tools on first use.
 _PUBLIC = {
+    "evaluation.callback": ["GenerationCallback"],
+    "evaluation.evaluation": ["evaluate"],
+    "evaluation.tasks": ["load_task"],
     "hub.towers_uni_moe": ["BeatsModel", "YamnetModel"],
     "hub.configuration_uni_moe": ["BeatsConfig", "UniMoEConfig", "YamnetConfig"],
     "hub.feature_extraction_uni_moe": ["UniMoEFeatureExtractor", "YamnetFeatureExtractor"],

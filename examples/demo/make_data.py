@@ -17,6 +17,8 @@ import soundfile
 import world
 from tqdm import tqdm
 
+from uni_moe_hf.evaluation.speaking import speak
+
 
 TRAIN_FILES = {"image": 5000, "video": 2800, "audio": 900, "speech": 1800}
 QUESTION_FILES = 1600  # spoken questions
@@ -71,7 +73,7 @@ def make_clip(job: tuple[str, str, dict, str, int]) -> None:
     elif kind == "audio":
         soundfile.write(path, world.sound(facts["sound"], split, rng), world.RATE)
     else:
-        soundfile.write(path, *world.speech(facts["text"], facts["voice"], facts["speed"], facts["pitch"]))
+        soundfile.write(path, *speak(facts["text"], facts["voice"], facts["speed"], facts["pitch"]))
 
 
 class Recorder:

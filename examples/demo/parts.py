@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from uni_moe_hf import BeatsConfig, BeatsModel, UniMoEFeatureExtractor
+from uni_moe_hf.evaluation.speaking import speak
 from uni_moe_hf.hub.conversations_uni_moe import VICUNA_CHAT_TEMPLATE
 
 
@@ -142,7 +143,7 @@ def speech_tower(folder: Path, steps: int = 500, batch: int = 48, recordings: in
     voices = [make_data.draw_voice("train", rng) for _ in labels]
     waves = rng.normal(0, 0.002, (recordings, world.RATE * world.SECONDS)).astype(np.float32)
     for wave, label, voice in zip(waves, labels, voices, strict=True):
-        spoken, rate = world.speech(texts[label], **voice)
+        spoken, rate = speak(texts[label], **voice)
         clip = soxr.resample(spoken.astype(np.float32) / 32768, rate, world.RATE) * rng.uniform(0.5, 1.2)
         start = rng.integers(0, 4000) * (rng.random() < 0.5)
         wave[start : start + len(clip)] += clip[: len(wave) - start]

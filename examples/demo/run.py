@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import evaluate  # noqa: E402
 import make_data  # noqa: E402
 import parts  # noqa: E402
 import torch  # noqa: E402
@@ -31,6 +31,8 @@ import train_stage1_connectors  # noqa: E402
 import train_stage2_experts  # noqa: E402
 import train_stage3_moe  # noqa: E402
 import transformers  # noqa: E402
+
+from uni_moe_hf.cli import main as uni_moe  # noqa: E402
 
 
 CONFIGS = HERE.parent / "configs"
@@ -123,10 +125,14 @@ def demo(root: Path) -> None:
 
 
 def report(root: Path, control: bool) -> None:
-    results = evaluate.evaluate(root / "model", root / "data", control)
-    print("\n" + evaluate.table(results, control))
-    name = "control" if control else "results"
-    (root / f"{name}.json").write_text(json.dumps({"cores": os.cpu_count(), "tasks": results}, indent=2))
+    """Held-out questions, or the same with another row's media, through the command that anyone would use."""
+    command = ["evaluate", str(root / "model"), "--task", "short-answers", "--data", str(root / "data/test.jsonl")]
+    command += ["--max-new-tokens", "8", "--batch-size", "48"]
+    command += ["--json", str(root / ("control.json" if control else "results.json"))]
+    command += ["--other-media"] if control else []
+    print(f"$ uni-moe {shlex.join(command)}", flush=True)
+    if code := uni_moe(command):
+        sys.exit(code)
 
 
 def ask(root: Path) -> None:

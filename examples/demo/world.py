@@ -6,9 +6,7 @@ of the nuisances (positions, speeds, pitches, voices) and which attribute pairs 
 testing; the two never overlap.
 """
 
-import ctypes
 import math
-from functools import cache
 from io import BytesIO
 
 import numpy as np
@@ -170,43 +168,6 @@ def sound(kind: str, split: str, rng: np.random.Generator) -> np.ndarray:
     }[kind]()
     wave = wave / (np.abs(wave).max() + 1e-9) * rng.uniform(0.3, 0.9) + rng.normal(0, 0.003, len(time))
     return np.clip(wave, -1, 1).astype(np.float32)
-
-
-@cache
-def _espeak() -> tuple[ctypes.CDLL, bytearray]:
-    """The synthesiser, and the buffer that its callback fills; one per process."""
-    import espeakng_loader
-
-    library = ctypes.CDLL(espeakng_loader.get_library_path())
-    buffer = bytearray()
-    callback_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-
-    def collect(samples, count, _) -> int:
-        if samples and count > 0:
-            buffer.extend(ctypes.string_at(samples, 2 * count))
-        return 0
-
-    library.collect = callback_type(collect)  # kept alive with the library
-    synchronous = 2  # AUDIO_OUTPUT_SYNCHRONOUS: samples to the callback, in this thread, none to a sound card
-    rate = library.espeak_Initialize(synchronous, 0, str(espeakng_loader.get_data_path()).encode(), 0)
-    if rate <= 0:
-        raise RuntimeError(f"espeak-ng could not start (code {rate}).")
-    library.espeak_SetSynthCallback(library.collect)
-    library.rate = rate
-    return library, buffer
-
-
-def speech(text: str, voice: str, speed: int, pitch: int) -> tuple[np.ndarray, int]:
-    """`(num_samples,)` int16 and its rate: `text` spoken by espeak-ng."""
-    library, buffer = _espeak()
-    buffer.clear()
-    if library.espeak_SetVoiceByName(voice.encode()) != 0:
-        raise ValueError(f"espeak-ng has no voice '{voice}'.")
-    for parameter, value in ((1, speed), (3, pitch)):  # espeakRATE, espeakPITCH
-        library.espeak_SetParameter(parameter, value, 0)
-    data = text.encode()
-    library.espeak_Synth(data, len(data) + 1, 0, 0, 0, 1, None, None)  # 1: text is UTF-8
-    return np.frombuffer(bytes(buffer), dtype=np.int16), library.rate
 
 
 def png_bytes(pixels: np.ndarray) -> bytes:

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import platform
-import random
 import statistics
 import subprocess
 import sys
@@ -27,11 +26,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from uni_moe_hf import UniMoEDataCollator
+from uni_moe_hf import evaluate
+from uni_moe_hf.evaluation.statistics import Figure
 
 
 HERE = Path(__file__).resolve().parent
@@ -139,45 +137,16 @@ def standard_error(values: list[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
-def with_other_media(rows: list[dict]) -> list[dict]:
-    """The same questions and answers, each beside the media of another row of its task."""
-    shuffler, swapped = random.Random(0), list(rows)
-    for task in dict.fromkeys(row["task"] for row in rows):
-        order = [index for index, row in enumerate(rows) if row["task"] == task]
-        shuffler.shuffle(order)
-        for target, source in zip(order, order[1:] + order[:1], strict=True):
-            asked, answered = rows[target]["messages"]
-            media = [part for part in rows[source]["messages"][0]["content"] if part["type"] != "text"]
-            words = [part for part in asked["content"] if part["type"] == "text"]
-            swapped[target] = {**rows[target], "messages": [{**asked, "content": media + words}, answered]}
-    return swapped
-
-
-@torch.inference_mode()
-def answer_losses(model, collator: UniMoEDataCollator, rows: list[dict], batch_size: int = 16) -> list[float]:
-    """Mean loss of each row's answer tokens, in nats."""
-    losses = []
-    for start in tqdm(range(0, len(rows), batch_size), desc="held-out answers", unit="batch"):
-        inputs = {name: tensor.to(model.device) for name, tensor in collator(rows[start : start + batch_size]).items()}
-        labels = inputs.pop("labels")[:, 1:]
-        logits = model(**inputs).logits[:, :-1].float()
-        tokens = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
-        losses += (tokens.sum(dim=1) / (labels != -100).sum(dim=1)).tolist()
-    return losses
-
-
-def held_out(folder: Path, data: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Task -> losses of its answers beside their own media and beside another row's."""
+def held_out(folder: Path, data: Path) -> dict[str, dict[str, Figure]]:
+    """Task -> its figures: how much likelier its answers are beside their own media, and how often among four."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, device_map=device).eval()
-    collator = UniMoEDataCollator(AutoProcessor.from_pretrained(folder, trust_remote_code=True), media_root=str(data))
-    rows = [json.loads(line) for line in (data / "test.jsonl").read_text(encoding="utf-8").splitlines()]
-    own, other = (answer_losses(model, collator, lines) for lines in (rows, with_other_media(rows)))
-    found: dict[str, tuple[list[float], list[float]]] = {}
-    for row, mine, theirs in zip(rows, own, other, strict=True):
-        pair = found.setdefault(row["task"], ([], []))
-        pair[0].append(mine)
-        pair[1].append(theirs)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    found: dict[str, dict[str, Figure]] = {}
+    for task in ("preference", "likeliest-choice"):
+        done = evaluate(model, processor, task, data / "test.jsonl", batch_size=AT_ONCE, quiet=False)
+        for group, figures in done.figures.items():
+            found.setdefault(group, {}).update(figures)
     return found
 
 
@@ -205,18 +174,19 @@ def report(root: Path, minutes: dict[str, float]) -> str:
         )
     lines += [
         "",
-        "Loss of held-out answers, nats a token, beside their own media and beside another row's of the same task:",
+        "Held-out answers: loss in nats a token beside their own media and beside another row's of the same task, how "
+        "often their own are preferred, and how often the answer is the likeliest of four from its task; 95 % bootstrap "
+        "intervals:",
         "",
-        "| after | task | answers | own media | another's | difference | own preferred |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        "| after | task | answers | own media | another's | difference | own preferred | likeliest of four |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for after, folder in (("stage 1", "stage1"), ("stage 3", "model")):
-        for task, (own, other) in held_out(root / folder, root / "data").items():
-            gains = [theirs - mine for mine, theirs in zip(own, other, strict=True)]
+        for task, figures in held_out(root / folder, root / "data").items():
             lines.append(
-                f"| {after} | {task} | {len(own)} | {statistics.mean(own):.3f} | {statistics.mean(other):.3f} | "
-                f"{statistics.mean(gains):.3f} ± {standard_error(gains):.3f} | "
-                f"{sum(gain > 0 for gain in gains) / len(gains):.0%} |"
+                f"| {after} | {task} | {figures['gain'].rows} | {figures['own_loss'].value:.3f} | "
+                f"{figures['other_loss'].value:.3f} | {figures['gain']} | {figures['own_preferred']} | "
+                f"{figures['choice_accuracy']} |"
             )
     command = [sys.executable, "-I", str(HERE.parent / "demo/ask.py"), str(root), "32"]
     answers = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout

@@ -46,16 +46,16 @@ def test_rows_are_streamed_and_sampled_as_the_options_say(data, tmp_path):
 def test_a_split_to_evaluate_on_is_read_or_refused(data, tmp_path):
     name = ["--dataset_name", str(data / "rows.jsonl")]
     args, training = parsed(tmp_path, *name)
-    assert args.eval_rows(training) is None
+    assert args.splits(training)[1] is None
     args, training = parsed(tmp_path, *name, "--dataset_test_split", "held_out")
     with pytest.raises(ValueError, match="nothing is evaluated; add `--eval_strategy`"):
-        args.eval_rows(training)
+        args.splits(training)
     evaluated = [*name, "--eval_strategy", "steps", "--eval_steps", "1"]
     args, training = parsed(tmp_path, *evaluated)
     with pytest.raises(ValueError, match="a file without splits, so without 'test'; name another"):
-        args.eval_rows(training)
+        args.splits(training)
     args, training = parsed(tmp_path, *evaluated, "--dataset_test_split", str(data / "held_out.jsonl"))
-    assert len(args.eval_rows(training)) == 3
+    assert len(args.splits(training)[1]) == 3
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`uni-moe data`: which rows training could not use, and why (`check`); features of their clips (`encode`)."""
+"""`uni-moe data`: rows that could not be used (`check`), features of clips (`encode`), spoken rows (`speak`)."""
 
 import argparse
 import sys
@@ -14,8 +14,8 @@ MAX_LISTED = 100  # rows that are named one by one
 
 
 def add_command(commands: Any) -> None:
-    """Options of `uni-moe data check` and `uni-moe data encode`."""
-    text = "Look at training data, or encode its media beforehand."
+    """Options of `uni-moe data check`, `encode` and `speak`."""
+    text = "Look at rows, encode their media beforehand, or have them spoken."
     data = commands.add_parser("data", help=text, description=text).add_subparsers(required=True, metavar="COMMAND")
 
     text = "List the rows that training could not use."
@@ -37,6 +37,17 @@ def add_command(commands: Any) -> None:
         "--workers", type=not_negative, default=0, metavar="N", help="processes that read media (default: 0)"
     )
     parser.add_argument("--dry-run", action="store_true", help="say how large it would be, and encode nothing")
+
+    text = "Have a text of every row spoken: questions, or a column such as RACE's article."
+    parser = _add(data, "speak", text, speak)
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder for rows.jsonl and speech/")
+    parser.add_argument("--field", metavar="COLUMN", help="what is said (default: the question)")
+    parser.add_argument("--all", action="store_true", help="say how to answer, too; else that stays written")
+    parser.add_argument("--voice", default="en-us", metavar="NAME", help="of espeak-ng (default: en-us)")
+    parser.add_argument("--speed", type=positive, default=160, metavar="N", help="words a minute (default: 160)")
+    parser.add_argument(
+        "--command", metavar="COMMAND", help="another voice: a command with {output}, and {text} or the text on stdin"
+    )
 
 
 def _add(commands: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
@@ -119,3 +130,14 @@ def encode(args: argparse.Namespace) -> int:
     what = "would be added to" if args.dry_run else "were added to"
     sys.stdout.write(f"{total:,.1f} MB {what} '{args.output}'{f', {count} could not be read' if count else ''}\n")
     return int(count > 0)
+
+
+def speak(args: argparse.Namespace) -> int:
+    """Exit code 0 when every row is written."""
+    from ..evaluation.speaking import command_voice, espeak_voice, speak_rows
+
+    voice = command_voice(args.command) if args.command else espeak_voice(args.voice, args.speed)
+    source, reading = _reading(args)
+    count = sum(1 for _ in speak_rows(source, args.output, voice, args.field, args.all, args.media_root, **reading))
+    sys.stdout.write(f"{count} rows are in '{Path(args.output, 'rows.jsonl')}'\n")
+    return 0

@@ -156,7 +156,7 @@ class Evaluation:
         metric, values = self.task.paper.get("metric"), self.task.paper.get("values", {})
         if metric not in self.figures[ALL] or not values or self.media != "own":
             return []
-        told = ", ".join(f"{model} {value:.2f}" for model, value in values.items())
+        told = "; ".join(f"{model}: {value:.2f}" for model, value in values.items())
         return [f"the paper's {metric} ({self.task.paper.get('where', 'no table named')}): {told}"]
 
     def to_dict(self) -> dict[str, Any]:

@@ -38,8 +38,8 @@ class UniMoE(lmms):
         device (`str`, *optional*): `cuda` where there is one by default, else `cpu`.
         dtype (`str`, *optional*, defaults to `"auto"`): As saved; or float32, bfloat16, float16.
         batch_size (`int`, *optional*, defaults to 1): Questions at once.
-        audio (`str`, *optional*): What the harness' `audio` is: "audio" (sound) or "speech"; by default the model's only
-            ear, or its default one.
+        audio (`str`, *optional*): What the harness' `audio` is: "audio" (sound) or "speech"; by default for the
+            model's only ear, or its default one.
         system_prompt (`str`, *optional*): In place of the default system message.
         workers (`int`, *optional*): Processes that read media ahead; one where there is more than one core.
     """
@@ -166,7 +166,7 @@ class UniMoE(lmms):
 
 
 class UniMoESimple(UniMoE):
-    """For tasks without messages (`--force_simple`): multiple choice by likelihood, and what has text and visuals alone."""
+    """For tasks without messages (`--force_simple`): multiple choice by likelihood, text with visuals."""
 
     is_simple = True
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from ..hub.configuration_uni_moe import MODALITIES
 from ..hub.media_uni_moe import MEDIA_COLUMNS, MEDIA_NAMES
 from ..training.row_files import iter_rows
 from ..training.rows import ANSWERS as PLAIN_ANSWERS
@@ -33,7 +34,7 @@ OPTION_LINE = re.compile(r"^\s*\(?([A-Z])\s*[.):]\s*(.*?)\s*$")
 class Question:
     """
     Args:
-        number (`int`): Of its row, from 1.
+        number (`int`): Its place among the rows, from 1.
         messages (`list[dict]`): What the model is asked, media in their parts.
         references (`list[str]`): Right answers; letters where there are options.
         options (`dict[str, str]`): Letter -> text.
@@ -85,7 +86,8 @@ def load_questions(
             annotations, or rows with `question_id` and `answers`.
         media_root (`str` or `Path`, *optional*): Folder that paths start from; else that of the file.
         limit (`int`, *optional*): First rows to take; all by default.
-        by (`str`, *optional*): Column that makes groups, in place of the task's.
+        by (`str`, *optional*): Column that makes groups, in place of the task's. Rows without one are grouped by their
+            modalities.
         reading: `split`, `config`, `columns`, `question` as in [`~row_files.load_rows`].
 
     Raises:
@@ -97,12 +99,12 @@ def load_questions(
         if limit is not None and len(found) == limit:
             break
         try:
-            found.append(_question(task, row, known, media_root, by))
+            found.append(_question(task, row, len(found) + 1, known, media_root, by))
         except ValueError as error:
             raise ValueError(f"{describe_row(row)} cannot be evaluated: {error}.") from error
     if not found:
         raise ValueError("There are no rows to evaluate.")
-    if by is not None and not any(question.group for question in found):
+    if by is not None and all(question.row.get(by) is None for question in found):
         raise ValueError(f"No row has the column '{by}' that is to make groups; they have {_columns(found[0].row)}.")
     if task.distractors:
         found = _with_distractors(found, task.distractors)
@@ -188,14 +190,14 @@ def _first(row: Mapping[str, Any], names: Iterable[str]) -> Any:
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
-def _question(task: Task, row: dict, known: Mapping, media_root: Any, by: str | None) -> Question:
+def _question(task: Task, row: dict, number: int, known: Mapping, media_root: Any, by: str | None) -> Question:
     if row.get("_unreadable"):
         raise ValueError(row["_unreadable"])
     messages, written, ended = _asked(task, row)
     if not messages:
         raise ValueError("it asks nothing")
     kinds = {part.get("type") for part in parts_of(messages)}
-    key = str(_first(row, task.keys) if _first(row, task.keys) is not None else row.get("_row", ""))
+    key = str(_first(row, task.keys) if _first(row, task.keys) is not None else number)
     options = _options(task, row, written)
     answers = known.get(key) or known.get((key, _bare(written).lower())) or _right_answers(task, row) or ended
     if known and not answers:
@@ -209,12 +211,12 @@ def _question(task: Task, row: dict, known: Mapping, media_root: Any, by: str | 
     references = [_letter(answer, options) for answer in answers] if options and task.needs_options else answers
     root = media_root or row.get("_root")
     return Question(
-        number=row.get("_row", 0),
+        number=number,
         messages=rooted(messages, None if root is None else Path(root)) if kinds - {"text"} else messages,
         references=references,
         options=options,
         text=_bare(written),
-        group=_group(row, (by,) if by else task.groups),
+        group=_group(row, (by,) if by else task.groups) or "+".join(k for k in MODALITIES if k in kinds) or "text",
         key=key,
         name=describe_row(row),
         answer=options.get(references[0]) or Counter(answers).most_common(1)[0][0],

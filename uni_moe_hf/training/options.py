@@ -41,6 +41,10 @@ class StageArguments(ScriptArguments):
         dataset_name, dataset_config, dataset_streaming, dataset_train_split: As in [`load_rows`].
         dataset_test_split (`str`, *optional*, defaults to `"test"`): With an `eval_strategy`: a split of the same, or
             a file of its own.
+        eval_rows (`int`, *optional*): In place of that: so many rows of the training data are held out, drawn by the
+            seed; of a stream the first.
+        eval_generate (`str`, *optional*): `task,every_n_steps`: a task's questions are asked of the rows to evaluate
+            on, and its figures logged; see [`GenerationCallback`].
         columns (`list[str]`, *optional*): Which column is what: `photo=image label=answer`.
         question (`list[str]`, *optional*): What is asked about plain media; of several each row draws one.
         dtype (`str`, *optional*): In which models are loaded; as saved by default.
@@ -60,6 +64,8 @@ class StageArguments(ScriptArguments):
             known here.
     """
 
+    eval_rows: int | None = field(default=None, metadata={"help": "Rows of the training data to hold out."})
+    eval_generate: str | None = field(default=None, metadata={"help": "task,every_n_steps: ask its questions."})
     columns: list[str] | None = field(default=None, metadata={"help": "Which column is what: photo=image."})
     question: list[str] | None = field(default=None, metadata={"help": "What is asked about plain media."})
     dtype: str | None = field(default=None, metadata={"help": "Of loaded models: float32, bfloat16, float16."})
@@ -92,23 +98,40 @@ class StageArguments(ScriptArguments):
             raise ValueError("`ignore_bias_buffers` is for models with boolean masks as buffers; this one has none.")
 
     def rows(self) -> Dataset | IterableDataset:
-        """The rows to train on."""
+        """All rows of the training data."""
         return self._load(self.dataset_name, self.dataset_train_split)
 
-    def eval_rows(self, training_args: SFTConfig) -> Dataset | IterableDataset | None:
+    def splits(self, training_args: SFTConfig) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
         """
-        The rows to evaluate on, where that is wanted.
+        The rows to train on, and those to evaluate on where that is wanted.
 
         Raises:
-            ValueError: a split is named and never evaluated.
+            ValueError: rows to evaluate on are named and never used, or twice; too many are held out.
         """
-        if str(getattr(training_args.eval_strategy, "value", training_args.eval_strategy)) == "no":
+        rows = self.rows()
+        strategy = str(getattr(training_args.eval_strategy, "value", training_args.eval_strategy))
+        if strategy == "no" and not self.eval_generate:
+            given = "dataset_test_split" if self.dataset_test_split != "test" else "eval_rows"
+            if given == "dataset_test_split" or self.eval_rows is not None:
+                raise ValueError(f"`{given}` is given, but nothing is evaluated; add `--eval_strategy`.")
+            return rows, None
+        if self.eval_rows is not None:
             if self.dataset_test_split != "test":
-                raise ValueError("`dataset_test_split` is given, but nothing is evaluated; add `--eval_strategy`.")
-            return None
+                raise ValueError("`eval_rows` and `dataset_test_split` both say what to evaluate on; give one.")
+            return self._held_out(rows, self.eval_rows, training_args.seed)
         if Path(self.dataset_test_split).is_file():
-            return self._load(self.dataset_test_split, "train")
-        return self._load(self.dataset_name, self.dataset_test_split)
+            return rows, self._load(self.dataset_test_split, "train")
+        return rows, self._load(self.dataset_name, self.dataset_test_split)
+
+    @staticmethod
+    def _held_out(rows: Dataset | IterableDataset, count: int, seed: int) -> tuple[Any, Any]:
+        if isinstance(rows, IterableDataset):
+            return rows.skip(count), rows.take(count)
+        if not 0 < count < len(rows):
+            raise ValueError(f"`eval_rows={count}` cannot be held out of {len(rows)} rows; give 1 to {len(rows) - 1}.")
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+        held = sorted(order[:count])
+        return rows.select(sorted(order[count:])), rows.select(held)
 
     def _load(self, source: str | None, split: str) -> Dataset | IterableDataset:
         if source is None:

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,7 @@ class UniMoESFTTrainer(SFTTrainer):
     Logged besides TRL's own: `loss/<modalities>` for rows with these media, and with experts `load/<expert>`, its
     share of all tokens, and `load/max_over_min` of the most uneven layer; whatever the auxiliary loss; and
     `rows_skipped` so far, where bad rows may be. They are counted on the device and read when the trainer logs.
+    Evaluations have `eval_loss/<modalities>`.
     With a [`FeatureCache`] that is being filled, what the towers give is stored.
 
     Args:
@@ -271,13 +272,29 @@ class UniMoESFTTrainer(SFTTrainer):
         except OSError as error:
             logger.warning("%s", error)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in the library; what callbacks generate is not counted among the routes of training."""
+        with self._uncounted():
+            return super().evaluate(*args, **kwargs)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the library, uncounted."""
-        if self._routing is None:
-            return super().evaluation_loop(*args, **kwargs)
+        """As in the library, with the loss by modalities; routes are not counted."""
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        with self._uncounted(), nullcontext() if self._losses.is_entered else self._losses:
+            output = super().evaluation_loop(*args, **kwargs)
+            losses = self._losses.read(self.accelerator, training=False)
+        output.metrics.update({f"{prefix}_{name}": value for name, value in losses.items()})
+        return output
+
+    @contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        was_paused = getattr(self._routing, "paused", None)
+        if self._routing is None or was_paused:
+            yield
+            return
         self._routing.paused = True
         try:
-            return super().evaluation_loop(*args, **kwargs)
+            yield
         finally:
             self._routing.paused = False
 
@@ -391,7 +408,7 @@ class _WriteFeatures(TrainerCallback):
 
 class ModalityLosses:
     """
-    Sums the loss of each row by the modalities it has, while it is entered.
+    Sums the loss of each row by the modalities it has, while it is entered; of training and of evaluation apart.
 
     Args:
         model (`nn.Module`): With TRL's fused head; wrapped by PEFT or not.
@@ -401,8 +418,13 @@ class ModalityLosses:
         self.model = model
         config = model.config
         self.ids = {modality: getattr(config, f"{modality}_token_id") for modality in config.modalities}
-        self._sums: torch.Tensor | None = None  # (2 ** modalities, 2): loss and tokens
+        self._sums: dict[bool, torch.Tensor] = {}  # training -> (2 ** modalities, 2): loss and tokens
         self._handle: Any = None
+
+    @property
+    def is_entered(self) -> bool:
+        """Whether it counts now."""
+        return self._handle is not None
 
     def __enter__(self) -> "ModalityLosses":
         self._handle = self.model.register_forward_hook(self._after_model, with_kwargs=True)
@@ -410,23 +432,24 @@ class ModalityLosses:
 
     def __exit__(self, *_: Any) -> None:
         self._handle.remove()
+        self._handle = None
 
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if not module.training or getattr(output, "log_probs", None) is None:
+        if getattr(output, "log_probs", None) is None:
             return
         ids = kwargs["input_ids"]
         kinds = torch.zeros(len(ids), dtype=torch.long, device=ids.device)  # (B,)
         for number, token_id in enumerate(self.ids.values()):
             kinds += (ids == token_id).any(dim=1).long() << number
         losses = torch.stack([-output.log_probs.detach().sum(dim=1), output.label_mask.sum(dim=1)], dim=1).float()
-        if self._sums is None:
-            self._sums = torch.zeros(2 ** len(self.ids), 2, device=losses.device)
-        self._sums.index_add_(0, kinds.to(losses.device), losses)
+        if module.training not in self._sums:
+            self._sums[module.training] = torch.zeros(2 ** len(self.ids), 2, device=losses.device)
+        self._sums[module.training].index_add_(0, kinds.to(losses.device), losses)
 
-    def read(self, accelerator: Any) -> dict[str, float]:
+    def read(self, accelerator: Any, training: bool = True) -> dict[str, float]:
         """`loss/<modalities>` -> mean loss of a token over all processes; forgets what was counted."""
-        sums = torch.zeros(2 ** len(self.ids), 2, device=accelerator.device) if self._sums is None else self._sums
-        self._sums = None
+        sums = self._sums.pop(training, None)
+        sums = torch.zeros(2 ** len(self.ids), 2, device=accelerator.device) if sums is None else sums
         logs = {}
         for kind, (loss, tokens) in enumerate(accelerator.reduce(sums).tolist()):
             if tokens:

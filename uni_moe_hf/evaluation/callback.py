@@ -1,0 +1,135 @@
+"""A task's questions asked while a model is trained."""
+
+from typing import Any
+
+from accelerate.utils import gather_object
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..training.spreading import is_sharded
+from .answering import answer_questions
+from .evaluation import Evaluation, check_modalities
+from .metrics import METRICS
+from .questions import load_questions, with_other_media
+from .tasks import Task, load_task
+
+
+# Figures of `prefer`, which has no metrics.
+PREFERENCE = {"own_preferred": True, "gain": True, "own_loss": False, "other_loss": True}
+
+
+class GenerationCallback(TrainerCallback):
+    r"""
+    Asks a task's questions every so many steps and adds its figures to what the evaluation found: `eval_exact_match`,
+    and `eval_exact_match/<group>` where rows have groups. They are logged wherever the trainer logs (TensorBoard,
+    Trackio), and `metric_for_best_model` may name one: then they are there at every evaluation.
+
+    Args:
+        trainer (`Trainer`): With a processor as `processing_class` and an `eval_dataset`.
+        task (`str`, `Path` or [`Task`]): What is asked; none that needs a judge.
+        every (`int`): Steps between two times; each is an evaluation.
+        rows (*optional*): Rows to ask about; the trainer's `eval_dataset` by default.
+        limit (`int`, *optional*): Of them the first so many; all by default.
+        batch_size (`int`, *optional*): `per_device_eval_batch_size` by default.
+
+    Raises:
+        ValueError: the task does not fit the rows, the model or the way it is trained.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        task: str | Task,
+        every: int,
+        rows: Any = None,
+        limit: int | None = None,
+        batch_size: int | None = None,
+    ):
+        self.trainer, self.task, self.every = trainer, load_task(task), every
+        if self.task.needs_judge:
+            raise ValueError(f"Task '{self.task.name}' is scored by a judge, which is not asked while training.")
+        if every < 1:
+            raise ValueError(f"Questions are asked every {every} steps; give 1 or more.")
+        if rows is None and (rows := trainer.eval_dataset) is None:
+            raise ValueError(
+                "There are no rows to ask about: give an `eval_dataset` (--eval_rows N holds out rows, "
+                "--dataset_test_split names a file or split)."
+            )
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or is_sharded(trainer.model):
+            raise ValueError("Answers are generated while training only where every process holds the whole model.")
+        collator = trainer.data_collator
+        root = getattr(collator, "media_root", None)
+        self.questions = load_questions(self.task, rows, media_root=root, limit=limit)
+        check_modalities(trainer.processing_class, self.task, self.questions)
+        self.others = with_other_media(self.questions) if self.task.method == "prefer" else None
+        self.batch_size = batch_size or trainer.args.per_device_eval_batch_size
+        self.chooses = self._chooses(trainer.args)
+
+    @classmethod
+    def add_to(cls, trainer: Any, wanted: str | None) -> None:
+        """
+        Args:
+            trainer (`Trainer`): That gets the callback.
+            wanted (`str`, *optional*): `task,every_n_steps`, as `--eval_generate` has it; without it nothing is done.
+        """
+        if wanted is None:
+            return
+        task, _, every = wanted.rpartition(",")
+        if not task or not every.strip().isdigit():
+            raise ValueError(
+                f"`eval_generate` is {wanted!r}; it must be a task and a number of steps, as in 'captions,500'."
+            )
+        trainer.add_callback(cls(trainer, task.strip(), int(every)))
+
+    def _chooses(self, args: TrainingArguments) -> bool:
+        """Whether the best checkpoint is known by one of these figures."""
+        better = {f: METRICS[name].higher_is_better for name in self.task.metrics for f in METRICS[name].figures}
+        better = better or PREFERENCE
+        name = (args.metric_for_best_model or "").removeprefix("eval_").split("/")[0]
+        if name not in better:
+            return False
+        if bool(args.greater_is_better) != better[name]:
+            raise ValueError(
+                f"`greater_is_better={args.greater_is_better}` contradicts `metric_for_best_model={name}`, of which "
+                f"{'more' if better[name] else 'less'} is better."
+            )
+        return True
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0:
+            control.should_evaluate = True
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        if state.global_step % self.every and not self.chooses:
+            return
+        figures = self.ask().figures
+        found = {f"eval_{name}": figure.value for name, figure in figures["all"].items()}
+        for group, each in figures.items():
+            if group != "all":
+                found |= {f"eval_{name}/{group}": figure.value for name, figure in each.items()}
+        metrics.update(found)
+        self.trainer.log(dict(found))
+
+    def ask(self) -> Evaluation:
+        """Each process answers its share of the questions; all know all answers."""
+        accelerator = self.trainer.accelerator
+        share = slice(accelerator.process_index, None, accelerator.num_processes)
+        records: dict[int, dict] = {}
+        with accelerator.autocast():
+            for some in answer_questions(
+                accelerator.unwrap_model(self.trainer.model),
+                self.trainer.processing_class,
+                self.task,
+                self.questions[share],
+                None if self.others is None else self.others[share],
+                self.batch_size,
+                min(1, self.trainer.args.dataloader_num_workers),
+            ):
+                records |= some
+        if accelerator.num_processes > 1:
+            records = {number: record for each in gather_object([records]) for number, record in each.items()}
+        return Evaluation(self.task, self.questions, records)
+
+
+__all__ = ["GenerationCallback"]

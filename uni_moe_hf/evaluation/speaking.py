@@ -1,0 +1,237 @@
+"""
+Spoken variants of written rows, as the paper made its spoken questions and passages: by espeak-ng, or by any command.
+"""
+
+import ctypes
+import json
+import os
+import shlex
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from ..hub.files_uni_moe import reason
+from ..training.row_files import iter_rows
+from ..training.rows import PLACE, QUESTIONS, describe_row
+from .questions import INSTRUCTION
+
+
+# Writes a text as a WAV file; recordings of one `name` are not made twice.
+Voice = Callable[[str, Path], None]
+
+
+@cache
+def _espeak() -> tuple[ctypes.CDLL, bytearray]:
+    """The synthesiser, and the buffer that its callback fills; one per process."""
+    try:
+        import espeakng_loader
+    except ImportError as error:
+        raise ImportError(
+            "Speaking needs espeak-ng: `pip install uni-moe-hf[evaluate]`, or name another voice with --command."
+        ) from error
+    library = ctypes.CDLL(espeakng_loader.get_library_path())
+    buffer = bytearray()
+    callback_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+
+    def collect(samples: Any, count: int, _: Any) -> int:
+        if samples and count > 0:
+            buffer.extend(ctypes.string_at(samples, 2 * count))
+        return 0
+
+    library.collect = callback_type(collect)  # kept alive with the library
+    synchronous = 2  # AUDIO_OUTPUT_SYNCHRONOUS: samples to the callback, in this thread, none to a sound card
+    rate = library.espeak_Initialize(synchronous, 0, str(espeakng_loader.get_data_path()).encode(), 0)
+    if rate <= 0:
+        raise OSError(f"espeak-ng could not start (code {rate}).")
+    library.espeak_SetSynthCallback(library.collect)
+    library.rate = rate
+    return library, buffer
+
+
+def speak(text: str, voice: str = "en-us", speed: int = 160, pitch: int = 50) -> tuple[np.ndarray, int]:
+    """
+    Args:
+        text (`str`): What is said.
+        voice (`str`, *optional*, defaults to `"en-us"`): Of espeak-ng, such as `de` or `en-gb+f3`.
+        speed (`int`, *optional*, defaults to 160): Words a minute.
+        pitch (`int`, *optional*, defaults to 50): 0 to 99.
+
+    Returns:
+        `tuple(np.ndarray, int)`: `(num_samples,)` int16, and samples a second.
+
+    Raises:
+        ValueError: there is no such voice.
+        ImportError: without `espeakng_loader`.
+    """
+    library, buffer = _espeak()
+    buffer.clear()
+    if library.espeak_SetVoiceByName(voice.encode()) != 0:
+        raise ValueError(f"espeak-ng has no voice '{voice}'.")
+    for parameter, value in ((1, speed), (3, pitch)):  # espeakRATE, espeakPITCH
+        library.espeak_SetParameter(parameter, value, 0)
+    data = text.encode()
+    library.espeak_Synth(data, len(data) + 1, 0, 0, 0, 1, None, None)  # 1: text is UTF-8
+    return np.frombuffer(bytes(buffer), dtype=np.int16), library.rate
+
+
+def espeak_voice(voice: str = "en-us", speed: int = 160) -> Voice:
+    """A voice for [`speak_rows`] that writes WAV by espeak-ng."""
+    speak("", voice, speed)  # a voice that is not there is said at once
+
+    def write(text: str, path: Path) -> None:
+        samples, rate = speak(text, voice, speed)
+        soundfile.write(path, samples, rate, format="WAV")
+
+    write.name = f"espeak-ng {voice} {speed}"
+    return write
+
+
+def command_voice(command: str) -> Voice:
+    """
+    Args:
+        command (`str`): With `{output}` for the WAV file to write, and `{text}` for what is said; without that the
+            text comes on standard input. Such as `piper --model en.onnx --output_file {output}`.
+    """
+    words = shlex.split(command)
+    if not any("{output}" in word for word in words):
+        raise ValueError(
+            f"The command {command!r} does not say where to write; put {{output}} in place of the WAV file."
+        )
+    has_text = any("{text}" in word for word in words)
+
+    def write(text: str, path: Path) -> None:
+        filled = [word.replace("{output}", str(path)).replace("{text}", text) for word in words]
+        try:
+            done = subprocess.run(
+                filled, input=None if has_text else text, text=True, capture_output=True, check=False
+            )
+        except OSError as error:
+            raise ValueError(f"The command {words[0]!r} cannot be run ({reason(error)}).") from error
+        if done.returncode != 0 or not path.is_file():
+            said = " ".join(done.stderr.split())[-200:]
+            raise ValueError(f"The command {words[0]!r} wrote no recording (exit code {done.returncode}: {said}).")
+
+    write.name = command
+    return write
+
+
+def speak_rows(
+    source: Any,
+    output: str | Path,
+    voice: Voice,
+    field: str | None = None,
+    whole: bool = False,
+    media_root: str | Path | None = None,
+    **reading: Any,
+) -> Iterator[str]:
+    r"""
+    Writes `output/rows.jsonl` with a recording in place of a text, and the recordings in `output/speech`. A recording
+    that is there stays: a run that was stopped goes on.
+
+    Args:
+        source: Rows, as in [`load_rows`].
+        output (`str` or `Path`): Folder.
+        voice (`Callable`): Writes a text as a WAV file: [`espeak_voice`], [`command_voice`] or your own.
+        field (`str`, *optional*): The column that is said, such as `article` of RACE; the question by default. Its row
+            gets `speech` in its place. Of the original's records it is the last question, without media marks.
+        whole (`bool`, *optional*, defaults to `False`): Whether "Answer the question using a single word or phrase."
+            is said too; else it stays written.
+        media_root (`str` or `Path`, *optional*): Where the rows' other paths start; else beside their file.
+        reading: As in [`~row_files.iter_rows`].
+
+    Yields:
+        `str`: what was said of each row.
+
+    Raises:
+        ValueError: a row has nothing to say, or the voice fails.
+    """
+    folder = Path(output)
+    (folder / "speech").mkdir(parents=True, exist_ok=True)
+    partial = folder / ".rows.jsonl.partial"
+    speaker = getattr(voice, "name", "")
+    with partial.open("w", encoding="utf-8") as file:
+        for row in iter_rows(source, **reading):
+            try:
+                text, made = _spoken(row, field, whole)
+                name = f"speech/{sha256(f'{speaker} {text}'.encode()).hexdigest()[:16]}.wav"
+                if not (folder / name).is_file():
+                    half = folder / "speech" / f".{os.getpid()}.wav"
+                    voice(text, half)
+                    half.replace(folder / name)
+            except ValueError as error:
+                raise ValueError(f"{describe_row(row)} cannot be spoken: {error}") from error
+            made = _with_recording(made, name, media_root or row.get("_root"))
+            file.write(json.dumps(made, ensure_ascii=False) + "\n")
+            yield text
+    partial.replace(folder / "rows.jsonl")
+
+
+def _spoken(row: Mapping[str, Any], field: str | None, whole: bool) -> tuple[str, dict[str, Any]]:
+    """What is said, and the row with a mark where it was."""
+    if row.get("_unreadable"):
+        raise ValueError(row["_unreadable"])
+    made = {name: value for name, value in row.items() if name not in PLACE and value is not None}
+    turns = made.get("conversations")
+    if field is None and isinstance(turns, list):
+        last = max((i for i, turn in enumerate(turns) if turn.get("from") in ("human", "user")), default=None)
+        if last is None:
+            raise ValueError("no turn is by 'human'.")
+        value = str(turns[last].get("value", ""))
+        if "<audio>" in value:
+            raise ValueError("its question is spoken already.")
+        marks = [mark for mark in ("<image>", "<video>") if mark in value]
+        for mark in marks:
+            value = value.replace(mark, "")
+        text, rest = _parted(value.strip(), whole)
+        turn = {**turns[last], "value": "\n".join([*marks, "<audio>"]) + rest}
+        made |= {"conversations": [*turns[:last], turn, *turns[last + 1 :]], "spoken": text}
+        return _said(text), made
+    name = field or next((name for name in QUESTIONS if isinstance(made.get(name), str)), None)
+    if name is None or not isinstance(made.get(name), str):
+        raise ValueError(
+            f"it has no text in '{field or 'question'}'; name its column with --field ({', '.join(made)})."
+        )
+    text, rest = _parted(made.pop(name).strip(), whole)
+    made["spoken"] = text
+    if field is None and rest:
+        made[name] = rest.strip()
+    return _said(text), made
+
+
+def _parted(text: str, whole: bool) -> tuple[str, str]:
+    match = None if whole else INSTRUCTION.search(text)
+    return (text, "") if match is None else (text[: match.start()].strip(), match[0])
+
+
+def _said(text: str) -> str:
+    if not text.strip():
+        raise ValueError("there is no text to say.")
+    return text
+
+
+def _with_recording(made: dict[str, Any], name: str, root: str | Path | None) -> dict[str, Any]:
+    """The recording in its column; other media by paths that hold from the new folder."""
+    for column in ("image", "images", "video", "videos", "audio", "audios"):
+        if column in made and root is not None:
+            made[column] = _moved(made[column], Path(root).resolve())
+    if "conversations" in made and "question" not in made:
+        made["voice"] = [name]
+    else:
+        made["speech"] = name
+    return made
+
+
+def _moved(value: Any, root: Path) -> Any:
+    if isinstance(value, list):
+        return [_moved(each, root) for each in value]
+    is_path = isinstance(value, str) and not value.startswith(("http://", "https://", "data:"))
+    return str(root / value) if is_path and (root / value).exists() else value
+
+
+__all__ = ["command_voice", "espeak_voice", "speak", "speak_rows"]
