@@ -175,8 +175,8 @@ def report(root: Path, minutes: dict[str, float]) -> str:
     lines += [
         "",
         "Held-out answers: loss in nats a token beside their own media and beside another row's of the same task, how "
-        "often their own are preferred, and how often the answer is the likeliest of four from its task; 95 % bootstrap "
-        "intervals:",
+        "often their own are preferred, and how often the answer is the likeliest of four of its task; 95 % "
+        "bootstrap intervals:",
         "",
         "| after | task | answers | own media | another's | difference | own preferred | likeliest of four |",
         "|---|---|--:|--:|--:|--:|--:|--:|",

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from transformers import set_seed
 
 from ..hub.files_uni_moe import reason
 from ..training.data import UniMoEDataCollator
@@ -65,13 +64,13 @@ def answer_questions(
     ahead = {"num_workers": workers, "prefetch_factor": 2} if workers else {}
     samples = bool(task.decoding.get("do_sample"))
     with _answering(model):
-        loader = DataLoader(ask, batch_size=None, collate_fn=_as_it_is, **ahead)
+        # A generator of its own: who trains meanwhile draws as if nobody had asked.
+        loader = DataLoader(ask, batch_size=None, collate_fn=_as_it_is, generator=torch.Generator(), **ahead)
         for batch, (inputs, kept, unread) in zip(numbers, loader, strict=True):
             found: dict[int, Record] = {questions[index].number: {"unreadable": why} for index, why in unread.items()}
             if kept:
-                if samples:
-                    set_seed(seed + first[id(batch)])
-                made = _run(model, processor, task, inputs, len(kept))
+                with _drawing(seed + first[id(batch)] if samples else None):
+                    made = _run(model, processor, task, inputs)
                 found |= {questions[index].number: record for index, record in zip(kept, made, strict=True)}
             yield found
 
@@ -90,6 +89,17 @@ def _answering(model: Any) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def _drawing(seed: int | None) -> Iterator[None]:
+    """Draws from a seed; afterwards as before. Without one nothing is drawn."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def _by_kind_and_length(questions: Sequence[Question]) -> list[int]:
@@ -176,7 +186,7 @@ def _with_answer(question: Question, answer: str) -> dict[str, Any]:
     return {"messages": [*question.messages, said]}
 
 
-def _run(model: Any, processor: Any, task: Task, inputs: dict[str, Any], count: int) -> list[Record]:
+def _run(model: Any, processor: Any, task: Task, inputs: dict[str, Any]) -> list[Record]:
     per_question = inputs.pop("per_question", [])
     inputs = on_device(inputs, model)
     if task.method == "generate":

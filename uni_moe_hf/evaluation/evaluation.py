@@ -305,8 +305,8 @@ def check_modalities(processor: Any, task: Task, questions: Sequence[Question]) 
     held = {
         kind: question for question in reversed(questions) for kind in {str(p.get("type")) for p in question.media}
     }
-    has = set(processor.modalities)
-    for kind, question in held.items():
+    has = list(processor.modalities)
+    for kind, question in sorted(held.items(), key=lambda pair: pair[1].number):
         known = processor._ear(kind) if kind in ("audio", "speech") else kind
         if known in ("image", "video", "audio", "speech") and known not in has:
             raise ValueError(

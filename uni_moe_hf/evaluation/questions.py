@@ -126,10 +126,11 @@ def with_other_media(questions: list[Question], seed: int = 0) -> list[Question]
         seed (`int`, *optional*, defaults to 0): Of who gets whose.
 
     Returns:
-        `list[Question]`: the same, each with the media of another row of its group that holds the same kinds.
+        `list[Question]`: the same, each with the media of another row that holds the same kinds: of its group where
+        there is one.
 
     Raises:
-        ValueError: none has media, or a row is the only one of its group with its kinds.
+        ValueError: none has media, or a row is the only one with its kinds.
     """
     shuffler = random.Random(seed)
     alike: dict[tuple, list[int]] = {}
@@ -140,14 +141,18 @@ def with_other_media(questions: list[Question], seed: int = 0) -> list[Question]
         raise ValueError("No row has media, so there are no other row's to ask with.")
     result = list(questions)
     for (_, kinds), indices in alike.items():
-        if len(indices) == 1:
-            raise ValueError(
-                f"{questions[indices[0]].name} is the only one of its group with {' and '.join(map(str, kinds))}, so "
-                "no "
-                "other row's media can stand in; give more rows."
-            )
         shuffler.shuffle(indices)
-        for target, source in zip(indices, indices[1:] + indices[:1], strict=True):
+        sources = indices[1:] + indices[:1]
+        if len(indices) == 1:
+            same = [index for (_, others), found in alike.items() if others == kinds for index in found]
+            sources = [index for index in same if index != indices[0]][:1]
+        if not sources:
+            raise ValueError(
+                f"{questions[indices[0]].name} is the only one with {' and '.join(map(str, kinds))}, so no other "
+                "row's "
+                "media can stand in; give more rows."
+            )
+        for target, source in zip(indices, sources, strict=True):
             result[target] = replace(questions[target], messages=_replaced(questions[target], questions[source].media))
     return result
 
@@ -171,7 +176,7 @@ def _numbered(rows: Any, reading: Mapping[str, Any]) -> Iterator[dict[str, Any]]
         yield from iter_rows(rows, **reading)
         return
     rows = list(rows) if isinstance(rows, Iterator) else rows
-    if isinstance(rows, list | tuple) and all(isinstance(each, str | Path) for each in rows):
+    if isinstance(rows, list | tuple) and rows and all(isinstance(each, str | Path) for each in rows):
         yield from iter_rows(list(rows), **reading)
         return
     for number, row in enumerate(rows, start=1):

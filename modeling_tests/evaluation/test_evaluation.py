@@ -1,0 +1,333 @@
+"""Answers of a model: batches, what cannot be read, predictions that go on, judges, comparisons, likelihoods."""
+
+import json
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_model, tiny_processor
+from tiny_training import rows as training_rows
+from tiny_training import write_media
+
+from uni_moe_hf import UniMoEDataCollator, evaluate
+from uni_moe_hf.evaluation import answering, evaluation
+from uni_moe_hf.evaluation.judging import judged, open_judge, parse_grade
+from uni_moe_hf.evaluation.predictions import model_digest, write_original
+from uni_moe_hf.evaluation.questions import load_questions
+from uni_moe_hf.evaluation.tasks import Task, load_task
+
+
+SHORT = Task("short", metrics=("exact_match", "chance"), decoding={"max_new_tokens": 4})
+
+
+WORDS = "bird bell red blue yes no hello what is this it a".split()
+
+
+def rows(count: int) -> list[dict]:
+    """Of every modality, each asked something else."""
+    made = training_rows(count)
+    for row, word in zip(made, WORDS, strict=False):
+        row["messages"][0]["content"][-1]["text"] = f"what is {word}"
+    return made
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    folder = write_media(tmp_path_factory.mktemp("media"))
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows(12))))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model():
+    """One whose answers depend on what it is asked."""
+    model = tiny_model(seed=2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "language_model" in name and "norm" not in name and parameter.dim() > 1:
+                parameter.mul_(2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def processor(model):
+    return tiny_processor(model.config)
+
+
+def said(found) -> dict[int, str]:
+    return {number: record["prediction"] for number, record in found.records.items()}
+
+
+def test_answers_do_not_depend_on_batches_order_or_who_reads(model, processor, media):
+    source = media / "rows.jsonl"
+    alone = evaluate(model, processor, SHORT, source, batch_size=1, workers=0)
+    assert len(set(said(alone).values())) > 3  # random words, of different rows different ones
+    for settings in ({"batch_size": 5, "workers": 0}, {"batch_size": 12, "workers": 1}):
+        assert said(evaluate(model, processor, SHORT, source, **settings)) == said(alone)
+    assert not model.training
+
+
+def test_answers_are_those_of_generate(model, processor, media):
+    found = evaluate(model, processor, SHORT, media / "rows.jsonl", workers=0)
+    for question in found.questions[:6]:
+        inputs = processor.apply_chat_template(
+            question.messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        text = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert said(found)[question.number] == text.strip()
+
+
+def test_figures_are_by_group_and_over_all_rows(model, processor, media):
+    found = evaluate(model, processor, SHORT, media / "rows.jsonl", workers=0)
+    assert {*found.figures} == {"image", "speech", "audio", "video", "text", "image+audio+speech", "all"}
+    assert found.figures["all"]["exact_match"].rows == 12 and found.main[0] == "exact_match"
+    table = found.table()
+    assert "12 rows, 95 % bootstrap intervals" in table and "image+audio+speech" in table
+    facts = json.loads(json.dumps(found.to_dict()))
+    assert facts["figures"]["all"]["exact_match"]["rows"] == 12 and facts["answered_now"] == 12
+
+
+def test_media_that_cannot_be_read_are_told_and_in_no_figure(model, processor, media, tmp_path):
+    bad = rows(4)
+    (media / "broken.png").write_bytes(b"no picture")
+    bad[0]["messages"][0]["content"][0]["path"] = "broken.png"
+    bad[1]["messages"][0]["content"][0]["path"] = "missing.wav"
+    for workers in (0, 1):
+        found = evaluate(model, processor, SHORT, bad, media_root=media, batch_size=4, workers=workers)
+        assert sorted(found.unreadable) == [1, 2] and found.figures["all"]["exact_match"].rows == 2
+        assert "2 of 4 rows could not be read and are in no figure; the first is row 1" in found.table()
+        assert "missing.wav" in found.unreadable[2]
+    found = evaluate(model, processor, SHORT, bad[:2], media_root=media, workers=0)
+    assert found.figures == {"all": {}} and "no row could be read" in found.table()
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_predictions(model, processor, media, tmp_path, monkeypatch):
+    source, whole, half = media / "rows.jsonl", tmp_path / "whole.jsonl", tmp_path / "deep/half.jsonl"
+    sampled = replace(SHORT, decoding={"do_sample": True, "temperature": 1.5, "max_new_tokens": 4})
+    settings = {"batch_size": 3, "workers": 0, "seed": 7}
+    expected = evaluate(model, processor, sampled, source, predictions=whole, **settings)
+    run, calls = answering._run, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run(*args)
+
+    monkeypatch.setattr(answering, "_run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, processor, sampled, source, predictions=half, **settings)
+    monkeypatch.setattr(answering, "_run", run)
+    lines = half.read_bytes()
+    assert lines.count(b"\n") == 1 + 6
+    half.write_bytes(lines + b'{"row": 9, "predic')  # as a crash in the middle of a line leaves it
+    found = evaluate(model, processor, sampled, source, predictions=half, **settings)
+    assert found.answered_now == 6 and said(found) == said(expected)
+    assert sorted(map(json.loads, half.read_text().splitlines()[1:]), key=lambda line: line["row"]) == sorted(
+        map(json.loads, whole.read_text().splitlines()[1:]), key=lambda line: line["row"]
+    )
+    again = evaluate(model, processor, sampled, source, predictions=half, **settings)
+    assert again.answered_now == 0 and again.figures == found.figures
+
+
+def test_predictions_of_something_else_are_refused(model, processor, media, tmp_path):
+    file, source = tmp_path / "p.jsonl", media / "rows.jsonl"
+    evaluate(model, processor, SHORT, source, predictions=file, workers=0, limit=3)
+    kept = file.read_bytes()
+    more = evaluate(model, processor, SHORT, source, predictions=file, workers=0)  # --limit is gone: the rest is added
+    assert more.answered_now == 9
+    file.write_bytes(kept)
+    other = rows(12)
+    other[1]["messages"][0]["content"][1]["text"] = "who is it"
+    with pytest.raises(ValueError, match="holds predictions of other data: row 2 asks something else"):
+        evaluate(model, processor, SHORT, other, media_root=media, predictions=file, workers=0)
+    with pytest.raises(ValueError, match="holds predictions of another decoding"):
+        evaluate(model, processor, replace(SHORT, decoding={}), source, predictions=file, workers=0)
+    with pytest.raises(ValueError, match="holds predictions of another model"):
+        evaluate(tiny_model(seed=1), processor, SHORT, source, predictions=file, workers=0)
+    with pytest.raises(ValueError, match="holds predictions of another media"):
+        evaluate(model, processor, SHORT, source, media="other", predictions=file, workers=0)
+    assert file.read_bytes() == kept
+    (tmp_path / "notes.jsonl").write_text("my notes\n")
+    with pytest.raises(ValueError, match="holds no predictions of this command"):
+        evaluate(model, processor, SHORT, source, predictions=tmp_path / "notes.jsonl", workers=0)
+    assert (tmp_path / "notes.jsonl").read_text() == "my notes\n"
+    with pytest.raises(OSError, match="cannot be written to"):
+        evaluate(model, processor, SHORT, source, predictions=tmp_path, workers=0)
+
+
+def test_a_model_is_known_by_its_weights_not_by_its_folder(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert model_digest(type(model).from_pretrained(tmp_path)) == model_digest(model)
+    changed = tiny_model(seed=2)
+    changed.load_state_dict(model.state_dict())
+    assert model_digest(changed) == model_digest(model)
+    with torch.no_grad():
+        changed.lm_head.weight.mul_(1.001)
+    assert model_digest(changed) != model_digest(model)
+
+
+def test_predictions_in_the_originals_format_keep_its_records(tmp_path):
+    turns = [{"from": "human", "value": "what"}, {"from": "gpt", "value": ""}]
+    given = [{"conversations": turns, "gt": ["x"], "id": 1}, {"conversations": turns, "answer": ["B"], "id": 2}]
+    (tmp_path / "rows.json").write_text(json.dumps(given))
+    questions = load_questions(SHORT, tmp_path / "rows.json")
+    write_original(tmp_path / "out/o.json", questions, {1: {"prediction": "a"}, 2: {"prediction": "b"}})
+    made = json.loads((tmp_path / "out/o.json").read_text())
+    assert made == [{**given[0], "answer": "a"}, {**given[1], "text": "b"}]
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["o.json"]
+
+
+def test_likelihoods_are_the_losses_of_the_answers(model, processor, media):
+    with_media = [row for row in rows(12) if len(row["messages"][0]["content"]) == 2]
+    found = evaluate(model, processor, "preference", with_media, media_root=media, workers=0, batch_size=3)
+    collate = UniMoEDataCollator(processor, media_root=media)
+    for row, question in zip(with_media, found.questions, strict=True):
+        batch = collate([row])
+        loss = model(**batch).loss.item()
+        assert found.records[question.number]["losses"][0] == pytest.approx(loss, abs=1e-5)
+    figures = found.figures["all"]
+    assert figures["gain"].value == pytest.approx(figures["other_loss"].value - figures["own_loss"].value)
+    assert not figures["gain"].percent and 0 <= figures["own_preferred"].value <= 1
+
+
+def test_the_likeliest_option_is_taken(model, processor, media):
+    task = replace(load_task("likeliest-choice"), distractors=0)
+    options = ["a bird", "bell", "red", "hello"]
+    given = [{"question": "what is it", "image": "0.png", "options": options, "answer": "red"}]
+    found = evaluate(model, processor, task, given, media_root=media, workers=0)
+    losses = found.records[1]["losses"]
+    assert len(losses) == 4
+    likeliest = options[losses.index(min(losses))]
+    assert found.figures["all"]["choice_accuracy"].value == float(likeliest == "red")
+    right = evaluate(model, processor, task, [{**given[0], "answer": likeliest}], media_root=media, workers=0)
+    assert right.figures["all"]["choice_accuracy"].value == 1.0
+
+
+def test_two_models_are_compared_on_the_same_rows(model, processor, media):
+    mine = evaluate(model, processor, "preference", media_rows(), media_root=media, workers=0)
+    theirs = evaluate(tiny_model(seed=1), processor, "preference", media_rows(), media_root=media, workers=0)
+    difference = mine.against(theirs)["all"]["own_loss"]
+    assert difference.value == pytest.approx(
+        mine.figures["all"]["own_loss"].value - theirs.figures["all"]["own_loss"].value
+    )
+    assert difference.low <= difference.value <= difference.high
+    assert "difference to the baseline, paired:" in mine.table(theirs)
+    assert mine.against(mine)["all"]["gain"].high == 0.0
+    shorter = evaluate(model, processor, "preference", media_rows()[::4], media_root=media, workers=0)
+    with pytest.raises(ValueError, match="the same task and rows"):
+        mine.against(shorter)
+
+
+def media_rows() -> list[dict]:
+    return [row for row in rows(12) if len(row["messages"][0]["content"]) == 2]
+
+
+def test_a_task_that_does_not_fit_the_model_or_the_rows_is_refused_before_an_answer(processor, media, monkeypatch):
+    deaf = tiny_model(without=("audio", "speech"))
+    monkeypatch.setattr(evaluation, "answer_questions", None)
+    with pytest.raises(ValueError, match="holds speech, for which the model has no tower; it takes text, "):
+        evaluate(deaf, tiny_processor(deaf.config), SHORT, media / "rows.jsonl")
+    with pytest.raises(ValueError, match="about image and speech, and no row holds speech; they hold image"):
+        evaluate(None, processor, "a-okvqa-spoken", [{"image": "0.png", "question": "what", "gt": ["x"] * 10}])
+    with pytest.raises(ValueError, match="is scored by a judge: give one"):
+        evaluate(None, processor, "mm-vet", [])
+    with pytest.raises(ValueError, match="`media` is 'none'"):
+        evaluate(None, processor, SHORT, [], media="none")
+    with pytest.raises(ValueError, match="by itself; leave `media` alone"):
+        evaluate(None, processor, "preference", [], media="other")
+
+
+def test_a_metric_that_does_not_apply_is_left_out_and_the_main_one_is_refused(model, processor):
+    given = [{"question": "what", "answer": "x"}]
+    task = replace(SHORT, metrics=("exact_match", "vqa_soft_accuracy", "judged"))
+    found = evaluate(model, processor, task, given, workers=0)
+    assert {*found.figures["all"]} == {"exact_match"}
+    assert "vqa_soft_accuracy is left out: soft accuracy compares with" in found.table()
+    assert "judged is left out: no judge was given" in found.table()
+    with pytest.raises(ValueError, match="Task 'short' cannot be scored: soft accuracy"):
+        evaluate(model, processor, replace(SHORT, metrics=("vqa_soft_accuracy",)), given, workers=0)
+
+
+# --- Judges
+
+
+@pytest.mark.parametrize(
+    ("reply", "grade"),
+    [
+        ('{"correct": "yes", "score": 4}', {"correct": True, "score": 4.0}),
+        ("Sure: {'pred': 'no', 'score': 1} as asked", {"correct": False, "score": 1.0}),
+        ('{"correct": true, "score": "5"}', {"correct": True, "score": 5.0}),
+        ('{"correct": "perhaps", "score": 4}', None),
+        ('{"correct": "yes", "score": 9}', None),
+        ('{"score": 3}', None),
+        ("yes, 5", None),
+        ("", None),
+    ],
+)
+def test_a_judges_reply_is_a_grade_or_nothing(reply, grade):
+    assert parse_grade(reply) == grade
+
+
+def test_judged_answers_are_scored_and_asked_once(model, processor, tmp_path):
+    asked = []
+
+    def judge(messages):
+        asked.append(messages[-1]["content"])
+        return (
+            '{"correct": "yes", "score": 4}' if "Right answer: x\n" in asked[-1] else '{"correct": "no", "score": 1}'
+        )
+
+    task = Task("judged", metrics=("judged",), decoding={"max_new_tokens": 2})
+    given = [{"question": "what", "answer": answer} for answer in ("x", "y", "x", "z")]
+    file = tmp_path / "p.jsonl"
+    found = evaluate(model, processor, task, given, judge=judge, predictions=file, workers=0)
+    assert found.figures["all"]["judged_accuracy"].value == 0.5
+    assert found.figures["all"]["judged_score"].value == 2.5 and "2.500" in found.table()
+    again = evaluate(model, processor, task, given, judge=judge, predictions=file, workers=0)
+    assert len(asked) == 4 and again.figures == found.figures
+    question = found.questions[0]
+    with pytest.raises(ValueError, match="The judge gave no grade for Row 1 of .*: 'no idea'; take another"):
+        judged(lambda messages: "no idea", {1: (question, "x")})
+
+
+def test_a_judge_is_reached_over_the_interface_of_openai():
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self):
+            sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert self.path == "/v1/chat/completions" and sent["temperature"] == 0 and sent["model"] == "grader"
+            reply = {"role": "assistant", "content": '{"correct": "yes", "score": 3}'}
+            choice = {"index": 0, "message": reply, "finish_reason": "stop"}
+            body = json.dumps({"id": "1", "created": 0, "model": "m", "object": "x", "choices": [choice]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/v1"
+    try:
+        judge = open_judge(address, "grader")
+        assert parse_grade(judge([{"role": "user", "content": "grade"}])) == {"correct": True, "score": 3.0}
+    finally:
+        server.shutdown()
+        server.server_close()
+    with pytest.raises(OSError, match=f"The judge at {address} gave no answer"):
+        judge([{"role": "user", "content": "grade"}])
+    with pytest.raises(ValueError, match="is the address of an OpenAI-compatible server"):
+        open_judge("localhost:8000")
+
+
+def test_a_model_without_a_mixture_and_towers_is_evaluated_too(media):
+    config = tiny_config({"mlp_layer_types": ["dense", "dense"]}, without=("vision", "audio", "speech"))
+    model = tiny_model({"mlp_layer_types": ["dense", "dense"]}, without=("vision", "audio", "speech"))
+    found = evaluate(model, tiny_processor(config), SHORT, [{"question": "what", "answer": "x"}], workers=0)
+    assert found.figures["all"]["exact_match"].rows == 1
