@@ -29,9 +29,10 @@ def wheel(tmp_path_factory) -> Path:
     return next(out.glob("*.whl"))
 
 
-def test_the_wheel_holds_every_module_the_type_marker_and_the_licence(wheel):
+def test_the_wheel_holds_every_module_the_tasks_the_type_marker_and_the_licence(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    modules = {f"uni_moe_hf/{file.relative_to(PACKAGE).as_posix()}" for file in PACKAGE.rglob("*.py")}
+    files = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.yaml")]
+    modules = {f"uni_moe_hf/{file.relative_to(PACKAGE).as_posix()}" for file in files}
     assert modules | {"uni_moe_hf/py.typed"} == {name for name in names if name.startswith("uni_moe_hf/")}
     assert any(name.endswith("LICENSE") for name in names)
 

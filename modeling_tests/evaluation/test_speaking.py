@@ -63,6 +63,22 @@ def test_the_originals_question_is_spoken_and_how_to_answer_stays_written(tmp_pa
         spoken(tmp_path / "out/rows.jsonl", tmp_path / "twice")
 
 
+def test_the_last_question_of_a_conversation_is_spoken_and_one_without_words_stays(tmp_path):
+    def chat(*content, before=()):
+        return {"messages": [*before, {"role": "user", "content": [*content]}, {"role": "assistant", "content": "x"}]}
+
+    (tmp_path / "1.png").write_bytes(b"")
+    image, text = {"type": "image", "path": "1.png"}, {"type": "text", "text": "What is it?"}
+    before = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    made = spoken(written(tmp_path, [chat(image, text, before=before), chat(image)]), tmp_path / "out")
+    first = made[0]["messages"][2]["content"]
+    assert [part["type"] for part in first] == ["image", "speech"] and first[0]["path"] == str(tmp_path / "1.png")
+    assert made[0]["spoken"] == "What is it?" and made[0]["messages"][0]["content"] == "Hello"
+    assert [part["type"] for part in made[1]["messages"][0]["content"]] == ["image"] and "spoken" not in made[1]
+    found = load_questions(load_task("short-answers"), tmp_path / "out/rows.jsonl")
+    assert found[0].media[1]["path"] == str(tmp_path / "out" / first[1]["path"])
+
+
 def test_a_recording_is_made_once_for_each_voice(tmp_path):
     made = []
 

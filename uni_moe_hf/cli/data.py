@@ -138,6 +138,9 @@ def speak(args: argparse.Namespace) -> int:
 
     voice = command_voice(args.command) if args.command else espeak_voice(args.voice, args.speed)
     source, reading = _reading(args)
-    count = sum(1 for _ in speak_rows(source, args.output, voice, args.field, args.all, args.media_root, **reading))
-    sys.stdout.write(f"{count} rows are in '{Path(args.output, 'rows.jsonl')}'\n")
+    said = Counter(
+        bool(text) for text in speak_rows(source, args.output, voice, args.field, args.all, args.media_root, **reading)
+    )
+    silent = f", {said[False]} of them as they were: their media ask by themselves" if said[False] else ""
+    sys.stdout.write(f"{said.total()} rows are in '{Path(args.output, 'rows.jsonl')}'{silent}\n")
     return 0

@@ -95,12 +95,14 @@ class GenerationCallback(TrainerCallback):
         return True
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Asks for an evaluation where it is time."""
         if state.global_step % self.every == 0:
             control.should_evaluate = True
 
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
     ) -> None:
+        """Adds the figures, before the best checkpoint is chosen."""
         if state.global_step % self.every and not self.chooses:
             return
         figures = self.ask().figures

@@ -153,7 +153,7 @@ class UniMoE(lmms):
             doc_to_visual, doc_id, task, split = rest
             doc = self.task_dict[task][split][doc_id]
             continuation = continuation(doc) if callable(continuation) else continuation
-            content = [self._part(_visual(each)) for each in doc_to_visual(doc) or []]
+            content = [_visual(each) for each in doc_to_visual(doc) or []]
         content.append({"type": "text", "text": context})
         chat = self._question(0, [{"role": "user", "content": content}]).messages
         return {"messages": [*chat, {"role": "assistant", "content": str(continuation).strip()}]}

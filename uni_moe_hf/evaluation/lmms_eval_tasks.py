@@ -41,10 +41,10 @@ def export_to_lmms_eval(task: Task, questions: Sequence[Question], folder: str |
     if judged := [name for name in task.metrics if METRICS[name].needs == "judge"]:
         raise ValueError(f"Task '{task.name}' is scored by a judge ('{judged[0]}'); choose others with --metrics.")
     name, folder = f"uni_moe_{task.name.replace('-', '_')}", Path(folder).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     lines = [
         json.dumps({"question": json.dumps(_plain(question)), "metrics": list(task.metrics)}) for question in questions
     ]
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     figures = [figure for metric in task.metrics for figure in METRICS[metric].figures]
     config = {

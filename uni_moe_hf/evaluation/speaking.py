@@ -18,12 +18,14 @@ import soundfile
 
 from ..hub.files_uni_moe import reason
 from ..training.row_files import iter_rows
-from ..training.rows import PLACE, QUESTIONS, describe_row
+from ..training.rows import PLACE, QUESTIONS, describe_row, looks_like_media
 from .questions import INSTRUCTION
 
 
 # Writes a text as a WAV file; recordings of one `name` are not made twice.
 Voice = Callable[[str, Path], None]
+# Fields that are never files.
+TEXTS = ("text", "value", "spoken", "role", "from", "type")
 
 
 @cache
@@ -139,14 +141,15 @@ def speak_rows(
         output (`str` or `Path`): Folder.
         voice (`Callable`): Writes a text as a WAV file: [`espeak_voice`], [`command_voice`] or your own.
         field (`str`, *optional*): The column that is said, such as `article` of RACE; the question by default. Its row
-            gets `speech` in its place. Of the original's records it is the last question, without media marks.
+            gets `speech` in its place. Of a conversation it is the last question, in whose place a `speech` part
+            stands; one whose media ask by themselves stays as it is.
         whole (`bool`, *optional*, defaults to `False`): Whether "Answer the question using a single word or phrase."
             is said too; else it stays written.
         media_root (`str` or `Path`, *optional*): Where the rows' other paths start; else beside their file.
         reading: As in [`~row_files.iter_rows`].
 
     Yields:
-        `str`: what was said of each row.
+        `str`: what was said of each row; nothing where it stays as it is.
 
     Raises:
         ValueError: a row has nothing to say, or the voice fails.
@@ -155,83 +158,102 @@ def speak_rows(
     (folder / "speech").mkdir(parents=True, exist_ok=True)
     partial = folder / ".rows.jsonl.partial"
     speaker = getattr(voice, "name", "")
-    with partial.open("w", encoding="utf-8") as file:
-        for row in iter_rows(source, **reading):
-            try:
-                text, made = _spoken(row, field, whole)
-                name = f"speech/{sha256(f'{speaker} {text}'.encode()).hexdigest()[:16]}.wav"
-                if not (folder / name).is_file():
-                    half = folder / "speech" / f".{os.getpid()}.wav"
-                    voice(text, half)
-                    half.replace(folder / name)
-            except ValueError as error:
-                raise ValueError(f"{describe_row(row)} cannot be spoken: {error}") from error
-            made = _with_recording(made, name, media_root or row.get("_root"))
-            file.write(json.dumps(made, ensure_ascii=False) + "\n")
-            yield text
-    partial.replace(folder / "rows.jsonl")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for row in iter_rows(source, **reading):
+                try:
+                    text, made = _spoken(row, field, whole)
+                    name = f"speech/{sha256(f'{speaker} {text}'.encode()).hexdigest()[:16]}.wav"
+                    if text and not (folder / name).is_file():
+                        half = folder / "speech" / f".{os.getpid()}.wav"
+                        voice(text, half)
+                        half.replace(folder / name)
+                except ValueError as error:
+                    raise ValueError(f"{describe_row(row)} cannot be spoken: {error}") from error
+                root = media_root or row.get("_root")
+                moved = _moved(made(name), None if root is None else Path(root).resolve())
+                file.write(json.dumps(moved, ensure_ascii=False) + "\n")
+                yield text
+        partial.replace(folder / "rows.jsonl")
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def _spoken(row: Mapping[str, Any], field: str | None, whole: bool) -> tuple[str, dict[str, Any]]:
-    """What is said, and the row with a mark where it was."""
+def _spoken(row: Mapping[str, Any], field: str | None, whole: bool) -> tuple[str, Callable[[str], dict[str, Any]]]:
+    """What is said, and what makes the new row of a recording's name; no text where media ask by themselves."""
     if row.get("_unreadable"):
         raise ValueError(row["_unreadable"])
-    made = {name: value for name, value in row.items() if name not in PLACE and value is not None}
-    turns = made.get("conversations")
-    if field is None and isinstance(turns, list):
-        last = max((i for i, turn in enumerate(turns) if turn.get("from") in ("human", "user")), default=None)
-        if last is None:
-            raise ValueError("no turn is by 'human'.")
-        value = str(turns[last].get("value", ""))
+    kept = {name: value for name, value in row.items() if name not in PLACE and value is not None}
+    whole_name = next((name for name in ("messages", "conversations") if isinstance(kept.get(name), list)), None)
+    if field is None and whole_name is not None:
+        return _spoken_turn(kept, whole_name, whole)
+    name = field or next((name for name in QUESTIONS if isinstance(kept.get(name), str)), None)
+    if name is None or not isinstance(kept.get(name), str):
+        raise ValueError(
+            f"it has no text in '{field or 'question'}'; name its column with --field ({', '.join(kept)})."
+        )
+    text, rest = _parted(kept.pop(name).strip(), whole)
+    if not text:
+        raise ValueError(f"there is no text to say in '{name}'.")
+    if field is None and rest:
+        kept[name] = rest.strip()
+    return text, lambda recording: {**kept, "spoken": text, "speech": recording}
+
+
+def _spoken_turn(kept: dict[str, Any], name: str, whole: bool) -> tuple[str, Callable[[str], dict[str, Any]]]:
+    """The last question of a conversation."""
+    is_original = name == "conversations"
+    turns = kept[name]
+    asks = [i for i, turn in enumerate(turns) if turn.get("from" if is_original else "role") in ("human", "user")]
+    if not asks:
+        raise ValueError(f"no turn is by '{'human' if is_original else 'user'}'.")
+    last = turns[asks[-1]]
+
+    def with_turn(turn: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return {**kept, name: [*turns[: asks[-1]], turn, *turns[asks[-1] + 1 :]], **more}
+
+    if is_original:
+        value = str(last.get("value", ""))
         if "<audio>" in value:
             raise ValueError("its question is spoken already.")
         marks = [mark for mark in ("<image>", "<video>") if mark in value]
         for mark in marks:
             value = value.replace(mark, "")
         text, rest = _parted(value.strip(), whole)
-        turn = {**turns[last], "value": "\n".join([*marks, "<audio>"]) + rest}
-        made |= {"conversations": [*turns[:last], turn, *turns[last + 1 :]], "spoken": text}
-        return _said(text), made
-    name = field or next((name for name in QUESTIONS if isinstance(made.get(name), str)), None)
-    if name is None or not isinstance(made.get(name), str):
-        raise ValueError(
-            f"it has no text in '{field or 'question'}'; name its column with --field ({', '.join(made)})."
+        asked = {**last, "value": "\n".join([*marks, "<audio>"]) + rest}
+        made = lambda recording: with_turn(asked, spoken=text, voice=[recording])  # noqa: E731
+    else:
+        content = last.get("content")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
+        media = [part for part in parts if part.get("type") != "text"]
+        text, rest = _parted("\n".join(part["text"] for part in parts if part.get("type") == "text").strip(), whole)
+        rests = [{"type": "text", "text": rest.strip()}] if rest else []
+        if not text and media:
+            return "", lambda recording: kept
+        made = lambda recording: with_turn(  # noqa: E731
+            {**last, "content": [*media, {"type": "speech", "path": recording}, *rests]}, spoken=text
         )
-    text, rest = _parted(made.pop(name).strip(), whole)
-    made["spoken"] = text
-    if field is None and rest:
-        made[name] = rest.strip()
-    return _said(text), made
+    if not text:
+        raise ValueError("there is no text to say.")
+    return text, made
 
 
 def _parted(text: str, whole: bool) -> tuple[str, str]:
+    """A question, and the line that says how to answer where that stays written."""
     match = None if whole else INSTRUCTION.search(text)
     return (text, "") if match is None else (text[: match.start()].strip(), match[0])
 
 
-def _said(text: str) -> str:
-    if not text.strip():
-        raise ValueError("there is no text to say.")
-    return text
-
-
-def _with_recording(made: dict[str, Any], name: str, root: str | Path | None) -> dict[str, Any]:
-    """The recording in its column; other media by paths that hold from the new folder."""
-    for column in ("image", "images", "video", "videos", "audio", "audios"):
-        if column in made and root is not None:
-            made[column] = _moved(made[column], Path(root).resolve())
-    if "conversations" in made and "question" not in made:
-        made["voice"] = [name]
-    else:
-        made["speech"] = name
-    return made
-
-
-def _moved(value: Any, root: Path) -> Any:
+def _moved(value: Any, root: Path | None) -> Any:
+    """A row whose files are named by paths that hold from the new folder."""
+    if root is None:
+        return value
+    if isinstance(value, Mapping):
+        return {name: _moved(each, root) if name not in TEXTS else each for name, each in value.items()}
     if isinstance(value, list):
         return [_moved(each, root) for each in value]
-    is_path = isinstance(value, str) and not value.startswith(("http://", "https://", "data:"))
-    return str(root / value) if is_path and (root / value).exists() else value
+    is_path = isinstance(value, str) and len(value) < 1000 and not value.startswith(("http://", "https://", "data:"))
+    return str(root / value) if is_path and looks_like_media(value) and (root / value).is_file() else value
 
 
 __all__ = ["command_voice", "espeak_voice", "speak", "speak_rows"]
