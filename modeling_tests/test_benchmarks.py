@@ -11,6 +11,7 @@ from tiny import ROOT
 
 SMALLEST = {
     "bench_conversion.py": ["--layers", "2", "--hidden", "512", "--inner", "1376", "--shards", "1", "--repeats", "1"],
+    "bench_evaluation.py": ["--rounds", "1"],
     "bench_experts.py": ["--only", "tiny E4", "--repeats", "2"],
     "bench_families.py": ["--only", "Qwen3,Phi-3,Gemma 2", "--check", "merge"],
     "bench_frontends.py": ["--repeats", "2"],

@@ -8,7 +8,8 @@ from tiny import DENSE, MIXED, labels_of, make_inputs, tiny_model, tiny_processo
 from tiny_training import make_own_trainer, rows, write_media
 from trl.trainer.utils import add_fused_lm_head
 
-from uni_moe_hf import FeatureCache, UniMoEDataCollator, encode_rows
+from uni_moe_hf import FeatureCache, UniMoEDataCollator, encode_rows, evaluate
+from uni_moe_hf.evaluation.tasks import Task
 
 
 pytestmark = [
@@ -124,3 +125,21 @@ def test_labelled_positions_alone_are_scored():
     for name in ("loss", "log_probs", "entropy"):
         torch.testing.assert_close(getattr(part, name), getattr(whole, name), atol=1e-4, rtol=1e-4)
     assert torch.equal(part.label_mask, whole.label_mask)
+
+
+def test_answers_and_likelihoods_are_those_of_the_cpu(media):
+    asked = [row for row in rows(12) if len(row["messages"][0]["content"]) == 2]
+    model = tiny_model(seed=2)
+    processor = tiny_processor(model.config)
+    written = Task("written", metrics=("exact_match",), decoding={"max_new_tokens": 4})
+    for task, name in ((written, "prediction"), ("preference", "losses")):
+        expected = evaluate(model.cpu(), processor, task, asked, media_root=media)
+        found = evaluate(model.cuda(), processor, task, asked, media_root=media)
+        half = evaluate(copy.deepcopy(model).bfloat16(), processor, task, asked, media_root=media)
+        assert not found.unreadable and not half.unreadable
+        for number, record in expected.records.items():
+            if name == "prediction":
+                assert found.records[number] == record
+            else:
+                assert found.records[number][name] == pytest.approx(record[name], rel=1e-3)
+                assert half.records[number][name] == pytest.approx(record[name], rel=0.1)

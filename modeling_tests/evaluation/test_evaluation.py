@@ -191,7 +191,7 @@ def test_likelihoods_are_the_losses_of_the_answers(model, processor, media):
         assert found.records[question.number]["losses"][0] == pytest.approx(loss, abs=1e-5)
     figures = found.figures["all"]
     assert figures["gain"].value == pytest.approx(figures["other_loss"].value - figures["own_loss"].value)
-    assert not figures["gain"].percent and 0 <= figures["own_preferred"].value <= 1
+    assert figures["gain"].unit == "" and 0 <= figures["own_preferred"].value <= 1
 
 
 def test_the_likeliest_option_is_taken(model, processor, media):

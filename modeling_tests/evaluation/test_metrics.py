@@ -228,9 +228,12 @@ def test_a_paired_difference_is_narrower_than_two_figures_apart():
 
 def test_figures_of_nothing_are_no_numbers_and_raise_nothing():
     assert str(mean_of([]).figure()) == "of no row"
-    assert mean_of([]).figure().to_dict() == {"value": None, "low": None, "high": None, "rows": 0, "percent": True}
+    assert mean_of([]).figure().to_dict() == {"value": None, "low": None, "high": None, "rows": 0, "unit": "%"}
     figure = ratio_of([0, 0], [0, 0]).figure()
-    assert math.isnan(figure.value) and figure.rows == 2
+    assert math.isnan(figure.value) and figure.rows == 2 and str(figure) == "undefined"
+    assert str(mean_of([0.25, 0.25]).figure()) == "25.0 % (25.0 to 25.0)"
+    assert str(mean_of([0.25, 0.25], unit="points").figure()) == "25.0 (25.0 to 25.0)"
+    assert str(mean_of([0.25, 0.25], unit="").figure()) == "0.250 (0.250 to 0.250)"
     assert mean_of([1]).figure().low == 1.0
     assert (
         Contributions(np.zeros((0, 2)), lambda sums: 1 / 0).against(Contributions(np.zeros((0, 2)), float)).rows == 0

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         )
         return 0
     reading |= {"batch_size": args.batch_size, "workers": args.workers, "seed": args.seed, "judge": judge}
-    reading |= {"media": "other" if args.other_media else "own", "quiet": not sys.stderr.isatty()}
+    reading |= {"media": "other" if args.other_media else "own", "quiet": False}
     found = _evaluate(args, args.checkpoint, args.predictions, task, source, reading)
     baseline = None
     if args.baseline:

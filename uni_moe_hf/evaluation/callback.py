@@ -59,7 +59,7 @@ class GenerationCallback(TrainerCallback):
         collator = trainer.data_collator
         root = getattr(collator, "media_root", None)
         self.questions = load_questions(self.task, rows, media_root=root, limit=limit)
-        check_modalities(trainer.processing_class, self.task, self.questions)
+        check_modalities(trainer.processing_class, self.questions)
         self.others = with_other_media(self.questions) if self.task.method == "prefer" else None
         self.batch_size = batch_size or trainer.args.per_device_eval_batch_size
         self.chooses = self._chooses(trainer.args)

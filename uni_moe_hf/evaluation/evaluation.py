@@ -79,9 +79,9 @@ class Evaluation:
             gains = [other - own for own, other in pairs]
             return {
                 "own_preferred": mean_of([gain > 0 for gain in gains]),
-                "gain": mean_of(gains, percent=False),
-                "own_loss": mean_of([own for own, _ in pairs], percent=False),
-                "other_loss": mean_of([other for _, other in pairs], percent=False),
+                "gain": mean_of(gains, unit=""),
+                "own_loss": mean_of([own for own, _ in pairs], unit=""),
+                "other_loss": mean_of([other for _, other in pairs], unit=""),
             }
         rows = [self._answered(question) for question in questions]
         found: dict[str, Contributions] = {}
@@ -157,7 +157,8 @@ class Evaluation:
         if metric not in self.figures[ALL] or not values or self.media != "own":
             return []
         told = "; ".join(f"{model}: {value:.2f}" for model, value in values.items())
-        return [f"the paper's {metric} ({self.task.paper.get('where', 'no table named')}): {told}"]
+        where = "; ".join(str(self.task.paper[name]) for name in ("where", "note") if name in self.task.paper)
+        return [f"the paper's {metric} ({where}): {told}"]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -258,7 +259,7 @@ def evaluate(
             "`judge=`)."
         )
     questions = load_questions(task, rows, answers, media_root, limit, by, **reading)
-    check_modalities(processor, task, questions)
+    check_modalities(processor, questions)
     asked, others = questions, None
     if media == "other":
         asked = with_other_media(questions, seed)
@@ -295,12 +296,12 @@ def evaluate(
         return Evaluation(task, asked, kept.records, media, seconds, len(kept.records) - done_before)
 
 
-def check_modalities(processor: Any, task: Task, questions: Sequence[Question]) -> None:
+def check_modalities(processor: Any, questions: Sequence[Question]) -> None:
     """
     Before anything is answered in vain.
 
     Raises:
-        ValueError: the rows hold what the model has no tower for, or not what the task is about.
+        ValueError: the rows hold what the model has no tower for.
     """
     held = {
         kind: question for question in reversed(questions) for kind in {str(p.get("type")) for p in question.media}
@@ -313,11 +314,6 @@ def check_modalities(processor: Any, task: Task, questions: Sequence[Question]) 
                 f"{question.name} holds {kind}, for which the model has no tower; it takes "
                 f"{', '.join(['text', *has])}."
             )
-    if missing := [kind for kind in task.takes if kind not in held]:
-        raise ValueError(
-            f"Task '{task.name}' is about {' and '.join(task.takes)}, and no row holds {missing[0]}; they hold "
-            f"{', '.join(sorted(held)) or 'text alone'} (--columns NAME={missing[0]} says which column is one)."
-        )
 
 
 __all__ = ["Evaluation", "check_modalities", "evaluate"]

@@ -352,7 +352,7 @@ def _word_error_rate(rows: Rows) -> dict[str, Contributions]:
 def _cider(rows: Rows) -> dict[str, Contributions]:
     predictions = [caption_words(row.prediction) for row in rows]
     scores = cider(predictions, [[caption_words(each) for each in row.references] for row in rows])
-    return {"cider": mean_of(scores)}
+    return {"cider": mean_of(scores, unit="points")}
 
 
 def _bleu(rows: Rows) -> dict[str, Contributions]:
@@ -365,7 +365,7 @@ def _bleu(rows: Rows) -> dict[str, Contributions]:
         sums = [round(each) for each in sums]
         return metric.compute_bleu(sums[:4], sums[4:8], sums[8], sums[9], smooth_method="exp").score / 100
 
-    return {"bleu": Contributions(counts, value)}
+    return {"bleu": Contributions(counts, value, unit="points")}
 
 
 def _rouge(rows: Rows) -> dict[str, Contributions]:
@@ -379,7 +379,7 @@ def _rouge(rows: Rows) -> dict[str, Contributions]:
 def _judged(rows: Rows) -> dict[str, Contributions]:
     return {
         "judged_accuracy": mean_of([row.judgement["correct"] for row in rows]),
-        "judged_score": mean_of([row.judgement["score"] for row in rows], percent=False),
+        "judged_score": mean_of([row.judgement["score"] for row in rows], unit=""),
     }
 
 

@@ -106,6 +106,12 @@ def load_questions(
         raise ValueError("There are no rows to evaluate.")
     if by is not None and all(question.row.get(by) is None for question in found):
         raise ValueError(f"No row has the column '{by}' that is to make groups; they have {_columns(found[0].row)}.")
+    held = {str(part.get("type")) for question in found for part in question.media}
+    if missing := [kind for kind in task.takes if kind not in held]:
+        raise ValueError(
+            f"Task '{task.name}' is about {' and '.join(task.takes)}, and no row holds {missing[0]}; they hold "
+            f"{', '.join(sorted(held)) or 'text alone'} (columns NAME={missing[0]} says which column is one)."
+        )
     if task.distractors:
         found = _with_distractors(found, task.distractors)
     if task.needs_options:

@@ -21,21 +21,25 @@ class Figure:
         value (`float`): Over all rows.
         low, high (`float`): Ends of the 95 % bootstrap interval; of one row they are the value itself.
         rows (`int`): Of how many rows it is.
-        percent (`bool`): Whether the value is a share of rows, 0 to 1, that is printed in per cent.
+        unit (`str`): `"%"` for a share, 0 to 1, that is printed in per cent; `"points"` for a score that is printed
+            times 100, as papers print CIDEr and BLEU; `""` for what is printed as it is.
     """
 
     value: float
     low: float
     high: float
     rows: int
-    percent: bool = True
+    unit: str = "%"
 
     def __str__(self) -> str:
         if self.rows == 0:
             return "of no row"
-        if self.percent:
-            return f"{100 * self.value:.1f} % ({100 * self.low:.1f} to {100 * self.high:.1f})"
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+        if self.value != self.value:
+            return "undefined"
+        if self.unit == "":
+            return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+        sign = " %" if self.unit == "%" else ""
+        return f"{100 * self.value:.1f}{sign} ({100 * self.low:.1f} to {100 * self.high:.1f})"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -50,17 +54,17 @@ class Contributions:
     Args:
         rows (`np.ndarray` of shape `(N, K)`): Numbers that are summed over rows, such as hits and trials.
         value (`Callable`): Sums `(K,)` -> the figure.
-        percent (`bool`): As in [`Figure`].
+        unit (`str`): As in [`Figure`].
     """
 
     rows: np.ndarray
     value: Callable[[np.ndarray], float]
-    percent: bool = True
+    unit: str = "%"
 
     def figure(self, seed: int = 0) -> Figure:
         """The figure with its interval."""
         values = _resampled([self], seed)[0] if len(self.rows) else np.empty(0)
-        return _figure(self._of(np.ones(len(self.rows))), values, len(self.rows), self.percent)
+        return _figure(self._of(np.ones(len(self.rows))), values, len(self.rows), self.unit)
 
     def against(self, other: "Contributions", seed: int = 0) -> Figure:
         """
@@ -75,36 +79,36 @@ class Contributions:
             raise ValueError(f"A paired comparison needs the same rows, got {len(self.rows)} and {len(other.rows)}.")
         ones = np.ones(len(self.rows))
         mine, others = _resampled([self, other], seed) if len(self.rows) else (np.empty(0), np.empty(0))
-        return _figure(self._of(ones) - other._of(ones), mine - others, len(self.rows), self.percent)
+        return _figure(self._of(ones) - other._of(ones), mine - others, len(self.rows), self.unit)
 
     def _of(self, weights: np.ndarray) -> float:
         return self.value(weights @ self.rows) if len(self.rows) else math.nan
 
 
-def mean_of(values: Any, percent: bool = True) -> Contributions:
+def mean_of(values: Any, unit: str = "%") -> Contributions:
     """
     Args:
         values (array-like of shape `(N,)`): A score per row.
-        percent (`bool`, *optional*, defaults to `True`): As in [`Figure`].
+        unit (`str`, *optional*, defaults to `"%"`): As in [`Figure`].
 
     Returns:
         [`Contributions`] whose figure is their mean.
     """
     values = np.asarray(values, dtype=float).reshape(-1)
-    return ratio_of(values, np.ones(len(values)), percent)
+    return ratio_of(values, np.ones(len(values)), unit)
 
 
-def ratio_of(numerators: Any, denominators: Any, percent: bool = True) -> Contributions:
+def ratio_of(numerators: Any, denominators: Any, unit: str = "%") -> Contributions:
     """
     Args:
         numerators, denominators (array-like of shape `(N,)`): Per row.
-        percent (`bool`, *optional*, defaults to `True`): As in [`Figure`].
+        unit (`str`, *optional*, defaults to `"%"`): As in [`Figure`].
 
     Returns:
         [`Contributions`] whose figure is the sum of one over the sum of the other; no number where that is 0.
     """
     rows = np.stack([np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)], axis=-1)
-    return Contributions(rows, lambda sums: sums[0] / sums[1] if sums[1] else math.nan, percent)
+    return Contributions(rows, lambda sums: sums[0] / sums[1] if sums[1] else math.nan, unit)
 
 
 def _resampled(several: list[Contributions], seed: int) -> list[np.ndarray]:
@@ -119,12 +123,12 @@ def _resampled(several: list[Contributions], seed: int) -> list[np.ndarray]:
     return found
 
 
-def _figure(value: float, resampled: np.ndarray, rows: int, percent: bool) -> Figure:
+def _figure(value: float, resampled: np.ndarray, rows: int, unit: str) -> Figure:
     kept = resampled[~np.isnan(resampled)]  # a draw may lack what a ratio divides by
     if not len(kept):
-        return Figure(value, math.nan, math.nan, rows, percent)
+        return Figure(value, math.nan, math.nan, rows, unit)
     low, high = np.quantile(kept, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Figure(float(value), float(low), float(high), rows, percent)
+    return Figure(float(value), float(low), float(high), rows, unit)
 
 
 __all__ = ["Contributions", "Figure", "mean_of", "ratio_of"]

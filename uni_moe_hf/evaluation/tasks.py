@@ -42,7 +42,8 @@ class Task:
         distractors (`int`, *optional*, defaults to 0): For rows without options: how many answers of other rows are
             offered beside the right one.
         voice (`str`, *optional*, defaults to `"speech"`): What the original's `voice` files are: speech or audio.
-        paper (`dict`, *optional*): `metric`, `where` and `values`, name of a model -> what the paper reports.
+        paper (`dict`, *optional*): `metric`, `where` and `values`, name of a model -> what the paper reports; `note`
+            where it needs one.
         notes (`str`, *optional*): What the sources leave open, what is chosen here, and the alternative.
 
     Raises:
