@@ -6,8 +6,8 @@ Metrics against the packages that define them, the demo's questions in lmms-eval
         [--texts aokvqa.json ...] [--lmms-eval bin/lmms-eval] [--output benchmarks/results/evaluation.md]
 
 Packages that are not installed are named as such: pycocoevalcap (with Java for its tokenizer), jiwer, sacrebleu,
-rouge-score. `--texts` are files of the original's `data_sample`: both normalise their answers and split their questions.
-`--lmms-eval` is the program of an environment that has this package too. Without `--model` everything is tiny.
+rouge-score. `--texts` are files of the original's `data_sample`: both normalise their answers and split their
+questions. `--lmms-eval` is the program of an environment that has this package too. Without `--model` all is tiny.
 """
 
 import argparse

@@ -6,6 +6,7 @@ import pytest
 from datasets import Dataset
 from tiny import tiny_model
 from tiny_training import make_own_trainer, rows, write_media
+from transformers import EarlyStoppingCallback
 
 from uni_moe_hf import GenerationCallback
 from uni_moe_hf.evaluation.tasks import Task
@@ -62,12 +63,51 @@ def test_the_best_checkpoint_may_be_known_by_a_tasks_figure(media, tmp_path):
         greater_is_better=False,
     )
     held = [row for row in rows(12) if len(row["messages"][0]["content"]) == 2]
+    for index, row in enumerate(held):  # each with media of its own
+        part = row["messages"][0]["content"][0]
+        if part["type"] == "video":
+            part["video"] = part["video"][index % 5 :]
+        else:
+            part["path"] = f"{index // 4 % 2}.{part['path'][-3:]}"
     trainer.add_callback(GenerationCallback(trainer, "preference", every=100, rows=held))
     trainer.train()
     losses = logged(trainer, "eval_own_loss")
     assert [step for step, _ in losses] == [1, 2, 3, 4]  # at every evaluation, whatever `every` says
     best = min(losses, key=lambda pair: pair[1])
     assert trainer.state.best_global_step == best[0] and trainer.state.best_metric == best[1]
+
+
+def test_an_evaluation_between_saves_is_refused_where_the_best_is_loaded(media, tmp_path):
+    """Its step would be taken for the best one's, and have no checkpoint."""
+    best = {"save_strategy": "steps", "save_steps": 2, "eval_steps": 2, "load_best_model_at_end": True}
+    trainer = trainer_of(media, tmp_path, **best)
+    with pytest.raises(ValueError, match="1 steps are no multiple of `eval_steps=2`"):
+        GenerationCallback(trainer, SHORT, every=1)
+    trainer.add_callback(GenerationCallback(trainer, SHORT, every=4))
+    trainer.train()
+    assert [step for step, _ in logged(trainer, "eval_loss")] == [2, 4]
+    assert [step for step, _ in logged(trainer, "eval_exact_match")] == [4]
+
+
+def test_early_stopping_sees_the_figures(media, tmp_path):
+    stops = EarlyStoppingCallback(early_stopping_patience=1)
+    best = {"metric_for_best_model": "eval_exact_match", "greater_is_better": True, "max_steps": 12}
+    saved = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "save_total_limit": 1}
+    trainer = trainer_of(media, tmp_path, **best, **saved, learning_rate=1e-9)
+    trainer.add_callback(stops)
+    trainer.add_callback(GenerationCallback(trainer, SHORT, every=1))
+    trainer.train()
+    assert trainer.state.global_step == 2  # the figure stays 0
+
+
+def test_side_figures_may_choose_the_best_in_their_own_direction(media, tmp_path):
+    choice = Task("choice", metrics=("choice",), prompt="{question} {options}", decoding={"max_new_tokens": 2})
+    held = [{"question": "what", "options": ["a", "b"], "answer": "A"}] * 2
+    trainer = trainer_of(media, tmp_path, metric_for_best_model="choice_unparsed", greater_is_better=False)
+    assert GenerationCallback(trainer, choice, 1, rows=held).chooses
+    trainer = trainer_of(media, tmp_path, metric_for_best_model="eval_choice_unparsed", greater_is_better=True)
+    with pytest.raises(ValueError, match="less is better; set `greater_is_better=False`"):
+        GenerationCallback(trainer, choice, 1, rows=held)
 
 
 def test_training_goes_on_as_if_nothing_had_been_asked(media, tmp_path):
@@ -100,9 +140,7 @@ def test_wishes_that_cannot_be_met_are_one_sentence(media, tmp_path):
     with pytest.raises(ValueError, match="no rows to ask about: give an `eval_dataset`"):
         GenerationCallback(trainer, SHORT, 1)
     trainer = trainer_of(media, tmp_path, metric_for_best_model="word_error_rate", greater_is_better=True)
-    with pytest.raises(
-        ValueError, match="contradicts `metric_for_best_model=word_error_rate`, of which less is better"
-    ):
+    with pytest.raises(ValueError, match="less is better; set `greater_is_better=False`"):
         GenerationCallback(trainer, Task("heard", metrics=("word_error_rate",)), 1)
 
 

@@ -1,13 +1,16 @@
 """Answers of a model: batches, what cannot be read, predictions that go on, judges, comparisons, likelihoods."""
 
 import json
+import sys
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+import soundfile
 import torch
-from tiny import tiny_config, tiny_model, tiny_processor
+from PIL import Image
+from tiny import picture, tiny_config, tiny_model, tiny_processor, tone
 from tiny_training import rows as training_rows
 from tiny_training import write_media
 
@@ -26,16 +29,25 @@ WORDS = "bird bell red blue yes no hello what is this it a".split()
 
 
 def rows(count: int) -> list[dict]:
-    """Of every modality, each asked something else."""
+    """Of every modality, each asked something else about files of its own."""
     made = training_rows(count)
-    for row, word in zip(made, WORDS, strict=False):
-        row["messages"][0]["content"][-1]["text"] = f"what is {word}"
+    for index, (row, word) in enumerate(zip(made, WORDS, strict=False)):
+        content = row["messages"][0]["content"]
+        content[-1]["text"] = f"what is {word}"
+        for part in content[:-1]:
+            if "path" in part:
+                part["path"] = f"{index}.{part['path'][-3:]}"
+            else:
+                part["video"] = part["video"][index % 5 :] + part["video"][: index % 5]
     return made
 
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory):
     folder = write_media(tmp_path_factory.mktemp("media"))
+    for index in range(12):
+        Image.fromarray(picture(index)).save(folder / f"{index}.png")
+        soundfile.write(folder / f"{index}.wav", tone(pitch=200 + 40 * index), 16000)
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows(12))))
     return folder
 
@@ -100,6 +112,14 @@ def test_media_that_cannot_be_read_are_told_and_in_no_figure(model, processor, m
         assert sorted(found.unreadable) == [1, 2] and found.figures["all"]["exact_match"].rows == 2
         assert "2 of 4 rows could not be read and are in no figure; the first is row 1" in found.table()
         assert "missing.wav" in found.unreadable[2]
+    file = tmp_path / "p.jsonl"
+    settings = {"media_root": media, "workers": 0, "predictions": file}
+    assert len(evaluate(model, processor, SHORT, bad, **settings).unreadable) == 2
+    lines = file.read_bytes()
+    assert len(evaluate(model, processor, SHORT, bad, **settings).unreadable) == 2 and file.read_bytes() == lines
+    Image.fromarray(picture()).save(media / "broken.png")  # mended: asked again
+    assert [*evaluate(model, processor, SHORT, bad, **settings).unreadable] == [2]
+    (media / "broken.png").write_bytes(b"no picture")
     found = evaluate(model, processor, SHORT, bad[:2], media_root=media, workers=0)
     assert found.figures == {"all": {}} and "no row could be read" in found.table()
 
@@ -155,6 +175,12 @@ def test_predictions_of_something_else_are_refused(model, processor, media, tmp_
     with pytest.raises(ValueError, match="holds no predictions of this command"):
         evaluate(model, processor, SHORT, source, predictions=tmp_path / "notes.jsonl", workers=0)
     assert (tmp_path / "notes.jsonl").read_text() == "my notes\n"
+    (tmp_path / "notes.jsonl").write_text('{"one": "line"}')  # without a line's end
+    with pytest.raises(ValueError, match="holds no predictions of this command"):
+        evaluate(model, processor, SHORT, source, predictions=tmp_path / "notes.jsonl", workers=0)
+    assert (tmp_path / "notes.jsonl").read_text() == '{"one": "line"}'
+    (tmp_path / "notes.jsonl").write_text('{"predictions_')  # a run that was killed at once
+    assert evaluate(model, processor, SHORT, source, predictions=tmp_path / "notes.jsonl", workers=0).main
     with pytest.raises(OSError, match="cannot be written to"):
         evaluate(model, processor, SHORT, source, predictions=tmp_path, workers=0)
 
@@ -205,6 +231,61 @@ def test_the_likeliest_option_is_taken(model, processor, media):
     assert found.figures["all"]["choice_accuracy"].value == float(likeliest == "red")
     right = evaluate(model, processor, task, [{**given[0], "answer": likeliest}], media_root=media, workers=0)
     assert right.figures["all"]["choice_accuracy"].value == 1.0
+
+
+def test_likelihoods_of_other_options_or_answers_are_not_taken_from_a_file(model, processor, media, tmp_path):
+    task, file = load_task("likeliest-choice"), tmp_path / "p.jsonl"
+    given = [{"question": "what", "image": f"{index}.png", "answer": word} for index, word in enumerate(WORDS)]
+    few = evaluate(model, processor, task, given, media_root=media, workers=0, limit=4)
+    all_rows = evaluate(model, processor, task, given, media_root=media, workers=0, predictions=file)
+    assert [each.options for each in few.questions] == [each.options for each in all_rows.questions[:4]]
+    changed = [{**row, "answer": "something"} for row in given[:1]] + given[1:]
+    for name in ("likeliest-choice", "preference"):
+        file = tmp_path / f"{name}.jsonl"
+        evaluate(model, processor, name, given, media_root=media, workers=0, predictions=file)
+        with pytest.raises(ValueError, match="holds predictions of other data: row 1"):
+            evaluate(model, processor, name, changed, media_root=media, workers=0, predictions=file)
+
+
+def test_what_is_sampled_belongs_to_its_batches_and_seeds_do_not_overlap(model, processor, media, tmp_path):
+    sampled = replace(SHORT, decoding={"do_sample": True, "temperature": 2.0, "max_new_tokens": 4})
+    settings = {"workers": 0, "predictions": tmp_path / "p.jsonl"}
+    evaluate(model, processor, sampled, media / "rows.jsonl", batch_size=4, **settings)
+    with pytest.raises(ValueError, match="holds predictions of another batch size .4, not 2"):
+        evaluate(model, processor, sampled, media / "rows.jsonl", batch_size=2, **settings)
+    same = [{"question": "what", "answer": "x"}] * 8
+    answers = [
+        [r["prediction"] for r in evaluate(model, processor, sampled, same, batch_size=4, seed=seed).records.values()]
+        for seed in (0, 1)
+    ]
+    assert answers[0][4:] != answers[1][:4]
+
+
+def test_a_row_of_several_categories_counts_in_each_and_all_stays_the_total(model, processor):
+    given = [{"question": "what", "answer": "x", "category": each} for each in (["a", "b"], ["a"], "all")]
+    figures = evaluate(model, processor, SHORT, given, workers=0).figures
+    assert {name: found["exact_match"].rows for name, found in figures.items()} == {
+        "a": 2,
+        "b": 1,
+        "all (group)": 1,
+        "all": 3,
+    }
+
+
+def test_what_a_metric_lacks_is_said_before_anything_is_answered(processor, monkeypatch):
+    monkeypatch.setattr(evaluation, "answer_questions", None)
+    given = [{"question": "what", "answer": "maybe"}]
+    with pytest.raises(ValueError, match="Task 'yes-no' cannot be scored: yes_no compares with yes or no"):
+        evaluate(None, processor, "yes-no", given)
+    monkeypatch.setitem(sys.modules, "jiwer", None)
+    with pytest.raises(ImportError, match="needs `jiwer`: `pip install uni-moe-hf.evaluate.`"):
+        evaluate(None, processor, Task("heard", metrics=("word_error_rate",)), given)
+
+
+def test_records_without_an_answer_are_told(model, processor):
+    found = evaluate(model, processor, SHORT, [{"question": "what", "answer": "x"}] * 2, workers=0)
+    with pytest.raises(ValueError, match="1 rows have no answer, the first of them Row 2 of"):
+        evaluation.Evaluation(found.task, found.questions, {1: found.records[1]})
 
 
 def test_two_models_are_compared_on_the_same_rows(model, processor, media):
@@ -264,6 +345,9 @@ def test_a_metric_that_does_not_apply_is_left_out_and_the_main_one_is_refused(mo
         ('{"correct": "perhaps", "score": 4}', None),
         ('{"correct": "yes", "score": 9}', None),
         ('{"score": 3}', None),
+        ('{"correct": "Yes", "score": 4, "why": "it\'s fine"}', {"correct": True, "score": 4.0}),
+        ('<think>{x} is a cat</think> {"correct": "no", "score": 0}', {"correct": False, "score": 0.0}),
+        ('{"correct": "yes", "score": null}', None),
         ("yes, 5", None),
         ("", None),
     ],
@@ -289,9 +373,24 @@ def test_judged_answers_are_scored_and_asked_once(model, processor, tmp_path):
     assert found.figures["all"]["judged_score"].value == 2.5 and "2.500" in found.table()
     again = evaluate(model, processor, task, given, judge=judge, predictions=file, workers=0)
     assert len(asked) == 4 and again.figures == found.figures
-    question = found.questions[0]
-    with pytest.raises(ValueError, match="The judge gave no grade for Row 1 of .*: 'no idea'; take another"):
-        judged(lambda messages: "no idea", {1: (question, "x")})
+    other = [{**row, "answer": "x"} for row in given]  # judged beside other answers
+    assert evaluate(model, processor, task, other, judge=judge, predictions=file, workers=0).main[1].value == 1.0
+    assert len(asked) == 6
+    judge.name = "another judge"
+    evaluate(model, processor, task, other, judge=judge, predictions=file, workers=0)
+    assert len(asked) == 10
+
+
+def test_an_answer_without_a_grade_is_told_and_in_no_figure(model, processor):
+    def judge(messages):
+        return "no idea" if "Right answer: y" in messages[-1]["content"] else '{"correct": "yes", "score": 4}'
+
+    task = Task("judged", metrics=("judged",), decoding={"max_new_tokens": 2})
+    given = [{"question": "what", "answer": answer} for answer in ("x", "y", "x")]
+    found = evaluate(model, processor, task, given, judge=judge, workers=0)
+    assert found.figures["all"]["judged_accuracy"].rows == 2 and found.ungraded == {2: "no idea"}
+    assert "1 of 3 answers got no grade and are in no figure; for the first, row 2, the judge said" in found.table()
+    assert dict(judged(judge, {2: (found.questions[1], "x")})) == {2: {"ungraded": "no idea"}}
 
 
 def test_a_judge_is_reached_over_the_interface_of_openai():

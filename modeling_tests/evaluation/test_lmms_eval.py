@@ -91,7 +91,7 @@ def requests(config, docs, extra=()):
 
 def test_the_harness_gets_our_answers_and_our_figures(harness, checkpoint, media, tmp_path):
     config, docs = exported(SHORT, media / "rows.jsonl", tmp_path)
-    assert config["task"] == "uni_moe_short" and config["generation_kwargs"] == SHORT.decoding
+    assert config["task"] == "uni_moe_short" and config["generation_kwargs"] == {**SHORT.decoding, "until": []}
     model = harness.UniMoE(str(checkpoint), batch_size="4", device="cpu", workers=0)
     model.task_dict = {"ours": {"test": docs}}
     answers = model.generate_until(requests(config, docs))

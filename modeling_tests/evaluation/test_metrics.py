@@ -59,6 +59,7 @@ def test_any_annotator_counts_for_exact_match_and_three_others_for_soft_accuracy
     # Two said cat: left out they see 1 of 3, the eight others 2 of 3.
     assert vqa_soft_accuracy("cat", ten) == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)
     assert vqa_soft_accuracy("dog", ten) == 1.0 and vqa_soft_accuracy("bird", ten) == 0.0
+    assert exact_match("", ["the"]) == 0.0 and vqa_soft_accuracy("", ["the"] * 10) == 0.0
     with pytest.raises(ValueError, match="at least 4 annotators, usually 10, and a row has 1; use exact_match"):
         vqa_soft_accuracy("cat", ["cat"])
 
@@ -89,6 +90,13 @@ def test_any_annotator_counts_for_exact_match_and_three_others_for_soft_accuracy
         ("something else", None),
         ("The answer is a cat", "A"),
         ("It is clearly (D)", "D"),
+        ("Answer: A woman", None),
+        ("The answer is A dog.", "B"),
+        ("The answer is A because it purrs", "A"),
+        ("The answer is A.", "A"),
+        ("(A) red or (B) blue", None),
+        ("A. red\nB. blue", None),
+        ("B.a bird", "B"),
     ],
 )
 def test_a_free_answer_is_read_as_a_letter_by_documented_rules(answer, letter):
@@ -98,6 +106,14 @@ def test_a_free_answer_is_read_as_a_letter_by_documented_rules(answer, letter):
 def test_options_without_texts_are_told_by_letters_alone():
     assert parse_choice("B", {"A": "", "B": ""}) == "B"
     assert parse_choice("", {"A": "", "B": ""}) is None
+
+
+def test_labels_need_not_be_letters_from_a_on():
+    assert parse_choice("T", {"A": "T", "B": "F"}) == "A"
+    assert (
+        parse_choice("(2)", {"1": "cat", "2": "dog"}) == "2" and parse_choice("dog", {"1": "cat", "2": "dog"}) == "2"
+    )
+    assert parse_choice("The answer is b", {"a": "cat", "b": "dog"}) in ("b", None)
 
 
 def test_choices_are_strict_and_tell_how_many_could_not_be_read():
@@ -243,4 +259,4 @@ def test_figures_of_nothing_are_no_numbers_and_raise_nothing():
 def test_every_metric_names_the_figures_that_it_gives():
     rows = [Answered("yes", ["yes"] * 4, {"yes": "yes", "no": "no"}, "?", {"correct": True, "score": 4.0})] * 2
     for name, metric in METRICS.items():
-        assert tuple(metric.score(rows)) == metric.figures, name
+        assert tuple(metric.score(rows)) == tuple(metric.figures), name

@@ -74,8 +74,8 @@ def test_a_task_that_is_like_another_does_not_inherit_what_the_paper_measured(tm
         ("metrics: [exact]", "`metrics` is 'exact'; there are exact_match, "),
         ("metric: [choice]", "says 'metric', which is none of name, metrics"),
         ("metrics: [exact_match]\ntakes: [smell]", "`takes` is 'smell'; there are image, video, audio, speech"),
-        ("title: x", "the others need one"),
-        ("method: prefer\nmetrics: [exact_match]", "has none"),
+        ("title: x", "give `metrics`, such as"),
+        ("method: prefer\nmetrics: [exact_match]", "leave out `metrics`"),
         ("method: choose\nmetrics: [exact_match]", r"scored by `metrics: \[choice\]`"),
         ("metrics: [exact_match]\nprompt: '{answer}'", "nothing else in braces"),
         ("metrics: [exact_match]\ndecoding: greedy", "must be names with values, got 'greedy'"),
@@ -115,17 +115,21 @@ def test_the_originals_records_are_read_as_they_lie(tmp_path):
     (found,) = load_questions(load_task("mmbench"), written(tmp_path, [row]))
     assert [part["type"] for part in found.messages[0]["content"]] == ["image", "text"]
     assert found.options == {"A": "a cat", "B": "a dog, two"} and found.references == ["B"]
-    assert found.answer == "a dog, two" and found.group == "fine, coarse"
+    assert found.answer == "a dog, two" and found.groups == ("fine", "coarse")
     assert found.messages[0]["content"][0]["image"] == str(tmp_path / "MM/1.jpg")
 
     row = original("<image>\nWhat is x?", id="v1", image="/v/1.png", gt="1<OR>one", capability=["ocr", "math"])
     (found,) = load_questions(load_task("mm-vet"), written(tmp_path, [row]))
-    assert found.group == "ocr, math" and found.references == ["1<OR>one"]
+    assert found.groups == ("ocr", "math") and found.references == ["1<OR>one"]
 
     frames = [f"{index}.jpg" for index in range(8)]
     row = original("<audio>\n<video>\nWhat happens?", video=frames, voice=["a.mp3"], answer="a game")
     (found,) = load_questions(load_task("msvd-qa"), written(tmp_path, [row]))
     assert [part["type"] for part in found.messages[0]["content"]] == ["audio", "video", "text"]
+    row = {"video": frames, "audio": "a.mp3", "question": "what", "answer": "a game"}
+    for given in (row, original("What happens?", **{name: row[name] for name in ("video", "audio", "answer")})):
+        (found,) = load_questions(load_task("msvd-qa"), [given])
+        assert [part["type"] for part in found.messages[0]["content"]] == ["audio", "video", "text"]
 
 
 def test_turns_before_the_last_question_stay_context_and_the_last_answer_is_the_reference(tmp_path):
@@ -175,6 +179,14 @@ def test_options_are_read_in_the_forms_in_which_benchmarks_have_them(fields, let
     (found,) = load_questions(CHOICE, [{"question": "Which?", "image": "1.png", **fields}])
     assert found.references == [letter] and [*found.options.values()] == ["cat", "dog"] and found.answer == "dog"
     assert "cat" in found.messages[0]["content"][1]["text"]
+
+
+def test_an_option_may_have_several_lines_and_answers_may_be_a_list_as_pandas_writes_it(tmp_path):
+    asked = "Which?\nOptions:\nA.one\nline\nB.two\nlines\nAnswer the question using a single word or phrase."
+    (found,) = load_questions(CHOICE, written(tmp_path, [original(asked, answer=["B"])]))
+    assert found.options == {"A": "one\nline", "B": "two\nlines"}
+    (found,) = load_questions(SHORT, [{"question": "what", "answers": "['dog', \"it's\"]"}])
+    assert found.references == ["dog", "it's"]
 
 
 def test_an_answer_that_is_no_option_or_a_question_without_options_is_refused():
@@ -248,10 +260,17 @@ def test_another_rows_media_come_from_its_group_with_the_same_kinds():
     assert questions[0].media[0]["image"] == "0.png"  # the originals stay as they are
     two = with_other_media(questions[:2])  # each alone in its group
     assert [each.media[0]["image"] for each in two] == ["1.png", "0.png"]
-    with pytest.raises(ValueError, match="the only one with image, so no other row's media"):
+    with pytest.raises(ValueError, match="shows the only image that there is, so no other row's"):
         with_other_media(questions[:1])
     with pytest.raises(ValueError, match="No row has media"):
         with_other_media(questions[-1:])
+
+
+def test_questions_about_one_picture_get_another_one():
+    rows = [{"question": f"q{i}", "image": f"{i // 6}.png", "answer": "x"} for i in range(24)]
+    questions = load_questions(SHORT, rows)
+    for mine, other in zip(questions, with_other_media(questions), strict=True):
+        assert mine.media[0]["image"] != other.media[0]["image"]
 
 
 def test_distractors_are_other_answers_of_the_group_by_a_draw_that_stays():

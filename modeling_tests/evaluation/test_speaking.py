@@ -79,6 +79,36 @@ def test_the_last_question_of_a_conversation_is_spoken_and_one_without_words_sta
     assert found[0].media[1]["path"] == str(tmp_path / "out" / first[1]["path"])
 
 
+def test_mmbench_audio_is_made_of_the_originals_rows_and_of_mmbenchs_table(tmp_path):
+    asked = "Hint: look.\nWhich?\nOptions:\nA.a cat\nB.a dog\nAnswer the question using a single word or phrase."
+    turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": ""}]
+    ours = written(tmp_path, [{"conversations": turns, "image": ["1.png"], "answer": ["B"]}])
+    (tmp_path / "t").mkdir()
+    row = {"question": "Which?", "hint": "look.", "A": "a cat", "B": "a dog", "image": "1.png", "answer": "B"}
+    table = written(tmp_path / "t", [row])
+    for source, settings in ((ours, {}), (table, {"task": load_task("mmbench")})):
+        (made,) = spoken(source, tmp_path / "out", **settings)
+        assert "Which?" in made["spoken"] and "a dog" in made["spoken"] and "look." in made["spoken"]
+        assert "single word" not in made["spoken"]
+        (question,) = load_questions(load_task("mmbench-audio"), tmp_path / "out/rows.jsonl")
+        parts = question.messages[0]["content"]
+        assert [part["type"] for part in parts] == ["image", "speech", "text"]
+        assert parts[2]["text"] == "Answer the question using a single word or phrase."
+        assert question.options == {"A": "a cat", "B": "a dog"} and question.references == ["B"]
+
+
+def test_a_plain_question_that_is_spoken_is_asked_as_the_originals(tmp_path):
+    row = {"question": "What is it?", "image": "1.png", "direct_answers": ["cat"] * 10}
+    for whole, kinds in ((False, ["image", "speech", "text"]), (True, ["image", "speech"])):
+        task = load_task("a-okvqa")
+        spoken(written(tmp_path, [row]), tmp_path / "out", whole=whole, task=task)
+        (question,) = load_questions(load_task("a-okvqa-spoken"), tmp_path / "out/rows.jsonl")
+        assert [part["type"] for part in question.messages[0]["content"]] == kinds
+    spoken(written(tmp_path, [row]), tmp_path / "out")
+    (question,) = load_questions(load_task("a-okvqa-spoken"), tmp_path / "out/rows.jsonl")
+    assert question.messages[0]["content"][2]["text"] == "Answer the question using a single word or phrase."
+
+
 def test_a_recording_is_made_once_for_each_voice(tmp_path):
     made = []
 

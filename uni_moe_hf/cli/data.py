@@ -42,6 +42,7 @@ def add_command(commands: Any) -> None:
     parser = _add(data, "speak", text, speak)
     parser.add_argument("--output", metavar="DIR", required=True, help="folder for rows.jsonl and speech/")
     parser.add_argument("--field", metavar="COLUMN", help="what is said (default: the question)")
+    parser.add_argument("--task", metavar="NAME|FILE", help="say this task's whole prompt, with hint and options")
     parser.add_argument("--all", action="store_true", help="say how to answer, too; else that stays written")
     parser.add_argument("--voice", default="en-us", metavar="NAME", help="of espeak-ng (default: en-us)")
     parser.add_argument("--speed", type=positive, default=160, metavar="N", help="words a minute (default: 160)")
@@ -135,11 +136,14 @@ def encode(args: argparse.Namespace) -> int:
 def speak(args: argparse.Namespace) -> int:
     """Exit code 0 when every row is written."""
     from ..evaluation.speaking import command_voice, espeak_voice, speak_rows
+    from ..evaluation.tasks import load_task
 
+    task = load_task(args.task) if args.task else None
     voice = command_voice(args.command) if args.command else espeak_voice(args.voice, args.speed)
     source, reading = _reading(args)
     said = Counter(
-        bool(text) for text in speak_rows(source, args.output, voice, args.field, args.all, args.media_root, **reading)
+        bool(text)
+        for text in speak_rows(source, args.output, voice, args.field, args.all, task, args.media_root, **reading)
     )
     silent = f", {said[False]} of them as they were: their media ask by themselves" if said[False] else ""
     sys.stdout.write(f"{said.total()} rows are in '{Path(args.output, 'rows.jsonl')}'{silent}\n")

@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.predictions import write_original
     from ..evaluation.questions import load_questions
 
+    if args.original_format and task.method != "generate":
+        raise ValueError(f"Task '{task.name}' writes no answers, so there are none for --original-format.")
     judge = None
     if args.judge:
         judge = open_judge(args.judge, args.judge_model, os.environ.get("OPENAI_API_KEY"))

@@ -15,10 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..hub.files_uni_moe import reason
 from ..training.data import UniMoEDataCollator
+from ..training.rows import parts_of
 from .questions import Question
 from .tasks import Task
 
 
+SEEDS_APART = 1_000_003  # so that no batch of one seed draws as a batch of the next
 # Record of a question's answer: `prediction`, `losses`, or `unreadable`, as JSON holds them.
 Record = dict[str, Any]
 
@@ -43,8 +45,8 @@ def answer_questions(
         others (`list[Question]`, *optional*): For `prefer`: the same with another row's media.
         batch_size (`int`, *optional*, defaults to 8): Questions at once.
         workers (`int`, *optional*): Processes that read media ahead; one where there is more than one core.
-        seed (`int`, *optional*, defaults to 0): Of sampling. An answer depends on the questions beside it only where
-            it is sampled; then a run that goes on draws as one that was never stopped.
+        seed (`int`, *optional*, defaults to 0): Of sampling. What is drawn depends on the questions of a batch: a run
+            that goes on with the same questions and batches draws as one that was never stopped.
         known (`dict[int, dict]`, *optional*): Row number -> record of an earlier run: batches of these are left out.
         in_order (`bool`, *optional*, defaults to `False`): Whether questions are taken as they come, not by kind and
             length.
@@ -69,7 +71,7 @@ def answer_questions(
         for batch, (inputs, kept, unread) in zip(numbers, loader, strict=True):
             found: dict[int, Record] = {questions[index].number: {"unreadable": why} for index, why in unread.items()}
             if kept:
-                with _drawing(seed + first[id(batch)] if samples else None):
+                with _drawing(seed * SEEDS_APART + first[id(batch)] if samples else None):
                     made = _run(model, processor, task, inputs)
                 found |= {questions[index].number: record for index, record in zip(kept, made, strict=True)}
             yield found
@@ -109,7 +111,8 @@ def _by_kind_and_length(questions: Sequence[Question]) -> list[int]:
         question = questions[index]
         kinds = tuple(str(part.get("type")) for part in question.media)
         heard = sum(_size(part) for part in question.media if part.get("type") in ("audio", "speech"))
-        return kinds, -heard, -len(question.text.split())
+        texts = (part.get("text", "") for part in parts_of(question.messages) if part.get("type") == "text")
+        return kinds, -heard, -sum(len(text.split()) for text in texts)
 
     return sorted(range(len(questions)), key=key)
 
@@ -145,16 +148,14 @@ class _Asked(Dataset):
         batch = self.batches[place]
         try:
             return self._inputs(batch), batch, {}
-        except ImportError:
-            raise
-        except Exception as error:  # whatever a file can cause is counted for that row
+        except (ValueError, OSError) as error:  # what a file or a row can cause is counted for that row
             if len(batch) == 1:
                 return {}, [], {batch[0]: reason(error)}
         unread = {}
         for index in batch:
             try:
                 self._inputs([index])
-            except Exception as error:
+            except (ValueError, OSError) as error:
                 unread[index] = reason(error)
         kept = [index for index in batch if index not in unread]
         return (self._inputs(kept) if kept else {}), kept, unread

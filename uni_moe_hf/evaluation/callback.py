@@ -7,26 +7,24 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..training.spreading import is_sharded
 from .answering import answer_questions
-from .evaluation import Evaluation, check_modalities
-from .metrics import METRICS
+from .evaluation import Evaluation, check_metrics, check_modalities
+from .metrics import METRICS, PREFERENCE
 from .questions import load_questions, with_other_media
 from .tasks import Task, load_task
-
-
-# Figures of `prefer`, which has no metrics.
-PREFERENCE = {"own_preferred": True, "gain": True, "own_loss": False, "other_loss": True}
 
 
 class GenerationCallback(TrainerCallback):
     r"""
     Asks a task's questions every so many steps and adds its figures to what the evaluation found: `eval_exact_match`,
     and `eval_exact_match/<group>` where rows have groups. They are logged wherever the trainer logs (TensorBoard,
-    Trackio), and `metric_for_best_model` may name one: then they are there at every evaluation.
+    Trackio), and `metric_for_best_model` may name one. With `load_best_model_at_end` questions are asked at the
+    evaluations that there are, since the best checkpoint is one that was saved.
 
     Args:
         trainer (`Trainer`): With a processor as `processing_class` and an `eval_dataset`.
         task (`str`, `Path` or [`Task`]): What is asked; none that needs a judge.
-        every (`int`): Steps between two times; each is an evaluation.
+        every (`int`): Steps between two times; each is an evaluation. With `load_best_model_at_end` a multiple of
+            `eval_steps`, and of no effect where epochs are evaluated.
         rows (*optional*): Rows to ask about; the trainer's `eval_dataset` by default.
         limit (`int`, *optional*): Of them the first so many; all by default.
         batch_size (`int`, *optional*): `per_device_eval_batch_size` by default.
@@ -62,7 +60,17 @@ class GenerationCallback(TrainerCallback):
         check_modalities(trainer.processing_class, self.questions)
         self.others = with_other_media(self.questions) if self.task.method == "prefer" else None
         self.batch_size = batch_size or trainer.args.per_device_eval_batch_size
-        self.chooses = self._chooses(trainer.args)
+        check_metrics(self.task, self.questions)
+        args = trainer.args
+        self.chooses = self._chooses(args)
+        self.waits = bool(args.load_best_model_at_end)  # an evaluation between saves would have no checkpoint
+        self.by_epoch = str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "epoch"
+        if self.waits and not self.by_epoch and every % args.eval_steps:
+            raise ValueError(
+                f"With `load_best_model_at_end` questions are asked when checkpoints are evaluated: {every} steps "
+                "are no "
+                f"multiple of `eval_steps={args.eval_steps:g}`."
+            )
 
     @classmethod
     def add_to(cls, trainer: Any, wanted: str | None) -> None:
@@ -82,30 +90,41 @@ class GenerationCallback(TrainerCallback):
 
     def _chooses(self, args: TrainingArguments) -> bool:
         """Whether the best checkpoint is known by one of these figures."""
-        better = {f: METRICS[name].higher_is_better for name in self.task.metrics for f in METRICS[name].figures}
+        better = {figure: more for name in self.task.metrics for figure, more in METRICS[name].figures.items()}
         better = better or PREFERENCE
         name = (args.metric_for_best_model or "").removeprefix("eval_").split("/")[0]
         if name not in better:
             return False
-        if bool(args.greater_is_better) != better[name]:
+        if better[name] is not None and bool(args.greater_is_better) != better[name]:
             raise ValueError(
-                f"`greater_is_better={args.greater_is_better}` contradicts `metric_for_best_model={name}`, of which "
-                f"{'more' if better[name] else 'less'} is better."
+                f"Of `metric_for_best_model={name}` {'more' if better[name] else 'less'} is better; set "
+                f"`greater_is_better={better[name]}`."
             )
         return True
 
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Goes before callbacks that look for its figures, such as early stopping."""
+        others = self.trainer.callback_handler.callbacks
+        if self in others:
+            others.remove(self)
+            others.insert(0, self)
+
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asks for an evaluation where it is time."""
-        if state.global_step % self.every == 0:
+        if state.global_step % self.every == 0 and not self.waits:
             control.should_evaluate = True
 
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
     ) -> None:
         """Adds the figures, before the best checkpoint is chosen."""
-        if state.global_step % self.every and not self.chooses:
+        if state.global_step % self.every and not (self.chooses or self.waits and self.by_epoch):
             return
-        figures = self.ask().figures
+        evaluation = self.ask()
+        if evaluation.main is None:
+            number, why = next(iter(evaluation.unreadable.items()))
+            raise ValueError(f"No row to ask about can be read; the first is row {number}: {why}")
+        figures = evaluation.figures
         found = {f"eval_{name}": figure.value for name, figure in figures["all"].items()}
         for group, each in figures.items():
             if group != "all":

@@ -1,7 +1,7 @@
 """`evaluate`: a model's answers to a task's questions, their figures with intervals, and how two models compare."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from .answering import Record, answer_questions
 from .judging import Judge, judged
 from .metrics import METRICS, Answered
 from .predictions import Predictions, model_digest
-from .questions import Question, load_questions, with_other_media
+from .questions import Question, digest_of, load_questions, with_other_media
 from .statistics import Contributions, Figure, mean_of
 from .tasks import Task, load_task
 
@@ -28,7 +28,7 @@ class Evaluation:
     Args:
         task ([`Task`]): What was asked.
         questions (`list[Question]`): All of them.
-        records (`dict[int, dict]`): Row number -> `prediction`, `losses`, `judgement` or `unreadable`.
+        records (`dict[int, dict]`): Row number -> `prediction`, `losses` or `unreadable`, and `judgement`.
         media (`str`): `"own"` or `"other"`: whose media were shown.
         seconds (`float`): That answering took; of rows that an earlier run had answered nothing.
         answered_now (`int`): Rows that were answered in this time.
@@ -60,15 +60,26 @@ class Evaluation:
         return {number: each["unreadable"] for number, each in self.records.items() if "unreadable" in each}
 
     @property
-    def main(self) -> tuple[str, Figure]:
-        """Name and figure that the task is about, over all rows."""
-        return next(iter(self.figures[ALL].items()))
+    def main(self) -> tuple[str, Figure] | None:
+        """Name and figure that the task is about, over all rows; `None` where no row could be read."""
+        return next(iter(self.figures[ALL].items()), None)
 
-    def _groups(self) -> dict[str, list[Question]]:
-        read = [question for question in self.questions if "unreadable" not in self.records.get(question.number, {})]
+    @property
+    def ungraded(self) -> dict[int, str]:
+        """Row number -> how a judge's reply begins that holds no grade."""
+        grades = {number: each["judgement"] for number, each in self.records.items() if "judgement" in each}
+        return {number: grade["ungraded"] for number, grade in grades.items() if "ungraded" in grade}
+
+    def _groups(self, without: Collection[int] = ()) -> dict[str, list[Question]]:
+        """Questions that could be read, by group; a row of several counts in each."""
+        if lost := [question for question in self.questions if question.number not in self.records]:
+            raise ValueError(f"{len(lost)} rows have no answer, the first of them {lost[0].name}; answer all of them.")
+        unread = {*self.unreadable, *self.ungraded, *without}
+        read = [question for question in self.questions if question.number not in unread]
         groups: dict[str, list[Question]] = {}
         for question in read:
-            groups.setdefault(question.group, []).append(question)
+            for group in question.groups:
+                groups.setdefault(group, []).append(question)
         return groups | {ALL: read} if len(groups) > 1 else {ALL: read}
 
     def _contributions(self, questions: list[Question]) -> dict[str, Contributions]:
@@ -84,18 +95,7 @@ class Evaluation:
                 "other_loss": mean_of([other for _, other in pairs], unit=""),
             }
         rows = [self._answered(question) for question in questions]
-        found: dict[str, Contributions] = {}
-        for name in self.task.metrics:
-            if METRICS[name].needs == "judge" and any(row.judgement is None for row in rows):
-                self.left_out[name] = "no judge was given"
-                continue
-            try:
-                found |= METRICS[name].score(rows)
-            except ValueError as error:
-                if name == self.task.metrics[0]:
-                    raise ValueError(f"Task '{self.task.name}' cannot be scored: {error}.") from error
-                self.left_out[name] = str(error)
-        return found
+        return _scored(self.task, rows, self.left_out)
 
     def _answered(self, question: Question) -> Answered:
         record = self.records[question.number]
@@ -115,18 +115,12 @@ class Evaluation:
             `dict`: as `figures`: this one minus the baseline, over the rows that both could read; for the interval the
             same rows are drawn for both.
         """
-        unread = {*self.unreadable, *baseline.unreadable}
-        both = [question for question in self.questions if question.number not in unread]
         if {q.number: q.digest for q in self.questions} != {q.number: q.digest for q in baseline.questions}:
             raise ValueError("A comparison needs the same task and rows for both models.")
-        groups: dict[str, list[Question]] = {}
-        for question in both:
-            groups.setdefault(question.group, []).append(question)
         differences = {}
-        for group, questions in (groups | {ALL: both} if len(groups) > 1 else {ALL: both}).items():
+        for group, questions in self._groups({*baseline.unreadable, *baseline.ungraded}).items():
             mine, theirs = self._contributions(questions), baseline._contributions(questions)
-            differences[group] = {name: mine[name].against(theirs[name]) for name in mine.keys() & theirs.keys()}
-            differences[group] = {name: differences[group][name] for name in mine if name in theirs}
+            differences[group] = {name: mine[name].against(theirs[name]) for name in mine if name in theirs}
         return differences
 
     def table(self, baseline: "Evaluation | None" = None) -> str:
@@ -134,7 +128,8 @@ class Evaluation:
         title = self.task.title or self.task.name
         asked = "" if self.media == "own" else ", with another row's media"
         names = list(self.figures[ALL])
-        lines = [f"{title}{asked}: {len(self.questions) - len(self.unreadable):,} rows, 95 % bootstrap intervals"]
+        count = len(self._groups()[ALL])
+        lines = [f"{title}{asked}: {count:,} rows, 95 % bootstrap intervals"]
         if not names:
             lines.append("no row could be read")
         else:
@@ -147,6 +142,13 @@ class Evaluation:
                 f"{len(self.unreadable)} of {len(self.questions)} rows could not be read and are in no figure; the "
                 "first "
                 f"is row {number}: {why}"
+            )
+        if self.ungraded:
+            number, reply = next(iter(self.ungraded.items()))
+            lines.append(
+                f"{len(self.ungraded)} of {len(self.questions)} answers got no grade and are in no figure; for the "
+                "first, "
+                f"row {number}, the judge said {reply!r}"
             )
         lines += [f"{name} is left out: {why}" for name, why in self.left_out.items()]
         lines += self._paper()
@@ -172,11 +174,42 @@ class Evaluation:
                 group: {name: figure.to_dict() for name, figure in figures.items()}
                 for group, figures in self.figures.items()
             },
+            "ungraded": {str(number): reply for number, reply in self.ungraded.items()},
             "left_out": self.left_out,
             "paper": dict(self.task.paper),
             "seconds": self.seconds,
             "answered_now": self.answered_now,
         }
+
+
+def _scored(task: Task, rows: Sequence[Answered], left_out: dict[str, str]) -> dict[str, Contributions]:
+    """The task's metrics; a side one that does not apply is left out, and why is noted."""
+    found: dict[str, Contributions] = {}
+    for name in task.metrics:
+        if METRICS[name].needs == "judge" and any(row.judgement is None for row in rows):
+            left_out[name] = "no judge was given"
+            continue
+        try:
+            found |= METRICS[name].score(rows)
+        except (ValueError, ImportError) as error:
+            if name == task.metrics[0]:
+                raise type(error)(f"Task '{task.name}' cannot be scored: {error}") from error
+            left_out[name] = str(error)
+    return found
+
+
+def check_metrics(task: Task, questions: Sequence[Question]) -> None:
+    """
+    Scores empty answers, so that what a metric lacks is said before anything is answered.
+
+    Raises:
+        ValueError: the rows' right answers do not suit the task's main metric.
+        ImportError: it needs a package that is missing.
+    """
+    if task.method != "prefer":
+        grade = {"correct": False, "score": 0.0}
+        rows = [Answered("", each.references, each.options, each.text, grade) for each in questions]
+        _scored(task, rows, {})
 
 
 def _table(figures: Mapping[str, Mapping[str, Figure]], names: Sequence[str]) -> list[str]:
@@ -265,6 +298,12 @@ def evaluate(
         asked = with_other_media(questions, seed)
     elif task.method == "prefer":
         others = with_other_media(questions, seed)
+    check_metrics(task, questions)
+    digests = [question.digest for question in asked]
+    if task.method != "generate":  # likelihoods follow from the answers, too
+        compared = [[each.options, each.answer] for each in questions]
+        compared = [[*each, other.digest] for each, other in zip(compared, others or asked, strict=True)]
+        digests = [digest_of([mine, each]) for mine, each in zip(digests, compared, strict=True)]
     header = {
         "task": task.name,
         "model": model_digest(model),
@@ -272,7 +311,9 @@ def evaluate(
         "decoding": dict(task.decoding) if task.method == "generate" else task.method,
         "seed": seed,
     }
-    with Predictions(predictions, header, asked) as kept:
+    if task.decoding.get("do_sample"):  # what is drawn depends on what is asked together
+        header |= {"batch size": batch_size, "number of rows": len(asked)}
+    with Predictions(predictions, header, asked, digests) as kept:
         done_before = len(kept.records)
         start = time.monotonic()
         with tqdm(total=len(asked), initial=done_before, desc=task.name, unit="row", disable=quiet) as bar:
@@ -284,16 +325,24 @@ def evaluate(
                 bar.update(len(kept.records) - before)
         seconds = time.monotonic() - start
         if judge is not None and any(METRICS[name].needs == "judge" for name in task.metrics):
-            waiting = {
-                question.number: (question, kept.records[question.number]["prediction"])
-                for question in asked
-                if {"prediction", "judgement"} & kept.records[question.number].keys() == {"prediction"}
-            }
-            numbers = list(waiting)
-            for at in range(0, len(numbers), 64):
-                some = judged(judge, {number: waiting[number] for number in numbers[at : at + 64]})
-                kept.add({number: {"judgement": grade} for number, grade in some.items()})
+            _judge(judge, asked, kept, quiet)
         return Evaluation(task, asked, kept.records, media, seconds, len(kept.records) - done_before)
+
+
+def _judge(judge: Judge, asked: Sequence[Question], kept: Predictions, quiet: bool) -> None:
+    """Grades what was not graded yet, by this judge, beside these right answers."""
+    waiting, grades_of = {}, {}
+    for question in asked:
+        record = kept.records[question.number]
+        if "prediction" not in record:
+            continue
+        of = digest_of([getattr(judge, "name", ""), question.references, question.text, record["prediction"]])
+        if record.get("judged") != of or "ungraded" in record["judgement"]:
+            waiting[question.number], grades_of[question.number] = (question, record["prediction"]), of
+    with tqdm(total=len(waiting), desc="judge", unit="answer", disable=quiet) as bar:
+        for number, grade in judged(judge, waiting):
+            kept.add({number: {"judgement": grade, "judged": grades_of[number]}})
+            bar.update()
 
 
 def check_modalities(processor: Any, questions: Sequence[Question]) -> None:
@@ -316,4 +365,4 @@ def check_modalities(processor: Any, questions: Sequence[Question]) -> None:
             )
 
 
-__all__ = ["Evaluation", "check_modalities", "evaluate"]
+__all__ = ["Evaluation", "check_metrics", "check_modalities", "evaluate"]

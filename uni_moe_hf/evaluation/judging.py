@@ -1,9 +1,11 @@
 """Answers judged by another LLM, as Video-ChatGPT judges: right or wrong, and 0 to 5. Off unless a judge is given."""
 
+import ast
 import json
 import re
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from typing import Any
 
 from .questions import Question
@@ -26,7 +28,7 @@ PROMPT = (
 )
 AT_ONCE = 8
 
-# Messages of a chat -> what is replied.
+# Messages of a chat -> what is replied. Grades of one `name` are asked for once.
 Judge = Callable[[list[dict[str, str]]], str]
 
 
@@ -57,24 +59,22 @@ def open_judge(url: str, model: str = "default", key: str | None = None, timeout
             text = " ".join(str(error).split())
             raise OSError(f"The judge at {url} gave no answer: {text or type(error).__name__}.") from error
 
+    ask.name = f"{model} at {url}"
     return ask
 
 
-def judged(judge: Judge, asked: Mapping[int, tuple[Question, str]]) -> dict[int, dict[str, Any]]:
+def judged(judge: Judge, asked: Mapping[int, tuple[Question, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     Args:
         judge (`Callable`): Messages -> reply; called from several threads.
         asked (`dict`): Row number -> question and what the model answered.
 
-    Returns:
-        `dict`: row number -> `correct` (`bool`) and `score` (0 to 5).
-
-    Raises:
-        ValueError: a reply holds no grade, twice.
+    Yields:
+        `tuple(int, dict)`: row number, and `correct` (`bool`) and `score` (0 to 5); or `ungraded`, how a reply begins
+        that holds no grade, the second time too.
     """
 
-    def grade(item: tuple[int, tuple[Question, str]]) -> tuple[int, dict[str, Any]]:
-        number, (question, prediction) = item
+    def grade(question: Question, prediction: str) -> dict[str, Any]:
         text = PROMPT.format(
             question=question.text or "(in the recording)",
             reference=" <OR> ".join(dict.fromkeys(question.references)),
@@ -84,26 +84,33 @@ def judged(judge: Judge, asked: Mapping[int, tuple[Question, str]]) -> dict[int,
         for _ in range(2):
             reply = judge(messages)
             if (found := parse_grade(reply)) is not None:
-                return number, found
-        raise ValueError(f"The judge gave no grade for {question.name}, but: {reply[:80]!r}; take another judge.")
+                return found
+        return {"ungraded": str(reply)[:80]}
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return dict(pool.map(grade, asked.items()))
+        waiting = {pool.submit(grade, *pair): number for number, pair in asked.items()}
+        try:
+            for done in as_completed(waiting):
+                yield waiting[done], done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def parse_grade(reply: str) -> dict[str, Any] | None:
     """`correct` and `score` of a reply: JSON or a Python dictionary, also with `pred` for `correct`; else `None`."""
-    if (match := re.search(r"\{[^{}]*\}", reply)) is None:
-        return None
-    text = re.sub(r"'", '"', match[0])
-    try:
-        found = json.loads(text)
-        said, score = str(found.get("correct", found.get("pred"))).lower(), float(found["score"])
-    except (ValueError, KeyError, TypeError):
-        return None
-    if said not in ("yes", "no", "true", "false") or not 0 <= score <= 5:
-        return None
-    return {"correct": said in ("yes", "true"), "score": score}
+    for text in reversed(re.findall(r"\{[^{}]*\}", reply)):  # what was thought before comes first
+        found = None
+        with suppress(ValueError):
+            found = json.loads(text)
+        with suppress(ValueError, SyntaxError):
+            found = found or ast.literal_eval(text)
+        if not isinstance(found, dict):
+            continue
+        said, score = str(found.get("correct", found.get("pred"))).lower(), found.get("score")
+        with suppress(ValueError, TypeError):
+            if said in ("yes", "no", "true", "false") and 0 <= float(score) <= 5:
+                return {"correct": said in ("yes", "true"), "score": float(score)}
+    return None
 
 
 __all__ = ["Judge", "judged", "open_judge", "parse_grade"]

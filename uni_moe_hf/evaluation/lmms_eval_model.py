@@ -105,7 +105,6 @@ class UniMoE(lmms):
                         answers[number] = _until(
                             record.get("prediction", ""), [stops] if isinstance(stops, str) else stops
                         )
-                        self.cache_hook.add_partial("generate_until", (number, settings), answers[number])
                     bar.update(len(records))
         return [answers[number] for number in range(len(requests))]
 

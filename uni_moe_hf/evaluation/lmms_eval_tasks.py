@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..hub.conversations_uni_moe import SOURCE_KEYS
+from ..training.rows import rooted
 from .metrics import METRICS, Answered
 from .questions import Question
 from .tasks import Task
@@ -53,7 +54,7 @@ def export_to_lmms_eval(task: Task, questions: Sequence[Question], folder: str |
         "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}},
         "test_split": "test",
         "output_type": "generate_until",
-        "generation_kwargs": dict(task.decoding),
+        "generation_kwargs": {**task.decoding, "until": []},  # else answers would end at an empty line
         "doc_to_visual": Function("doc_to_visual"),
         "doc_to_text": Function("doc_to_text"),
         "doc_to_messages": Function("doc_to_messages"),
@@ -63,7 +64,7 @@ def export_to_lmms_eval(task: Task, questions: Sequence[Question], folder: str |
             {
                 "metric": figure,
                 "aggregation": Function(f"figure_{figure}"),
-                "higher_is_better": METRICS[FIGURES[figure]].higher_is_better,
+                "higher_is_better": METRICS[FIGURES[figure]].figures[figure] is not False,
             }
             for figure in figures
         ],
@@ -90,8 +91,9 @@ _Dumper.add_representer(
 
 
 def _plain(question: Question) -> dict[str, Any]:
-    """Without the row it was made of, in JSON; the types of the media in the harness' terms."""
+    """Without the row it was made of, in JSON; files by paths that hold from anywhere."""
     made = {name: value for name, value in asdict(question).items() if name not in ("row", "name")}
+    made["messages"] = rooted(question.messages, Path.cwd())
     try:
         json.dumps(made)
     except TypeError as error:

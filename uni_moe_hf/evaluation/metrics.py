@@ -90,6 +90,8 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 
     Source: "EM" of the paper, which does not say how ten annotators count; its figures fit any of them.
     """
+    if not prediction.strip():
+        return 0.0
     answer = normalize_answer(prediction)
     return float(any(answer == normalize_answer(reference) for reference in references))
 
@@ -108,6 +110,8 @@ def vqa_soft_accuracy(prediction: str, references: Sequence[str]) -> float:
             f"soft accuracy compares with the answers of at least 4 annotators, usually 10, and a row has "
             f"{len(references)}; use exact_match"
         )
+    if not prediction.strip():
+        return 0.0
     answer = normalize_answer(prediction)
     agree = [answer == normalize_answer(reference) for reference in references]
     return sum(min(1.0, (sum(agree) - mine) / 3) for mine in agree) / len(agree)
@@ -115,48 +119,53 @@ def vqa_soft_accuracy(prediction: str, references: Sequence[str]) -> float:
 
 # --- Choices
 
-_LETTER = r"\(?\[?\*{0,2}([A-Z])\*{0,2}\]?\)?"
-
 
 def parse_choice(prediction: str, options: Mapping[str, str]) -> str | None:
     r"""
-    The letter that a free answer means. The first rule that finds exactly one wins:
+    The letter that a free answer means, or another label where options have others. The first rule that applies
+    decides; where it finds several, nothing is meant.
 
-    1. the answer is a letter: `B`, `(B)`, `B.`, `**B**`;
-    2. it begins with a letter and a mark: `B. a bird`, `B) ...`, `(B) ...`, `B: ...`;
-    3. it says so: `the answer is B`, `Answer: (B)`, `option B`, `choice B`;
-    4. it is an option's text, normalised as in [`normalize_answer`];
-    5. it holds the text of one option, as words, and of no other that is not part of that one;
-    6. it holds one letter in brackets, `(B)`.
+    1. The answer is a letter: `B`, `(B)`, `B.`, `**B**`.
+    2. It begins with a letter and a mark: `B. a bird`, `B) ...`, `(B) ...`, `B: ...`.
+    3. It says so: `the answer is B`, `Answer: (B)`, `option B`, `choice B`; before another word `A` and `I` are words.
+    4. It is an option's text, normalised as in [`normalize_answer`].
+    5. It holds the text of one option, as words, and of no other that is not part of that one.
+    6. It holds one letter in brackets, `(B)`.
 
     Args:
         prediction (`str`): What was said.
         options (`dict[str, str]`): Letter -> text; texts may be empty where options are in a picture or recording.
 
     Returns:
-        `str` or `None`: `None` where no rule finds one, or a rule finds several.
+        `str` or `None`: `None` where no rule applies.
     """
     text = prediction.strip().strip("\"'")
-    letters = {letter.upper(): letter for letter in options}
-    if match := re.fullmatch(rf"{_LETTER}[.:,)]?", text, flags=re.IGNORECASE):
-        return letters.get(match[1].upper())
-    if match := re.match(r"(?:\(([A-Z])\)|([A-Z])[.:)])(?:\s|\*|$|(?=\w))", text.lstrip("*")):
-        if (letter := match[1] or match[2]) in letters and not re.match(r"[A-Z]\.[A-Za-z]\.", text):
-            return letters[letter]
-    said = re.findall(rf"\b(?i:answer(?:\s+is)?|option|choice)\s*:?\s*(?i:option|choice)?\s*{_LETTER}(?![\w'])", text)
-    if len(named := {letter for letter in said if letter in letters}) == 1:
-        return letters[named.pop()]
+    labels = {label.upper(): label for label in options}
+    known = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True)) or "(?!)"
+    if match := re.fullmatch(rf"[*(\[]*({known})[*)\]]*[.:,)]?[*]*", text, flags=re.IGNORECASE):
+        return labels[match[1].upper()]
+    marked = rf"(?:\(({known})\)|\b({known})[.:)])(?!\w)"
+    glued = rf"({known})[.:)](?=[A-Za-z])(?![A-Za-z]\.)"  # "B.a bird", and not "B.C."
+    if match := re.match(rf"[*]*(?:{marked}|{glued})", text):
+        begun = {label for found in re.findall(rf"(?:^|[\s*]){marked}", text) for label in found if label}
+        first = next(label for label in match.groups() if label)
+        return labels[first] if begun <= {first} else None
+    said = rf"\b(?i:answer(?:\s+is)?|option|choice)\s*:?\s*(?i:option|choice)?\s*[*(\[]*({known})[*)\]]*(?![\w'])"
+    ends = r"(?=\s*(?:$|[.,;:!?)\]*\n]|because|since|as\b))"
+    named = {m[1] for m in re.finditer(said, text) if m[1] not in ("A", "I") or re.match(ends, text[m.end() :])}
+    if named:
+        return labels[named.pop()] if len(named) == 1 else None
     answer = normalize_answer(text)
-    texts = {letter: normalize_answer(option) for letter, option in options.items()}
-    equal = [letter for letter, option in texts.items() if option and option == answer]
+    texts = {label: normalize_answer(option) for label, option in options.items()}
+    equal = [label for label, option in texts.items() if option and option == answer]
     if equal:
         return equal[0] if len(equal) == 1 else None
-    held = [letter for letter, option in texts.items() if option and f" {option} " in f" {answer} "]
+    held = [label for label, option in texts.items() if option and f" {option} " in f" {answer} "]
     widest = [one for one in held if all(f" {texts[other]} " in f" {texts[one]} " for other in held)]
     if len(widest) == 1:
         return widest[0]
-    bracketed = {letter for letter in re.findall(r"\(([A-Z])\)", text) if letter in letters}
-    return letters[bracketed.pop()] if len(bracketed) == 1 and not held else None
+    bracketed = set(re.findall(rf"\(({known})\)", text))
+    return labels[bracketed.pop()] if len(bracketed) == 1 and not held else None
 
 
 def parse_yes_no(prediction: str) -> str | None:
@@ -395,34 +404,40 @@ class Metric:
     What a task can be scored by.
 
     Args:
-        figures (`tuple[str]`): Names of its figures; the first is the main one.
+        figures (`dict[str, bool]`): Names of its figures, and whether more is better (`None`: neither); the first is
+            the main one.
         score (`Callable`): Rows -> figure -> what rows bring to it.
         needs (`str`, *optional*): `"options"` or `"judge"`, without which it cannot be had.
-        higher_is_better (`bool`, *optional*, defaults to `True`): Of the main figure.
     """
 
-    figures: tuple[str, ...]
+    figures: Mapping[str, bool | None]
     score: Callable[[Rows], dict[str, Contributions]]
     needs: str | None = None
-    higher_is_better: bool = True
 
 
 METRICS = {
-    "exact_match": Metric(("exact_match",), _exact_match),
-    "vqa_soft_accuracy": Metric(("vqa_soft_accuracy",), _vqa_soft_accuracy),
-    "choice": Metric(("choice_accuracy", "choice_unparsed"), _choice, needs="options"),
-    "yes_no": Metric(("yes_no_accuracy", "precision", "recall", "f1", "yes_rate", "neither_rate"), _yes_no),
-    "word_error_rate": Metric(("word_error_rate",), _word_error_rate, higher_is_better=False),
-    "cider": Metric(("cider",), _cider),
-    "bleu": Metric(("bleu",), _bleu),
-    "rouge": Metric(("rouge_l",), _rouge),
-    "judged": Metric(("judged_accuracy", "judged_score"), _judged, needs="judge"),
-    "chance": Metric(("chance",), _chance),
+    "exact_match": Metric({"exact_match": True}, _exact_match),
+    "vqa_soft_accuracy": Metric({"vqa_soft_accuracy": True}, _vqa_soft_accuracy),
+    "choice": Metric({"choice_accuracy": True, "choice_unparsed": False}, _choice, needs="options"),
+    "yes_no": Metric(
+        dict.fromkeys(("yes_no_accuracy", "precision", "recall", "f1"), True)
+        | {"yes_rate": None, "neither_rate": False},
+        _yes_no,
+    ),
+    "word_error_rate": Metric({"word_error_rate": False}, _word_error_rate),
+    "cider": Metric({"cider": True}, _cider),
+    "bleu": Metric({"bleu": True}, _bleu),
+    "rouge": Metric({"rouge_l": True}, _rouge),
+    "judged": Metric({"judged_accuracy": True, "judged_score": True}, _judged, needs="judge"),
+    "chance": Metric({"chance": None}, _chance),
 }
+# The same of tasks that compare likelihoods.
+PREFERENCE = {"own_preferred": True, "gain": True, "own_loss": False, "other_loss": None}
 
 
 __all__ = [
     "METRICS",
+    "PREFERENCE",
     "Answered",
     "Metric",
     "caption_words",

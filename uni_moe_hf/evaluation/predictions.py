@@ -18,6 +18,7 @@ from .answering import Record
 from .questions import Question
 
 
+BEGINNING = b'{"predictions_of": '
 SAMPLES = 64  # values of each weight that tell one model from another
 
 
@@ -40,6 +41,7 @@ class Predictions:
         path (`str` or `Path`, *optional*): `.jsonl` file; one that exists is gone on with.
         header (`dict`): What they are of; a file of something else is refused.
         questions (`list[Question]`): Whose answers they are.
+        digests (`list[str]`): Of what each answer follows from.
 
     Attributes:
         records (`dict[int, dict]`): Row number -> record.
@@ -49,11 +51,15 @@ class Predictions:
         OSError: it cannot be written.
     """
 
-    def __init__(self, path: str | Path | None, header: Mapping[str, Any], questions: list[Question]):
+    def __init__(
+        self, path: str | Path | None, header: Mapping[str, Any], questions: list[Question], digests: list[str]
+    ):
         self.path = None if path is None else Path(path)
         self.header = dict(header)
         self.questions = {question.number: question for question in questions}
+        self.digests = {question.number: digest for question, digest in zip(questions, digests, strict=True)}
         self.records: dict[int, Record] = {}
+        self._unreadable: dict[int, str] = {}  # as the file has it: files may have been mended since
         self._file: Any = None
 
     def __enter__(self) -> "Predictions":
@@ -82,6 +88,8 @@ class Predictions:
         data = self._file.read()
         whole = data[: data.rfind(b"\n") + 1]  # a line that was being written when the run was killed is not there
         if not whole:
+            if not BEGINNING.startswith(data[: len(BEGINNING)]):
+                raise ValueError(f"'{self.path}' exists and holds no predictions of this command; name another file.")
             self._begin()
             return
         lines = whole.splitlines()
@@ -104,14 +112,17 @@ class Predictions:
             question = self.questions.get(number)
             if question is None:
                 continue  # of a run without --limit
-            if question.digest != digest:
+            if self.digests[number] != digest:
                 raise ValueError(
                     f"'{self.path}' holds predictions of other data: row {number} asks something else there; name "
                     "another "
                     "file, or delete it."
                 )
             row.pop("id", None)
-            self.records[number] = {**self.records.get(number, {}), **row}
+            if "unreadable" in row:
+                self._unreadable[number] = row["unreadable"]
+            else:
+                self.records[number] = {**self.records.get(number, {}), **row}
         if len(whole) < len(data):
             self._file.truncate(len(whole))
 
@@ -121,16 +132,16 @@ class Predictions:
 
     def add(self, records: Mapping[int, Record]) -> None:
         """Keeps what is new of a batch's records, and writes it at once."""
-        new = {
-            number: record
-            for number, record in records.items()
-            if not self.records.get(number, {}).keys() >= record.keys()
-        }
-        for number, record in new.items():
-            self.records[number] = {**self.records.get(number, {}), **record}
+        new = {}
+        for number, record in records.items():
+            known = self.records.get(number, {})
+            if any(known.get(name) != value for name, value in record.items()):
+                self.records[number] = {**known, **record}
+                if record.get("unreadable", "") != self._unreadable.get(number):
+                    new[number] = record
         if self._file is not None and new:
             self._write(
-                {"row": number, "id": self.questions[number].key, "digest": self.questions[number].digest, **record}
+                {"row": number, "id": self.questions[number].key, "digest": self.digests[number], **record}
                 for number, record in new.items()
             )
 
@@ -150,14 +161,16 @@ class Predictions:
 def write_original(path: str | Path, questions: list[Question], records: Mapping[int, Record]) -> None:
     """
     The original's own format: the list of its records, each with the answer as `answer` (as its 8-expert code has it)
-    or, where a record holds the right answer under that name, as `text` (as its 4-expert code has it).
+    or, where a record holds the right answer under that name, as `text` (as its 4-expert code has it). Rows that could
+    not be read get none.
 
     Source: `*/eval.py@f5e82dd`.
     """
     rows = []
     for question in questions:
         row = {name: value for name, value in question.row.items() if not name.startswith("_")}
-        row["text" if "answer" in row else "answer"] = records.get(question.number, {}).get("prediction", "")
+        if "prediction" in (record := records.get(question.number, {})):
+            row["text" if "answer" in row else "answer"] = record["prediction"]
         rows.append(row)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,11 +5,13 @@ Takes rows in any form that training takes, and the original's records for evalu
 their own, media without a place in the text, paths from a root that is elsewhere.
 """
 
+import ast
 import json
 import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -17,6 +19,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from ..hub.configuration_uni_moe import MODALITIES
+from ..hub.conversations_uni_moe import SOURCE_KEYS
 from ..hub.media_uni_moe import MEDIA_COLUMNS, MEDIA_NAMES
 from ..training.row_files import iter_rows
 from ..training.rows import ANSWERS as PLAIN_ANSWERS
@@ -39,7 +42,7 @@ class Question:
         references (`list[str]`): Right answers; letters where there are options.
         options (`dict[str, str]`): Letter -> text.
         text (`str`): The question as written, without how to answer.
-        group (`str`): What it is counted with.
+        groups (`tuple[str]`): What it is counted with.
         key (`str`): Name of the row.
         name (`str`): Its number and file, for messages.
         answer (`str`): A right answer in words, for likelihoods.
@@ -51,7 +54,7 @@ class Question:
     references: list[str]
     options: dict[str, str] = field(default_factory=dict)
     text: str = ""
-    group: str = ""
+    groups: tuple[str, ...] = ()
     key: str = ""
     name: str = ""
     answer: str = ""
@@ -63,10 +66,20 @@ class Question:
         return [part for part in parts_of(self.messages) if part.get("type") != "text"]
 
     @property
+    def group(self) -> str:
+        """All its groups as one name."""
+        return ", ".join(self.groups)
+
+    @property
     def digest(self) -> str:
         """Of what is asked; media by their paths and settings."""
-        text = json.dumps(self.messages, sort_keys=True, default=lambda value: f"<{type(value).__name__}>")
-        return sha256(text.encode(errors="replace")).hexdigest()[:12]
+        return digest_of(self.messages)
+
+
+def digest_of(value: Any) -> str:
+    """Of anything that JSON holds; of other objects their type counts."""
+    text = json.dumps(value, sort_keys=True, default=lambda each: f"<{type(each).__name__}>")
+    return sha256(text.encode(errors="replace")).hexdigest()[:12]
 
 
 def load_questions(
@@ -96,7 +109,7 @@ def load_questions(
     known = _known_answers(Path(answers)) if answers is not None else {}
     found = []
     for row in _numbered(rows, reading):
-        if limit is not None and len(found) == limit:
+        if limit is not None and len(found) == limit and not task.distractors:  # these are drawn from all rows
             break
         try:
             found.append(_question(task, row, len(found) + 1, known, media_root, by))
@@ -113,7 +126,7 @@ def load_questions(
             f"{', '.join(sorted(held)) or 'text alone'} (columns NAME={missing[0]} says which column is one)."
         )
     if task.distractors:
-        found = _with_distractors(found, task.distractors)
+        found = _with_distractors(found, task.distractors)[:limit]
     if task.needs_options:
         for question in found:
             if not question.options:
@@ -136,7 +149,7 @@ def with_other_media(questions: list[Question], seed: int = 0) -> list[Question]
         there is one.
 
     Raises:
-        ValueError: none has media, or a row is the only one with its kinds.
+        ValueError: none has media, or all with a row's kinds show the same.
     """
     shuffler = random.Random(seed)
     alike: dict[tuple, list[int]] = {}
@@ -145,22 +158,32 @@ def with_other_media(questions: list[Question], seed: int = 0) -> list[Question]
             alike.setdefault((question.group, kinds), []).append(index)
     if not alike:
         raise ValueError("No row has media, so there are no other row's to ask with.")
+    shown = [tuple(map(_source, question.media)) for question in questions]
     result = list(questions)
     for (_, kinds), indices in alike.items():
         shuffler.shuffle(indices)
-        sources = indices[1:] + indices[:1]
-        if len(indices) == 1:
-            same = [index for (_, others), found in alike.items() if others == kinds for index in found]
-            sources = [index for index in same if index != indices[0]][:1]
-        if not sources:
-            raise ValueError(
-                f"{questions[indices[0]].name} is the only one with {' and '.join(map(str, kinds))}, so no other "
-                "row's "
-                "media can stand in; give more rows."
-            )
-        for target, source in zip(indices, sources, strict=True):
+        elsewhere = [index for (_, same), found in alike.items() if same == kinds for index in found]
+        for place, target in enumerate(indices):
+            # The next that shows something else: several questions may be about one picture.
+            ring = (*indices[place + 1 :], *indices[:place]) if len({shown[index] for index in indices}) > 1 else ()
+            source = next((index for index in (*ring, *elsewhere) if shown[index] != shown[target]), None)
+            if source is None:
+                raise ValueError(
+                    f"{questions[target].name} shows the only {' and '.join(map(str, kinds))} that there is, so no "
+                    "other "
+                    "row's media can stand in; give more rows."
+                )
             result[target] = replace(questions[target], messages=_replaced(questions[target], questions[source].media))
     return result
+
+
+def _source(part: Mapping[str, Any]) -> Any:
+    """What tells a clip from another: its path, or the object itself."""
+    value = next((part[key] for key in (str(part.get("type")), *SOURCE_KEYS) if part.get(key) is not None), None)
+    value = tuple(value) if isinstance(value, list) else value
+    return (
+        value if isinstance(value, str | bytes) else tuple(map(str, value)) if isinstance(value, tuple) else id(value)
+    )
 
 
 def _replaced(question: Question, media: list[Mapping[str, Any]]) -> list[dict]:
@@ -227,7 +250,8 @@ def _question(task: Task, row: dict, number: int, known: Mapping, media_root: An
         references=references,
         options=options,
         text=_bare(written),
-        group=_group(row, (by,) if by else task.groups) or "+".join(k for k in MODALITIES if k in kinds) or "text",
+        groups=_groups(row, (by,) if by else task.groups)
+        or ("+".join(k for k in MODALITIES if k in kinds) or "text",),
         key=key,
         name=describe_row(row),
         answer=options.get(references[0]) or Counter(answers).most_common(1)[0][0],
@@ -247,7 +271,7 @@ def _asked(task: Task, row: dict) -> tuple[list[dict], str, list[str]]:
         names = [whole] if whole else ["prompt", "completion"]
         kept = {name: row[name] for name in names} | media | system | place
         if whole == lower.get("conversations"):
-            kept[whole] = _with_marks(row[whole], media)
+            kept[whole] = _with_marks(row[whole], media, task.order)
         messages = row_to_messages(kept, task.voice)
         ended = []
         while messages and messages[-1].get("role") == "assistant":
@@ -256,23 +280,44 @@ def _asked(task: Task, row: dict) -> tuple[list[dict], str, list[str]]:
         asked = [message for message in messages if message.get("role") == "user"][-1:]
         written = "\n".join(p.get("text", "") for p in parts_of(asked) if p.get("type") == "text")
         return messages, written, [text for text in ["".join(ended).strip()] if text]
-    question = _first(row, QUESTIONS)
-    hint, options = row.get("hint"), _options(task, row, "")
+    prompt, question = filled_prompt(task, row)
     if question is None and not media:
         raise ValueError(f"it has the fields {_columns(row)}, and neither a question nor media")
+    asked = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "-"}]
+    (message,) = row_to_messages({"messages": asked} | media | place, task.voice)[:-1]
+    if isinstance(message["content"], list):
+        rank = {kind: number for number, kind in enumerate(task.order)}
+        parts = [part for part in message["content"] if part["type"] != "text" or part["text"]]
+        message = {**message, "content": sorted(parts, key=lambda part: rank.get(part["type"], len(rank)))}
+    before = [{"role": "system", "content": row["system"]}] if system else []
+    return [*before, message], question or prompt, []
+
+
+def filled_prompt(task: Task, row: Mapping[str, Any]) -> tuple[str, str | None]:
+    """
+    What a plain row is asked, and its question as written, where it has one.
+
+    Raises:
+        ValueError: the question is no text.
+    """
+    question, hint, options = _first(row, QUESTIONS), row.get("hint"), _options(task, row, "")
     if question is not None and not isinstance(question, str):
         raise ValueError(f"the question is a {type(question).__name__}, not a text")
+    has_instruction = INSTRUCTION.search("\n" + task.prompt) is not None
     filled = {
-        "question": question or "",
+        "question": (INSTRUCTION.sub("", "\n" + question).strip() if has_instruction else question)
+        if question
+        else "",
         "hint": f"Hint: {hint}\n" if isinstance(hint, str) and hint.strip() and hint != "nan" else "",
         "options": "\n".join(task.option.format(letter=name, text=text) for name, text in options.items()),
     }
     prompt = task.prompt.format(**filled).strip()
-    asked = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "-"}]
-    return row_to_messages({"messages": asked} | media | system | place, task.voice)[:-1], question or prompt, []
+    if INSTRUCTION.search("\n" + str(row.get("spoken", ""))):  # it was said
+        prompt = INSTRUCTION.sub("", "\n" + prompt).strip()
+    return prompt, question
 
 
-def _with_marks(turns: Any, media: Mapping[str, Any]) -> Any:
+def _with_marks(turns: Any, media: Mapping[str, Any], order: tuple[str, ...] = ()) -> Any:
     """The original's turns, media that have no place in them put first, as MMBench's rows need it."""
     if not isinstance(turns, list) or not turns or not isinstance(turns[0], Mapping):
         return turns
@@ -289,6 +334,7 @@ def _with_marks(turns: Any, media: Mapping[str, Any]) -> Any:
     first = next((index for index, turn in enumerate(turns) if turn.get("from") in ("human", "user")), None)
     if not missing or first is None:
         return turns
+    missing.sort(key=lambda mark: order.index(mark[1:-1]) if mark[1:-1] in order else len(order))
     value = "\n".join([*missing, str(turns[first].get("value", ""))])
     return [*turns[:first], {**turns[first], "value": value}, *turns[first + 1 :]]
 
@@ -298,9 +344,12 @@ def _bare(text: str) -> str:
     return INSTRUCTION.sub("", text).strip()
 
 
-def _group(row: Mapping[str, Any], names: Iterable[str]) -> str:
+def _groups(row: Mapping[str, Any], names: Iterable[str]) -> tuple[str, ...]:
+    """A row of several categories counts in each."""
     value = _first(row, names)
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value if value is not None else "")
+    values = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    # "all" is the name of all rows together.
+    return tuple(dict.fromkeys(f"{each} (group)" if str(each) == "all" else str(each) for each in values))
 
 
 # --- Answers and options
@@ -318,10 +367,8 @@ def _right_answers(task: Task, row: Mapping[str, Any]) -> list[str]:
 def _texts(value: Any) -> list[str]:
     """Answers of a field: a text, a number, a list of them, or objects with `answer`, as VQA's annotations have it."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            pass
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            value = ast.literal_eval(value)  # also as pandas writes a list into a table
     if isinstance(value, Mapping):
         value = value.get("answer", value.get("text"))
     if isinstance(value, list | tuple):
@@ -358,10 +405,19 @@ def _options(task: Task, row: Mapping[str, Any], written: str) -> dict[str, str]
         texts = {letter: _texts(row.get(name)) for letter, name in columns.items()}
         if texts["A"] and texts["B"]:
             return {letter: found[0] for letter, found in texts.items() if found}
-    found = {}
-    for line in written.splitlines():
-        if (match := OPTION_LINE.match(line)) and len(found) < 26 and match[1] == ascii_uppercase[len(found)]:
+    return written_options(written)
+
+
+def written_options(text: str) -> dict[str, str]:
+    """Options that stand in a question as lines `A. ...`; what follows on further lines belongs to them."""
+    found: dict[str, str] = {}
+    for line in _bare(text).splitlines():
+        match = OPTION_LINE.match(line)
+        if match and len(found) < 26 and match[1] == ascii_uppercase[len(found)]:
             found[match[1]] = match[2]
+        elif found:
+            last = ascii_uppercase[len(found) - 1]
+            found[last] = f"{found[last]}\n{line}".strip()
     return found if len(found) > 1 else {}
 
 
@@ -398,7 +454,7 @@ def _with_distractors(questions: list[Question], count: int) -> list[Question]:
                 "answers "
                 f"to make {count} of; give options or more rows."
             )
-        drawn = random.Random(question.digest)
+        drawn = random.Random(f"{question.key} {question.text}")
         texts = [*drawn.sample(others, count), question.answer]
         drawn.shuffle(texts)
         options = dict(zip(ascii_uppercase, texts, strict=False))
@@ -441,4 +497,4 @@ def _known_answers(file: Path) -> dict[Any, list[str]]:
     return found
 
 
-__all__ = ["Question", "load_questions", "with_other_media"]
+__all__ = ["Question", "digest_of", "filled_prompt", "load_questions", "with_other_media", "written_options"]

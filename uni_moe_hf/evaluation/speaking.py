@@ -19,7 +19,8 @@ import soundfile
 from ..hub.files_uni_moe import reason
 from ..training.row_files import iter_rows
 from ..training.rows import PLACE, QUESTIONS, describe_row, looks_like_media
-from .questions import INSTRUCTION
+from .questions import INSTRUCTION, filled_prompt, written_options
+from .tasks import Task
 
 
 # Writes a text as a WAV file; recordings of one `name` are not made twice.
@@ -129,6 +130,7 @@ def speak_rows(
     voice: Voice,
     field: str | None = None,
     whole: bool = False,
+    task: Task | None = None,
     media_root: str | Path | None = None,
     **reading: Any,
 ) -> Iterator[str]:
@@ -145,6 +147,8 @@ def speak_rows(
             stands; one whose media ask by themselves stays as it is.
         whole (`bool`, *optional*, defaults to `False`): Whether "Answer the question using a single word or phrase."
             is said too; else it stays written.
+        task ([`Task`], *optional*): Whose whole prompt is said of plain rows, with hint and options, as MMBench-Audio
+            has it.
         media_root (`str` or `Path`, *optional*): Where the rows' other paths start; else beside their file.
         reading: As in [`~row_files.iter_rows`].
 
@@ -162,7 +166,7 @@ def speak_rows(
         with partial.open("w", encoding="utf-8") as file:
             for row in iter_rows(source, **reading):
                 try:
-                    text, made = _spoken(row, field, whole)
+                    text, made = _spoken(row, field, whole, task)
                     name = f"speech/{sha256(f'{speaker} {text}'.encode()).hexdigest()[:16]}.wav"
                     if text and not (folder / name).is_file():
                         half = folder / "speech" / f".{os.getpid()}.wav"
@@ -179,7 +183,9 @@ def speak_rows(
         partial.unlink(missing_ok=True)
 
 
-def _spoken(row: Mapping[str, Any], field: str | None, whole: bool) -> tuple[str, Callable[[str], dict[str, Any]]]:
+def _spoken(
+    row: Mapping[str, Any], field: str | None, whole: bool, task: Task | None
+) -> tuple[str, Callable[[str], dict[str, Any]]]:
     """What is said, and what makes the new row of a recording's name; no text where media ask by themselves."""
     if row.get("_unreadable"):
         raise ValueError(row["_unreadable"])
@@ -187,6 +193,14 @@ def _spoken(row: Mapping[str, Any], field: str | None, whole: bool) -> tuple[str
     whole_name = next((name for name in ("messages", "conversations") if isinstance(kept.get(name), list)), None)
     if field is None and whole_name is not None:
         return _spoken_turn(kept, whole_name, whole)
+    if task is not None and field is None:
+        prompt, _ = filled_prompt(task, kept)
+        text, rest = _parted(prompt, whole)
+        if not text:
+            raise ValueError("there is no text to say.")
+        kept = {name: value for name, value in kept.items() if name not in (*QUESTIONS, "hint")}
+        kept |= {"question": rest.strip()} if rest else {}
+        return text, lambda recording: {**kept, "spoken": text, "speech": recording}
     name = field or next((name for name in QUESTIONS if isinstance(kept.get(name), str)), None)
     if name is None or not isinstance(kept.get(name), str):
         raise ValueError(
@@ -221,6 +235,8 @@ def _spoken_turn(kept: dict[str, Any], name: str, whole: bool) -> tuple[str, Cal
             value = value.replace(mark, "")
         text, rest = _parted(value.strip(), whole)
         asked = {**last, "value": "\n".join([*marks, "<audio>"]) + rest}
+        options = written_options(text)  # can no longer be read where they are only heard
+        kept |= {"options": options} if options and "options" not in kept else {}
         made = lambda recording: with_turn(asked, spoken=text, voice=[recording])  # noqa: E731
     else:
         content = last.get("content")

@@ -29,7 +29,9 @@ class Task:
     Args:
         name (`str`): Of the file, without its ending.
         title (`str`, *optional*): As people write it.
-        takes (`list[str]`, *optional*): Modalities that every row has: image, video, audio, speech.
+        takes (`list[str]`, *optional*): Modalities that it is about, each of which some row must have: image, video,
+            audio, speech.
+        order (`list[str]`, *optional*): Of the media of plain rows, before the words; as the columns stand by default.
         prompt (`str`, *optional*, defaults to `"{question}"`): What plain rows are asked; `{question}`, `{options}`
             and `{hint}` are filled in. Conversations are asked as they are.
         metrics (`list[str]`): Of `METRICS`; the first is the main one. Not for `prefer`.
@@ -54,6 +56,7 @@ class Task:
     metrics: tuple[str, ...] = ()
     title: str = ""
     takes: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
     prompt: str = "{question}"
     method: str = "generate"
     decoding: Mapping[str, Any] = field(default_factory=dict)
@@ -80,11 +83,12 @@ class Task:
         self._check("method", [self.method], METHODS)
         self._check("metrics", self.metrics, METRICS)
         self._check("takes", self.takes, MODALITIES)
+        self._check("order", self.order, MODALITIES)
         self._check("voice", [self.voice], ("speech", "audio"))
         if (self.method == "prefer") == bool(self.metrics):
             raise ValueError(
-                f"Task '{self.name}': `metrics` names what answers are scored by; `method: prefer`, which writes no "
-                "answers, has none, and the others need one."
+                f"Task '{self.name}' has `method: {self.method}`: "
+                + ("leave out `metrics`." if self.metrics else "give `metrics`, such as [exact_match].")
             )
         if self.method == "choose" and self.metrics != ("choice",):
             raise ValueError(f"Task '{self.name}': `method: choose` is scored by `metrics: [choice]`.")
@@ -137,8 +141,8 @@ def load_task(task: str | Path | Task) -> Task:
         if is_file:
             raise ValueError(f"There is no task file '{name}'; check the path.")
         near = get_close_matches(name.lower().replace("_", "-"), task_names(), n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(task_names())}."
-        raise ValueError(f"There is no task '{name}'; {hint} A file of your own is named with its ending .yaml.")
+        hint = f"did you mean '{near[0]}', or a file" if near else f"there are {', '.join(task_names())}, and files"
+        raise ValueError(f"There is no task '{name}'; {hint} of your own, named with its ending .yaml?")
     return Task(**_declared(file, ()))
 
 
@@ -159,7 +163,8 @@ def _declared(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         if not parent.is_file() or file in seen:
             raise ValueError(f"Task file '{file}' is like '{like}', which is no task of the package.")
         base = _declared(parent, (*seen, file))
-        base.pop("paper", None)  # measured on the other one
+        for name in ("title", "paper"):  # are the other one's
+            base.pop(name, None)
     return {**base, "name": file.stem, **given}
 
 
