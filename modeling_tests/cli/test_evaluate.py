@@ -50,6 +50,8 @@ def options(place: Path, *more: object, task: str = "short-answers") -> list[obj
 def test_the_tasks_are_listed_without_a_checkpoint(capsys):
     code, out, _ = run(capsys, "--list")
     assert code == 0 and "MMBench (image; choice)" in out and "clotho-v2" in out and len(out.splitlines()) > 20
+    code, out, _ = run(capsys, "--list", "--task", "clotho-aqa")
+    assert code == 0 and "num_beams: 4" in out and "SME-Task8: 32.3" in out and "what the original intends" in out
 
 
 def test_a_table_figures_and_answers_in_both_formats_are_left(place, tmp_path, capsys):
@@ -58,7 +60,8 @@ def test_a_table_figures_and_answers_in_both_formats_are_left(place, tmp_path, c
     code, out, err = run(capsys, *options(place, *more, "--by", "kind"))
     assert code == 0, err
     assert "12 rows, 95 % bootstrap intervals" in out
-    assert [line.split()[0] for line in out.splitlines()[2:]] == ["seen", "heard", "all"]
+    assert out.startswith(f"{place / 'model2'} on {place / 'rows.jsonl'}, greedy, max_new_tokens 3\n")
+    assert [line.split()[0] for line in out.splitlines()[3:]] == ["seen", "heard", "all", "chance:"]
     facts = json.loads(left["f.json"].read_text())
     assert facts["figures"]["seen"]["exact_match"]["rows"] == 6 and facts["decoding"]["max_new_tokens"] == 3
     answers = [json.loads(line) for line in left["p.jsonl"].read_text().splitlines()[1:]]
@@ -82,7 +85,7 @@ def test_a_baseline_is_compared_and_a_control_asks_with_other_media(place, capsy
     assert difference["value"] == pytest.approx(mine["value"] - theirs["value"])
     assert difference["low"] <= difference["value"] <= difference["high"]
     code, out, _ = run(capsys, *options(place, "--other-media"))
-    assert code == 0 and out.startswith("Short answers, with another row's media: 12 rows")
+    assert code == 0 and "\nShort answers, with another row's media: 12 rows" in out
 
 
 def test_media_that_cannot_be_read_are_told_by_the_exit_code_too(place, tmp_path, capsys):

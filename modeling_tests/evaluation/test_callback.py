@@ -128,6 +128,10 @@ def test_wishes_that_cannot_be_met_are_one_sentence(media, tmp_path):
     for wanted in ("short-answers", "short-answers,often", ",5"):
         with pytest.raises(ValueError, match="it must be a task and a number of steps"):
             GenerationCallback.add_to(trainer, wanted)
+    trainer.args.metric_for_best_model = "eval_exact_match/image"
+    with pytest.raises(ValueError, match="exact_match` is a task's figure; ask it with `eval_generate`"):
+        GenerationCallback.add_to(trainer, None)
+    trainer.args.metric_for_best_model = None
     with pytest.raises(ValueError, match="Questions are asked every 0 steps"):
         GenerationCallback.add_to(trainer, "short-answers,0")
     with pytest.raises(ValueError, match="scored by a judge, which is not asked while training"):

@@ -297,7 +297,7 @@ def test_two_models_are_compared_on_the_same_rows(model, processor, media):
     )
     assert difference.low <= difference.value <= difference.high
     assert "difference to the baseline, paired:" in mine.table(theirs)
-    assert mine.against(mine)["all"]["gain"].high == 0.0
+    assert mine.against(mine)["all"]["gain"].high == 0.0 and repr(mine) == mine.table()
     shorter = evaluate(model, processor, "preference", media_rows()[::4], media_root=media, workers=0)
     with pytest.raises(ValueError, match="the same task and rows"):
         mine.against(shorter)
@@ -397,7 +397,15 @@ def test_a_judge_is_reached_over_the_interface_of_openai():
     class Server(BaseHTTPRequestHandler):
         def do_POST(self):
             sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            assert self.path == "/v1/chat/completions" and sent["temperature"] == 0 and sent["model"] == "grader"
+            assert self.path == "/v1/chat/completions" and sent["temperature"] == 0
+            if sent["model"] != "grader":
+                self.send_error(401, "Unauthorized")
+                return
+            if sent["messages"][0]["content"] == "html":
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b"<html>")
+                return
             reply = {"role": "assistant", "content": '{"correct": "yes", "score": 3}'}
             choice = {"index": 0, "message": reply, "finish_reason": "stop"}
             body = json.dumps({"id": "1", "created": 0, "model": "m", "object": "x", "choices": [choice]}).encode()
@@ -416,10 +424,14 @@ def test_a_judge_is_reached_over_the_interface_of_openai():
     try:
         judge = open_judge(address, "grader")
         assert parse_grade(judge([{"role": "user", "content": "grade"}])) == {"correct": True, "score": 3.0}
+        with pytest.raises(OSError, match=f"The judge at {address} refused: 401 Unauthorized"):
+            open_judge(address, "nobody")([{"role": "user", "content": "grade"}])
+        with pytest.raises(OSError, match="answers, but not as an OpenAI-compatible server does"):
+            judge([{"role": "user", "content": "html"}])
     finally:
         server.shutdown()
         server.server_close()
-    with pytest.raises(OSError, match=f"The judge at {address} gave no answer"):
+    with pytest.raises(OSError, match=f"The judge at {address} cannot be reached: .*refused"):
         judge([{"role": "user", "content": "grade"}])
     with pytest.raises(ValueError, match="is the address of an OpenAI-compatible server"):
         open_judge("localhost:8000")

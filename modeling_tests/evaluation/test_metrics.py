@@ -216,7 +216,14 @@ def test_bleu_and_rouge_are_their_libraries():
 
 def test_chance_is_how_often_another_row_with_the_same_question_has_the_answer():
     answers, questions = ["red", "red", "blue", "bell"], ["colour"] * 3 + ["sound"]
-    assert chance(answers, questions) == [0.5, 0.5, 0.0, 0.0]
+    assert chance(answers, questions) == [0.5, 0.5, 0.0, None]
+    rows = [Answered("", [answer], question=question) for answer, question in zip(answers, questions, strict=True)]
+    figure = METRICS["chance"].score(rows)["chance"].figure()
+    assert figure.value == pytest.approx(1 / 3) and figure.rows == 4
+    alone = METRICS["chance"].score([Answered("", ["a"], question="b")])["chance"].figure()
+    assert str(alone) == "undefined"
+    apart = [Answered("", [each], question="which", group=each) for each in ("a", "a", "b", "b")]
+    assert METRICS["chance"].score(apart)["chance"].figure().value == 1.0  # by group, in the total too
 
 
 def test_an_interval_covers_the_truth_as_often_as_it_says():
@@ -227,6 +234,18 @@ def test_an_interval_covers_the_truth_as_often_as_it_says():
         figure = mean_of(generator.random(60) < 0.3).figure()
         held += figure.low <= 0.3 <= figure.high
     assert 0.88 <= held / 200 <= 0.99
+
+
+def test_where_all_rows_agree_the_interval_is_the_binomial_one():
+    """Clopper and Pearson at 97.5 % on the side that is left: 1 - 0.025 ** (1 / n)."""
+    all_right, none = mean_of([1] * 20).figure(), mean_of([0] * 20).figure()
+    assert all_right.high == 1.0 and all_right.low == pytest.approx(0.025 ** (1 / 20))
+    assert none.low == 0.0 and none.high == pytest.approx(1 - 0.025 ** (1 / 20))
+    assert mean_of([1]).figure().low == pytest.approx(0.025)
+    same = mean_of([1, 0, 1]).against(mean_of([1, 0, 1]))
+    assert same.value == 0.0 and same.high == -same.low == pytest.approx(1 - 0.025 ** (1 / 3))
+    assert mean_of([0.5, 0.5], unit="").figure().low == 0.5  # no share of yes or no
+    assert ratio_of([1, 1, 0], [1, 1, 0]).figure().low == pytest.approx(0.025 ** (1 / 2))  # of two trials
 
 
 def test_a_paired_difference_is_narrower_than_two_figures_apart():
@@ -250,7 +269,6 @@ def test_figures_of_nothing_are_no_numbers_and_raise_nothing():
     assert str(mean_of([0.25, 0.25]).figure()) == "25.0 % (25.0 to 25.0)"
     assert str(mean_of([0.25, 0.25], unit="points").figure()) == "25.0 (25.0 to 25.0)"
     assert str(mean_of([0.25, 0.25], unit="").figure()) == "0.250 (0.250 to 0.250)"
-    assert mean_of([1]).figure().low == 1.0
     assert (
         Contributions(np.zeros((0, 2)), lambda sums: 1 / 0).against(Contributions(np.zeros((0, 2)), float)).rows == 0
     )

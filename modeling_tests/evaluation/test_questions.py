@@ -173,6 +173,8 @@ def test_answers_may_lie_in_a_file_of_their_own_as_vqa_and_textvqa_have_them(tmp
         ({"choices": {"label": ["A", "B"], "text": ["cat", "dog"]}, "answer": "B"}, "B"),
         ({"A": "cat", "B": "dog", "C": None, "answer": "B", "hint": "nan"}, "B"),
         ({"choice_a": "cat", "choice_b": "dog", "answer": "B"}, "B"),
+        ({"options": "['cat', 'dog']", "answer": "B"}, "B"),
+        ({"options": "cat|dog", "answer": "dog"}, "B"),
     ],
 )
 def test_options_are_read_in_the_forms_in_which_benchmarks_have_them(fields, letter):
@@ -220,6 +222,32 @@ def test_plain_rows_fill_the_tasks_prompt_and_captions_may_be_five_columns():
 def test_a_row_that_is_no_question_is_one_sentence(row, message):
     with pytest.raises(ValueError, match=message):
         load_questions(SHORT, [row])
+
+
+def test_a_question_under_another_name_is_not_left_out_in_silence(tmp_path):
+    """A table under a model that was asked nothing would look like any other."""
+    row = {"image": "1.png", "frage": "Was ist das?", "answer": "cat"}
+    with pytest.raises(ValueError, match=r"nothing is made of its column 'frage'; say .* columns \(frage=question\)"):
+        load_questions(SHORT, [row])
+    (found,) = load_questions(SHORT, written(tmp_path, [row]), columns=["frage=question"])
+    assert found.text == "Was ist das?"
+    (found,) = load_questions(SHORT, [{"image": "1.png", "answer": "cat"}])  # pictures alone, as training takes them
+    assert [part["type"] for part in found.messages[0]["content"]] == ["image"]
+    (tmp_path / "rows.csv").write_text("image;frage;answer;wahl\n1.png;Was?;A;x|y\n")
+    columns = ["frage=question", "wahl=options"]
+    (found,) = load_questions(CHOICE, str(tmp_path / "rows.csv"), columns=columns)
+    assert found.options == {"A": "x", "B": "y"} and found.text == "Was?"
+
+
+def test_race_own_files_have_several_questions_in_a_row():
+    row = {"article": "a", "questions": ["q1", "q2"], "options": [["x", "y"], ["z", "w"]], "answers": ["A", "B"]}
+    found = load_questions(CHOICE, [row])
+    assert [(each.text, each.references, each.number) for each in found] == [("q1", ["A"], 1), ("q2", ["B"], 2)]
+
+
+def test_a_folder_that_holds_rows_is_a_source(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "what", "answer": "x"}))
+    assert len(load_questions(SHORT, tmp_path)) == 1
 
 
 def test_sources_without_rows_and_rows_that_are_none():

@@ -52,7 +52,7 @@ def test_a_split_to_evaluate_on_is_read_or_refused(data, tmp_path):
         args.splits(training)
     evaluated = [*name, "--eval_strategy", "steps", "--eval_steps", "1"]
     args, training = parsed(tmp_path, *evaluated)
-    with pytest.raises(ValueError, match="a file without splits, so without 'test'; name another"):
+    with pytest.raises(ValueError, match="hold some out with `--eval_rows N`, or name a file"):
         args.splits(training)
     args, training = parsed(tmp_path, *evaluated, "--dataset_test_split", str(data / "held_out.jsonl"))
     assert len(args.splits(training)[1]) == 3

@@ -4,7 +4,8 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a folder or a Hub id")
     parser.add_argument("--task", metavar="NAME|FILE", help="a task of --list, or a YAML file of your own")
     parser.add_argument("--data", metavar="SOURCE", nargs="+", help="rows: files, a folder or a data set")
-    parser.add_argument("--list", action="store_true", help="name the tasks that there are")
+    parser.add_argument("--list", action="store_true", help="name the tasks that there are; with --task describe it")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="questions at once (default: 8)")
     parser.add_argument("--workers", type=not_negative, metavar="N", help="processes that read media (default: 1)")
@@ -51,12 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.tasks import load_task, task_names
 
     if args.list:
-        tasks = [load_task(name) for name in task_names()]
-        width = max(len(task.name) for task in tasks)
-        for task in tasks:
-            takes = ", ".join(task.takes) or "anything"
-            scored = ", ".join(task.metrics) or "likelihood"
-            sys.stdout.write(f"{task.name:<{width}}  {task.title} ({takes}; {scored})\n")
+        sys.stdout.write(described(load_task(args.task)) if args.task else "".join(map(listed, task_names())))
         return 0
     needed = ("task", "data") if args.to_lmms_eval else ("checkpoint", "task", "data")
     if missing := [name for name in needed if not getattr(args, name)]:
@@ -74,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     judge = None
     if args.judge:
         judge = open_judge(args.judge, args.judge_model, os.environ.get("OPENAI_API_KEY"))
+        judge([{"role": "user", "content": "Reply with OK."}])  # before anything is answered
     elif task.needs_judge:
         raise ValueError(
             f"Task '{task.name}' is scored by a judge: name an OpenAI-compatible server with --judge URL, or score "
@@ -104,7 +101,9 @@ def run(args: argparse.Namespace) -> int:
         baseline = _evaluate(args, args.baseline, beside, task, source, reading)
     if args.original_format:
         write_original(args.original_format, found.questions, found.records)
-    facts = {"checkpoint": args.checkpoint, **found.to_dict()}
+    versions = {name: version(name) for name in ("uni-moe-hf", "transformers", "torch")}
+    facts = {"checkpoint": args.checkpoint, "data": source, "limit": args.limit, "seed": args.seed, **found.to_dict()}
+    facts |= {"versions": versions}
     if baseline is not None:
         differences = found.against(baseline)
         facts["baseline"] = {"checkpoint": args.baseline, **baseline.to_dict()}
@@ -116,11 +115,39 @@ def run(args: argparse.Namespace) -> int:
     if args.json == "-":
         sys.stdout.write(text)
     else:
-        sys.stdout.write(found.table(baseline) + "\n")
+        of = ", ".join(args.data)
+        sys.stdout.write(f"{args.checkpoint} on {of}, {asked_how(task)}\n{found.table(baseline)}\n")
         if args.json:
             Path(args.json).parent.mkdir(parents=True, exist_ok=True)
             Path(args.json).write_text(text, encoding="utf-8")
     return int(bool(found.unreadable))
+
+
+def listed(name: str) -> str:
+    """A task in a line."""
+    from ..evaluation.tasks import load_task
+
+    task = load_task(name)
+    takes, scored = ", ".join(task.takes) or "anything", ", ".join(task.metrics) or "likelihood"
+    return f"{name:<18} {task.title} ({takes}; {scored})\n"
+
+
+def described(task: Any) -> str:
+    """All that a task's file says."""
+    import yaml
+
+    told = {each.name: getattr(task, each.name) for each in fields(task)}
+    told = {name: list(value) if isinstance(value, tuple) else value for name, value in told.items() if value}
+    return yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=110)
+
+
+def asked_how(task: Any) -> str:
+    """How answers came about, in a few words."""
+    if task.method != "generate":
+        return "likelihoods, nothing is written"
+    decoding = {"do_sample": False, "max_new_tokens": 256, **task.decoding}
+    how = "sampled" if decoding.pop("do_sample") else "greedy"
+    return ", ".join([how, *(f"{name} {value}" for name, value in decoding.items())])
 
 
 def chosen_task(args: argparse.Namespace) -> Any:
@@ -142,4 +169,13 @@ def _evaluate(args: Any, checkpoint: str, predictions: Any, task: Any, source: A
     from ..evaluation.evaluation import evaluate
 
     model, processor = load_checkpoint(argparse.Namespace(**{**vars(args), "checkpoint": checkpoint}))
-    return evaluate(model, processor, task, source, predictions=predictions, **settings)
+    try:
+        return evaluate(model, processor, task, source, predictions=predictions, **settings)
+    except KeyboardInterrupt:
+        kept = (
+            f"the answers so far are in '{predictions}', and the same command goes on"
+            if predictions
+            else ("nothing is kept; --predictions FILE would keep every answer")
+        )
+        sys.stderr.write(f"\nInterrupted: {kept}.\n")
+        raise

@@ -80,6 +80,9 @@ class GenerationCallback(TrainerCallback):
             wanted (`str`, *optional*): `task,every_n_steps`, as `--eval_generate` has it; without it nothing is done.
         """
         if wanted is None:
+            best = (trainer.args.metric_for_best_model or "").removeprefix("eval_").split("/")[0]
+            if best in {figure for metric in METRICS.values() for figure in metric.figures} | {*PREFERENCE}:
+                raise ValueError(f"`metric_for_best_model={best}` is a task's figure; ask it with `eval_generate`.")
             return
         task, _, every = wanted.rpartition(",")
         if not task or not every.strip().isdigit():
@@ -125,10 +128,12 @@ class GenerationCallback(TrainerCallback):
             number, why = next(iter(evaluation.unreadable.items()))
             raise ValueError(f"No row to ask about can be read; the first is row {number}: {why}")
         figures = evaluation.figures
-        found = {f"eval_{name}": figure.value for name, figure in figures["all"].items()}
-        for group, each in figures.items():
-            if group != "all":
-                found |= {f"eval_{name}/{group}": figure.value for name, figure in each.items()}
+        found = {
+            f"eval_{name}" + (f"/{group}" if group != "all" else ""): figure.value
+            for group, each in reversed(figures.items())
+            for name, figure in each.items()
+            if name != "chance"  # does not change while training
+        }
         metrics.update(found)
         self.trainer.log(dict(found))
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from .answering import Record, answer_questions
 from .judging import Judge, judged
-from .metrics import METRICS, Answered
+from .metrics import EXPLAINED, METRICS, Answered
 from .predictions import Predictions, model_digest
 from .questions import Question, digest_of, load_questions, with_other_media
 from .statistics import Contributions, Figure, mean_of
@@ -20,7 +20,7 @@ from .tasks import Task, load_task
 ALL = "all"
 
 
-@dataclass
+@dataclass(repr=False)
 class Evaluation:
     r"""
     What [`evaluate`] found.
@@ -53,6 +53,11 @@ class Evaluation:
             group: {name: each.figure() for name, each in self._contributions(questions).items()}
             for group, questions in self._groups().items()
         }
+
+    def __str__(self) -> str:
+        return self.table()
+
+    __repr__ = __str__
 
     @property
     def unreadable(self) -> dict[int, str]:
@@ -104,7 +109,8 @@ class Evaluation:
             said = list(question.options)[min(range(len(losses)), key=losses.__getitem__)]
         else:
             said = record["prediction"]
-        return Answered(said, question.references, question.options, question.text, record.get("judgement"))
+        grade = record.get("judgement")
+        return Answered(said, question.references, question.options, question.text, question.group, grade)
 
     def against(self, baseline: "Evaluation") -> dict[str, dict[str, Figure]]:
         """
@@ -129,12 +135,13 @@ class Evaluation:
         asked = "" if self.media == "own" else ", with another row's media"
         names = list(self.figures[ALL])
         count = len(self._groups()[ALL])
-        lines = [f"{title}{asked}: {count:,} rows, 95 % bootstrap intervals"]
+        lines = [f"{title}{asked}: {count:,} row{'s' * (count != 1)}, 95 % bootstrap intervals"]
         if not names:
             lines.append("no row could be read")
         else:
             lines += _table(self.figures, names)
         if baseline is not None and names:
+            lines += ["", "the baseline:", *_table(baseline.figures, names)]
             lines += ["", "difference to the baseline, paired:", *_table(self.against(baseline), names)]
         if self.unreadable:
             number, why = next(iter(self.unreadable.items()))
@@ -151,6 +158,7 @@ class Evaluation:
                 f"row {number}, the judge said {reply!r}"
             )
         lines += [f"{name} is left out: {why}" for name, why in self.left_out.items()]
+        lines += [f"{name}: {EXPLAINED[name]}" for name in names if name in EXPLAINED]
         lines += self._paper()
         return "\n".join(lines)
 
@@ -160,7 +168,7 @@ class Evaluation:
             return []
         told = "; ".join(f"{model}: {value:.2f}" for model, value in values.items())
         where = "; ".join(str(self.task.paper[name]) for name in ("where", "note") if name in self.task.paper)
-        return [f"the paper's {metric} ({where}): {told}"]
+        return [f"the paper's {metric} on its own rows ({where}): {told}"]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -208,7 +216,7 @@ def check_metrics(task: Task, questions: Sequence[Question]) -> None:
     """
     if task.method != "prefer":
         grade = {"correct": False, "score": 0.0}
-        rows = [Answered("", each.references, each.options, each.text, grade) for each in questions]
+        rows = [Answered("", each.references, each.options, each.text, each.group, grade) for each in questions]
         _scored(task, rows, {})
 
 
@@ -243,7 +251,7 @@ def evaluate(
     by: str | None = None,
     workers: int | None = None,
     seed: int = 0,
-    quiet: bool = True,
+    quiet: bool = False,
     **reading: Any,
 ) -> Evaluation:
     r"""
@@ -265,7 +273,7 @@ def evaluate(
         answers, media_root, by, reading: As in [`~questions.load_questions`].
         workers (`int`, *optional*): Processes that read media ahead; one where there is more than one core.
         seed (`int`, *optional*, defaults to 0): Of sampling, and of whose media `"other"` shows.
-        quiet (`bool`, *optional*, defaults to `True`): Whether there is no progress bar.
+        quiet (`bool`, *optional*, defaults to `False`): Whether there is no progress bar.
 
     Returns:
         [`Evaluation`]: figures with 95 % bootstrap intervals. Media that cannot be read are told, and in no figure.

@@ -6,7 +6,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
+from http.client import HTTPException
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from .questions import Question
 
@@ -27,6 +30,7 @@ PROMPT = (
     "must all be said, and <OR> joins alternatives."
 )
 AT_ONCE = 8
+MAX_REPLY = 1 << 20  # bytes
 
 # Messages of a chat -> what is replied. Grades of one `name` are asked for once.
 Judge = Callable[[list[dict[str, str]]], str]
@@ -42,22 +46,30 @@ def open_judge(url: str, model: str = "default", key: str | None = None, timeout
 
     Returns:
         A judge for [`judged`].
-    """
-    from huggingface_hub import InferenceClient
 
+    Raises:
+        ValueError: that is no address.
+    """
     if not url.startswith(("http://", "https://")):
         raise ValueError(
             f"A judge is the address of an OpenAI-compatible server, such as http://localhost:8000/v1, not '{url}'."
         )
-    client = InferenceClient(base_url=url.removesuffix("/chat/completions"), api_key=key or "none", timeout=timeout)
+    address = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
     def ask(messages: list[dict[str, str]]) -> str:
+        asked = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 256}
+        request = Request(address, json.dumps(asked).encode(), headers)
         try:
-            reply = client.chat_completion(messages, model=model, temperature=0, max_tokens=64)
-            return reply.choices[0].message.content or ""
-        except Exception as error:  # of many kinds, of whatever speaks HTTP beneath
-            text = " ".join(str(error).split())
-            raise OSError(f"The judge at {url} gave no answer: {text or type(error).__name__}.") from error
+            with urlopen(request, timeout=timeout) as reply:
+                return json.loads(reply.read(MAX_REPLY))["choices"][0]["message"]["content"] or ""
+        except HTTPError as error:
+            said = " ".join(error.read(MAX_REPLY).decode(errors="replace").split())[:200]
+            raise OSError(f"The judge at {url} refused: {error.code} {error.reason} ({said or 'no text'}).") from error
+        except (HTTPException, OSError) as error:
+            raise OSError(f"The judge at {url} cannot be reached: {getattr(error, 'reason', error)}.") from error
+        except (ValueError, LookupError, TypeError) as error:
+            raise OSError(f"The judge at {url} answers, but not as an OpenAI-compatible server does.") from error
 
     ask.name = f"{model} at {url}"
     return ask

@@ -91,6 +91,7 @@ class UniMoE(lmms):
             messages, settings = self._asked(request)
             asked.append((self._question(number, messages), settings))
         answers: dict[int, str] = {}
+        unread: list[str] = []
         with tqdm(total=len(requests), desc="uni_moe", disable=self.rank != 0) as bar:
             for settings, group in groupby(sorted(asked, key=lambda pair: repr(pair[1])), key=lambda pair: pair[1]):
                 questions = [question for question, _ in group]
@@ -101,11 +102,14 @@ class UniMoE(lmms):
                 ):
                     for number, record in records.items():
                         if "unreadable" in record:
+                            unread.append(record["unreadable"])
                             logger.warning("A question counts as not answered: %s", record["unreadable"])
                         answers[number] = _until(
                             record.get("prediction", ""), [stops] if isinstance(stops, str) else stops
                         )
                     bar.update(len(records))
+        if len(unread) == len(requests) > 0:
+            raise ValueError(f"No question could be read; the first: {unread[0]}")
         return [answers[number] for number in range(len(requests))]
 
     def _asked(self, request: Instance) -> tuple[list[dict], dict[str, Any]]:

@@ -25,7 +25,8 @@ class Answered:
         prediction (`str`): What the model said.
         references (`list[str]`): Right answers: of each annotator one, or captions, or the letter of an option.
         options (`dict[str, str]`, *optional*): Letter -> text, where it was a choice.
-        question (`str`, *optional*): As written.
+        question (`str`, *optional*): As written or spoken.
+        group (`str`, *optional*): What it is counted with.
         judgement (`dict`, *optional*): What a judge said: `correct` (`bool`) and `score`, 0 to 5.
     """
 
@@ -33,6 +34,7 @@ class Answered:
     references: list[str]
     options: Mapping[str, str] = field(default_factory=dict)
     question: str = ""
+    group: str = ""
     judgement: Mapping[str, Any] | None = None
 
 
@@ -281,7 +283,7 @@ def _ngrams(words: Sequence[str]) -> Counter:
     return Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
 
 
-def chance(answers: Sequence[str], questions: Sequence[str]) -> list[float]:
+def chance(answers: Sequence[str], questions: Sequence[str]) -> list[float | None]:
     """
     How often the answer of another row with the same question, drawn at random, is the right one: what can be known
     without looking or listening.
@@ -290,13 +292,13 @@ def chance(answers: Sequence[str], questions: Sequence[str]) -> list[float]:
         answers, questions (`list[str]`): Row by row.
 
     Returns:
-        `list[float]`: per row the share of the others with its answer; 0.0 where there is no other.
+        `list[float]`: per row the share of the others with its answer; `None` where there is no other.
     """
     given: dict[str, Counter] = {}
     for answer, question in zip(answers, questions, strict=True):
         given.setdefault(question, Counter())[answer] += 1
     pairs = ((given[question], answer) for answer, question in zip(answers, questions, strict=True))
-    return [(counts[answer] - 1) / max(counts.total() - 1, 1) for counts, answer in pairs]
+    return [(counts[answer] - 1) / (counts.total() - 1) if counts.total() > 1 else None for counts, answer in pairs]
 
 
 # --- What tasks ask for
@@ -393,9 +395,9 @@ def _judged(rows: Rows) -> dict[str, Contributions]:
 
 
 def _chance(rows: Rows) -> dict[str, Contributions]:
-    return {
-        "chance": mean_of(chance([normalize_answer(row.references[0]) for row in rows], [r.question for r in rows]))
-    }
+    questions = [f"{row.group}\n{row.question}" for row in rows]
+    shares = chance([normalize_answer(row.references[0]) for row in rows], questions)
+    return {"chance": ratio_of([share or 0.0 for share in shares], [share is not None for share in shares])}
 
 
 @dataclass(frozen=True)
@@ -431,11 +433,24 @@ METRICS = {
     "judged": Metric({"judged_accuracy": True, "judged_score": True}, _judged, needs="judge"),
     "chance": Metric({"chance": None}, _chance),
 }
-# The same of tasks that compare likelihoods.
+# What figures say, where their name does not.
+EXPLAINED = {
+    "choice_unparsed": "answers that name no option; they count as wrong",
+    "chance": "how often the answer of another row with the same question, drawn at random, is right",
+    "yes_rate": "answers that say yes",
+    "neither_rate": "answers that say neither yes nor no; they count as wrong",
+    "judged_score": "the judge's mean grade, 0 to 5",
+    "own_preferred": "rows whose right answer is likelier beside their own media than beside another row's",
+    "gain": "by how much, in nats a token",
+    "own_loss": "mean loss of the right answers beside their own media, in nats a token",
+    "other_loss": "the same beside another row's media",
+}
+# Figures of tasks that compare likelihoods, as in [`Metric`].
 PREFERENCE = {"own_preferred": True, "gain": True, "own_loss": False, "other_loss": None}
 
 
 __all__ = [
+    "EXPLAINED",
     "METRICS",
     "PREFERENCE",
     "Answered",

@@ -19,6 +19,7 @@ from .questions import Question
 
 
 BEGINNING = b'{"predictions_of": '
+FOR_READING = ("id", "group", "question", "right")  # beside an answer, for who looks at mistakes
 SAMPLES = 64  # values of each weight that tell one model from another
 
 
@@ -118,7 +119,7 @@ class Predictions:
                     "another "
                     "file, or delete it."
                 )
-            row.pop("id", None)
+            row = {name: value for name, value in row.items() if name not in FOR_READING}
             if "unreadable" in row:
                 self._unreadable[number] = row["unreadable"]
             else:
@@ -140,10 +141,13 @@ class Predictions:
                 if record.get("unreadable", "") != self._unreadable.get(number):
                     new[number] = record
         if self._file is not None and new:
-            self._write(
-                {"row": number, "id": self.questions[number].key, "digest": self.digests[number], **record}
-                for number, record in new.items()
-            )
+            self._write({**self._for_reading(number), **record} for number, record in new.items())
+
+    def _for_reading(self, number: int) -> dict[str, Any]:
+        question = self.questions[number]
+        told = {"id": question.key, "group": question.group, "question": question.text}
+        right = list(dict.fromkeys(question.references))
+        return {"row": number, "digest": self.digests[number], **told, "right": right}
 
     def _write(self, lines: Any) -> None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

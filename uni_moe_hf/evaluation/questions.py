@@ -108,7 +108,7 @@ def load_questions(
     """
     known = _known_answers(Path(answers)) if answers is not None else {}
     found = []
-    for row in _numbered(rows, reading):
+    for row in _single(_numbered(rows, reading)):
         if limit is not None and len(found) == limit and not task.distractors:  # these are drawn from all rows
             break
         try:
@@ -215,6 +215,18 @@ def _numbered(rows: Any, reading: Mapping[str, Any]) -> Iterator[dict[str, Any]]
         yield {**place, **{name: value for name, value in row.items() if value is not None}}
 
 
+def _single(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """RACE's own files have several questions about one article in a row; each becomes a row."""
+    for row in rows:
+        lists = [row.get(name) for name in ("questions", "options", "answers")]
+        if not all(isinstance(each, list) for each in lists) or len({len(each) for each in lists}) > 1:
+            yield row
+            continue
+        kept = {name: value for name, value in row.items() if name not in ("questions", "options", "answers")}
+        for question, options, answer in zip(*lists, strict=True):
+            yield {**kept, "question": question, "options": options, "answer": answer}
+
+
 def _columns(row: Mapping[str, Any]) -> str:
     return ", ".join(name for name in row if name not in PLACE)
 
@@ -249,7 +261,7 @@ def _question(task: Task, row: dict, number: int, known: Mapping, media_root: An
         messages=rooted(messages, None if root is None else Path(root)) if kinds - {"text"} else messages,
         references=references,
         options=options,
-        text=_bare(written),
+        text=_bare(written) or str(row.get("spoken", "")),
         groups=_groups(row, (by,) if by else task.groups)
         or ("+".join(k for k in MODALITIES if k in kinds) or "text",),
         key=key,
@@ -281,8 +293,13 @@ def _asked(task: Task, row: dict) -> tuple[list[dict], str, list[str]]:
         written = "\n".join(p.get("text", "") for p in parts_of(asked) if p.get("type") == "text")
         return messages, written, [text for text in ["".join(ended).strip()] if text]
     prompt, question = filled_prompt(task, row)
-    if question is None and not media:
-        raise ValueError(f"it has the fields {_columns(row)}, and neither a question nor media")
+    if question is None:
+        spare = _spare_texts(task, row)
+        remedy = f"say which column it is with columns ({spare[0] if spare else 'NAME'}=question)"
+        if not media:
+            raise ValueError(f"it has the fields {_columns(row)}, and neither a question nor media; {remedy}")
+        if spare and "{question}" in task.prompt:  # media alone may ask by themselves, but here is more
+            raise ValueError(f"it has no question, and nothing is made of its column '{spare[0]}'; {remedy}")
     asked = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "-"}]
     (message,) = row_to_messages({"messages": asked} | media | place, task.voice)[:-1]
     if isinstance(message["content"], list):
@@ -315,6 +332,18 @@ def filled_prompt(task: Task, row: Mapping[str, Any]) -> tuple[str, str | None]:
     if INSTRUCTION.search("\n" + str(row.get("spoken", ""))):  # it was said
         prompt = INSTRUCTION.sub("", "\n" + prompt).strip()
     return prompt, question
+
+
+def _spare_texts(task: Task, row: Mapping[str, Any]) -> list[str]:
+    """Columns with words that nothing is made of."""
+    used = {*task.answers, *task.options, *task.groups, *task.keys, *PLAIN_ANSWERS, *PLACE, *MEDIA_NAMES, *QUESTIONS}
+    used |= {"spoken", "hint", "system", *ascii_uppercase}
+    numbered = re.compile(r"(?:caption|answer)_?\d+|choice_[a-z]|.*(?:id|name|path|file|source)", re.IGNORECASE)
+    return [
+        name
+        for name, value in row.items()
+        if isinstance(value, str) and value.strip() and name not in used and not numbered.fullmatch(name)
+    ]
 
 
 def _with_marks(turns: Any, media: Mapping[str, Any], order: tuple[str, ...] = ()) -> Any:
@@ -382,10 +411,11 @@ def _texts(value: Any) -> list[str]:
 def _options(task: Task, row: Mapping[str, Any], written: str) -> dict[str, str]:
     value = _first(row, task.options)
     if isinstance(value, str):
+        lines = value.splitlines() if "\n" in value.strip() else value.split("|")
         try:
-            value = json.loads(value)
-        except ValueError:
-            value = [line for line in value.splitlines() if line.strip()]
+            value = ast.literal_eval(value)  # also as pandas writes a list into a table
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            value = [line.strip() for line in lines if line.strip()]
     if isinstance(value, Mapping) and {"label", "text"} <= value.keys():  # as ARC and its kin have it
         value = dict(zip(value["label"], value["text"], strict=False))
     if isinstance(value, Mapping):

@@ -19,7 +19,8 @@ class Figure:
 
     Args:
         value (`float`): Over all rows.
-        low, high (`float`): Ends of the 95 % bootstrap interval; of one row they are the value itself.
+        low, high (`float`): Ends of the 95 % bootstrap interval. Where all rows agree, which gives the bootstrap no
+            width, of the exact binomial one (Clopper and Pearson).
         rows (`int`): Of how many rows it is.
         unit (`str`): `"%"` for a share, 0 to 1, that is printed in per cent; `"points"` for a score that is printed
             times 100, as papers print CIDEr and BLEU; `""` for what is printed as it is.
@@ -64,7 +65,10 @@ class Contributions:
     def figure(self, seed: int = 0) -> Figure:
         """The figure with its interval."""
         values = _resampled([self], seed)[0] if len(self.rows) else np.empty(0)
-        return _figure(self._of(np.ones(len(self.rows))), values, len(self.rows), self.unit)
+        value = self._of(np.ones(len(self.rows)))
+        doubt = self._doubt() if value in (0.0, 1.0) else 0.0
+        below, above = (doubt, 0.0) if value == 1.0 else (0.0, doubt)
+        return _figure(value, values, len(self.rows), self.unit, below, above)
 
     def against(self, other: "Contributions", seed: int = 0) -> Figure:
         """
@@ -79,7 +83,18 @@ class Contributions:
             raise ValueError(f"A paired comparison needs the same rows, got {len(self.rows)} and {len(other.rows)}.")
         ones = np.ones(len(self.rows))
         mine, others = _resampled([self, other], seed) if len(self.rows) else (np.empty(0), np.empty(0))
-        return _figure(self._of(ones) - other._of(ones), mine - others, len(self.rows), self.unit)
+        doubt = self._doubt() if np.array_equal(self.rows, other.rows) else 0.0
+        return _figure(self._of(ones) - other._of(ones), mine - others, len(self.rows), self.unit, doubt, doubt)
+
+    def _doubt(self) -> float:
+        """What a share may be that was never seen in so many trials, at 97.5 %; 0 for what is no share of yes or no."""
+        if (
+            self.rows.shape[-1] != 2
+            or not np.isin(self.rows, (0.0, 1.0)).all()
+            or not (trials := self.rows[:, 1].sum())
+        ):
+            return 0.0
+        return 1 - ((1 - LEVEL) / 2) ** (1 / trials)
 
     def _of(self, weights: np.ndarray) -> float:
         return self.value(weights @ self.rows) if len(self.rows) else math.nan
@@ -123,12 +138,12 @@ def _resampled(several: list[Contributions], seed: int) -> list[np.ndarray]:
     return found
 
 
-def _figure(value: float, resampled: np.ndarray, rows: int, unit: str) -> Figure:
+def _figure(value: float, resampled: np.ndarray, rows: int, unit: str, below: float, above: float) -> Figure:
     kept = resampled[~np.isnan(resampled)]  # a draw may lack what a ratio divides by
     if not len(kept):
         return Figure(value, math.nan, math.nan, rows, unit)
     low, high = np.quantile(kept, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Figure(float(value), float(low), float(high), rows, unit)
+    return Figure(float(value), float(min(low, value - below)), float(max(high, value + above)), rows, unit)
 
 
 __all__ = ["Contributions", "Figure", "mean_of", "ratio_of"]

@@ -24,7 +24,7 @@ from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 from ..hub.processing_uni_moe import UniMoEProcessor
 from .data import UniMoEDataCollator
 from .feature_cache import FeatureCache
-from .row_files import load_rows
+from .row_files import kind_of, load_rows
 from .rows import describe_row, row_modalities, row_to_messages
 
 
@@ -121,6 +121,13 @@ class StageArguments(ScriptArguments):
             return self._held_out(rows, self.eval_rows, training_args.seed)
         if Path(self.dataset_test_split).is_file():
             return rows, self._load(self.dataset_test_split, "train")
+        if kind_of(Path(self.dataset_test_split)) is not None:
+            raise ValueError(f"`dataset_test_split` names the file '{self.dataset_test_split}', which does not exist.")
+        if self.dataset_test_split == "test" and Path(str(self.dataset_name)).is_file():
+            raise ValueError(
+                "There are no rows to evaluate on: hold some out with `--eval_rows N`, or name a file with "
+                "`--dataset_test_split`."
+            )
         return rows, self._load(self.dataset_name, self.dataset_test_split)
 
     @staticmethod

@@ -179,7 +179,9 @@ def _expanded(name: str, split: str) -> list[str]:
         return [each for file in files for each in _expanded(file, split)]
     if path.is_dir():
         places = [place for place in (path / split, path) if split == "train" or place != path]
-        found = [[str(f) for f in sorted(place.glob("metadata.*")) if kind_of(f)] for place in places]
+        names = ("metadata.*", "rows.*")  # of `datasets`, and of what we write ourselves
+        files = [[file for pattern in names for file in sorted(place.glob(pattern))] for place in places]
+        found = [[str(file) for file in each if kind_of(file)] for each in files]
         every = [file for files in found for file in files]
         if len(every) > 1:
             raise ValueError(f"'{name}' has both '{every[0]}' and '{every[1]}'; name the one that is meant.")
@@ -442,10 +444,13 @@ def _json_lines(path: Path, wanted: Callable[[int], bool]) -> Iterator[Any]:
 
 
 def _table_rows(path: Path, wanted: Callable[[int], bool]) -> Iterator[dict[str, Any]]:
-    delimiter = "\t" if kind_of(path) == "tsv" else ","
     try:
         csv.field_size_limit(1 << 30)  # of the whole process; a conversation with its pictures is one field
         with _text(path, newline="") as file:
+            first = file.readline()
+            file.seek(0)
+            # Where the comma is in numbers, spreadsheets write semicolons.
+            delimiter = "\t" if kind_of(path) == "tsv" else ";" if ";" in first and "," not in first else ","
             table = csv.DictReader(file, delimiter=delimiter, strict=True)
             names = table.fieldnames or []
             if twice := sorted({name for name in names if names.count(name) > 1}):

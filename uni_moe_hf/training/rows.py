@@ -24,7 +24,8 @@ logger = logging.get_logger(__name__)
 # Columns of plain questions and answers. What is in none of these may be named so with `columns`.
 QUESTIONS = ("question", "prompt", "instruction", "query")
 ANSWERS = ("answer", "caption", "completion", "response", "output", "transcription", "transcript", "sentence", "text")
-ROLES = (*MODALITIES, "question", "answer", "messages", "conversations", "system")
+# The last three are for evaluation.
+ROLES = (*MODALITIES, "question", "answer", "messages", "conversations", "system", "options", "id", "task")
 # What a row knows of where it comes from, put there by `row_files`.
 PLACE = ("_row", "_source", "_root", "_unreadable")
 
@@ -97,7 +98,7 @@ def row_to_messages(row: Mapping[str, Any], voice: str = "speech") -> list[dict[
 def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a row holds, its names in small letters where they are known so."""
     fields = {name: value for name, value in row.items() if value is not None and name not in PLACE}
-    known = {*MEDIA_NAMES, *QUESTIONS, *ANSWERS, *ROLES}
+    known = {*MEDIA_NAMES, *QUESTIONS, *ANSWERS, *MODALITIES, "messages", "conversations", "system"}
     lower = {name: name.lower() for name in fields if name.lower() in known}
     if len({lower.get(name, name) for name in fields}) < len(fields):
         raise ValueError(f"a row has fields that differ in capitals alone: {sorted(lower)}")
