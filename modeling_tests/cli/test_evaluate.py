@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def test_a_table_figures_and_answers_in_both_formats_are_left(place, tmp_path, c
     assert sorted(answer["row"] for answer in answers) == list(range(1, 13))
     original = json.loads(left["o.json"].read_text())
     assert [row["question"] for row in original[:2]] == ["what is it", "what is this"]
-    assert all(isinstance(row["text"], str) for row in original)  # `answer` holds the right one
+    assert all(row["answer"] and isinstance(row["text"], str) for row in original)  # `answer` holds the right one
     again = run(capsys, *options(place, *more, "--by", "kind"))
     assert again[0] == 0 and again[1] == out
     code, out, _ = run(capsys, *options(place, "--json", "-"))
@@ -108,6 +109,44 @@ def test_the_task_is_written_for_lmms_eval_without_a_checkpoint(place, tmp_path,
     ]
 
 
+def test_no_file_of_the_command_is_written_over_another(place, tmp_path, capsys):
+    """Whatever two options name alike: rows and predictions are lost for good."""
+    data = tmp_path / "data.json"
+    rows = json.dumps([{"question": "what", "answer": "x"}])  # one line without an end
+    arguments = [place / "model2", "--task", "short-answers", "--data", data, "--workers", 0]
+    for more in (
+        ["--predictions", data],
+        ["--json", data],
+        ["--original-format", data],
+        ["--predictions", tmp_path / "p", "--json", tmp_path / "p"],
+        ["--predictions", tmp_path / "p.jsonl", "--baseline", "M", "--json", tmp_path / "p.baseline.jsonl"],
+        ["--json", tmp_path],
+        ["--answers", tmp_path / "a.json", "--json", tmp_path / "a.json"],
+    ):
+        data.write_text(rows)
+        code, _, err = run(capsys, *arguments, *more)
+        assert code == 1 and err.count("\n") == 1 and ("would write over" in err or "names the folder" in err), more
+        assert data.read_text() == rows and [file.name for file in tmp_path.iterdir()] == ["data.json"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="`ulimit`")
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(place, tmp_path):
+    """A limit on the size of files stands for it."""
+    old = tmp_path / "f.json"
+    old.write_text("old")
+    command = [sys.executable, "-m", "uni_moe_hf.cli", "evaluate", *map(str, options(place)), "--batch-size", "1"]
+    for more in (["--predictions", str(tmp_path / "p.jsonl")], ["--json", str(old)]):
+        limited = f"trap '' XFSZ; ulimit -f 1; exec {shlex.join([*command, *more])}"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, env=environment)
+        assert done.returncode == 1 and "uni-moe: " in done.stderr, done.stderr
+        last = done.stderr.strip().splitlines()[-1]
+        assert (
+            ("Make room; the same command goes on" in last) if "p.jsonl" in more[1] else ("cannot be written" in last)
+        )
+    assert old.read_text() == "old" and sorted(file.name for file in tmp_path.iterdir()) == ["f.json", "p.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -123,9 +162,10 @@ def test_the_task_is_written_for_lmms_eval_without_a_checkpoint(place, tmp_path,
         (["M", "--task", "short-answers", "--data", "none.jsonl"], "'none.jsonl'"),
         (["M", "--task", "short-answers", "--data", "D", "--metrics", "bleurt"], "`metrics` is 'bleurt'; there are"),
         (["M", "--task", "choices", "--data", "D"], "it offers no options"),
-        (["M", "--task", "clotho-v1", "--data", "D"], "is about audio, and no row holds audio"),
+        (["M", "--task", "clotho-v1", "--data", "D"], "is about audio, and it holds no audio; say which column"),
         (["M", "--task", "short-answers", "--data", "D", "--by", "colour"], "No row has the column 'colour'"),
         (["M", "--task", "short-answers", "--data", "D", "--columns", "kind=answer", "a=image"], "no column 'a'"),
+        (["M", "--task", "short-answers", "--data", "D", "--baseline", "nowhere"], "'nowhere'"),
         (["nowhere", "--task", "short-answers", "--data", "D"], "'nowhere'"),
     ],
 )

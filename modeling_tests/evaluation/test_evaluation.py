@@ -1,5 +1,6 @@
 """Answers of a model: batches, what cannot be read, predictions that go on, judges, comparisons, likelihoods."""
 
+import copy
 import json
 import sys
 import threading
@@ -17,7 +18,7 @@ from tiny_training import write_media
 from uni_moe_hf import UniMoEDataCollator, evaluate
 from uni_moe_hf.evaluation import answering, evaluation
 from uni_moe_hf.evaluation.judging import judged, open_judge, parse_grade
-from uni_moe_hf.evaluation.predictions import model_digest, write_original
+from uni_moe_hf.evaluation.predictions import Predictions, model_digest, write_original
 from uni_moe_hf.evaluation.questions import load_questions
 from uni_moe_hf.evaluation.tasks import Task, load_task
 
@@ -30,7 +31,7 @@ WORDS = "bird bell red blue yes no hello what is this it a".split()
 
 def rows(count: int) -> list[dict]:
     """Of every modality, each asked something else about files of its own."""
-    made = training_rows(count)
+    made = [copy.deepcopy(row) for row in training_rows(count)]  # which share their parts
     for index, (row, word) in enumerate(zip(made, WORDS, strict=False)):
         content = row["messages"][0]["content"]
         content[-1]["text"] = f"what is {word}"
@@ -185,6 +186,72 @@ def test_predictions_of_something_else_are_refused(model, processor, media, tmp_
         evaluate(model, processor, SHORT, source, predictions=tmp_path, workers=0)
 
 
+def test_a_picture_that_changed_is_another_question(model, processor, media, tmp_path):
+    file, folder = tmp_path / "p.jsonl", tmp_path / "data"
+    folder.mkdir()
+
+    def ask(given, **settings):
+        return evaluate(model, processor, SHORT, given, predictions=file, workers=0, **settings)
+
+    in_memory = [[{"question": "what", "image": Image.fromarray(picture(seed)), "answer": "x"}] for seed in range(2)]
+    ask(in_memory[0])
+    assert ask(in_memory[0]).answered_now == 0
+    with pytest.raises(ValueError, match="holds predictions of other data"):
+        ask(in_memory[1])
+    file.unlink()
+    Image.fromarray(picture()).save(folder / "a.png")
+    given = [{"question": "what", "image": "a.png", "answer": "x"}]
+    ask(given, media_root=folder)
+    (tmp_path / "moved").mkdir()
+    (folder / "a.png").rename(tmp_path / "moved/a.png")
+    assert ask(given, media_root=tmp_path / "moved").answered_now == 0  # wherever the data lie
+    Image.fromarray(picture(1, (40, 40))).save(tmp_path / "moved/a.png")
+    with pytest.raises(ValueError, match="holds predictions of other data"):
+        ask(given, media_root=tmp_path / "moved")
+
+
+@pytest.mark.parametrize("line", ["null", "[1]", "5", '{"row": 1}', '{"row": [1], "digest": "x"}', "", "[" * 5000])
+def test_a_line_that_is_no_prediction_is_named(model, processor, media, tmp_path, line):
+    file = tmp_path / "p.jsonl"
+    evaluate(model, processor, SHORT, media / "rows.jsonl", predictions=file, workers=0, limit=2)
+    lines = file.read_text().splitlines()
+    bad = [lines[0], line, *lines[1:]]
+    file.write_text("\n".join(bad) + "\n")
+    with pytest.raises(ValueError, match="Line 2 of '.*' is no prediction; delete"):
+        evaluate(model, processor, SHORT, media / "rows.jsonl", predictions=file, workers=0)
+    file.write_text(line + "\n")
+    with pytest.raises(ValueError, match="holds no predictions of this command"):
+        evaluate(model, processor, SHORT, media / "rows.jsonl", predictions=file, workers=0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of this kind")
+def test_two_runs_do_not_write_one_file(model, processor, media, tmp_path):
+    with Predictions(tmp_path / "p.jsonl", {"task": "x"}, [], []):
+        with pytest.raises(ValueError, match="Another run is writing to"):
+            evaluate(model, processor, SHORT, media / "rows.jsonl", predictions=tmp_path / "p.jsonl", workers=0)
+
+
+def test_rows_without_media_are_not_compared_with_others(model, processor, media):
+    given = [*media_rows(), {"question": "what", "answer": "x"}]
+    found = evaluate(model, processor, "preference", given, media_root=media, workers=0)
+    assert found.figures["all"]["gain"].rows == len(given) - 1 and found.without_media == 1
+    assert "1 rows have no media and are not asked" in found.table()
+
+
+def test_a_model_gets_back_the_modes_of_its_parts(model, processor):
+    model.train()
+    model.model.vision_tower.eval()
+    evaluate(model, processor, SHORT, [{"question": "what", "answer": "x"}], workers=0)
+    assert model.training and not model.model.vision_tower.training
+    model.eval()
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 0}, {"batch_size": 1.5}, {"limit": 0}, {"limit": -1}])
+def test_numbers_that_are_none_are_refused(model, processor, settings):
+    with pytest.raises(ValueError, match=f"`{next(iter(settings))}` is .*; it must be a number of"):
+        evaluate(model, processor, SHORT, [{"question": "what", "answer": "x"}], **settings)
+
+
 def test_a_model_is_known_by_its_weights_not_by_its_folder(model, tmp_path):
     model.save_pretrained(tmp_path)
     assert model_digest(type(model).from_pretrained(tmp_path)) == model_digest(model)
@@ -312,7 +379,7 @@ def test_a_task_that_does_not_fit_the_model_or_the_rows_is_refused_before_an_ans
     monkeypatch.setattr(evaluation, "answer_questions", None)
     with pytest.raises(ValueError, match="holds speech, for which the model has no tower; it takes text, "):
         evaluate(deaf, tiny_processor(deaf.config), SHORT, media / "rows.jsonl")
-    with pytest.raises(ValueError, match="about image and speech, and no row holds speech; they hold image"):
+    with pytest.raises(ValueError, match="is about image and speech, and it holds no speech; say which column"):
         evaluate(None, processor, "a-okvqa-spoken", [{"image": "0.png", "question": "what", "gt": ["x"] * 10}])
     with pytest.raises(ValueError, match="is scored by a judge: give one"):
         evaluate(None, processor, "mm-vet", [])
@@ -391,6 +458,19 @@ def test_an_answer_without_a_grade_is_told_and_in_no_figure(model, processor):
     assert found.figures["all"]["judged_accuracy"].rows == 2 and found.ungraded == {2: "no idea"}
     assert "1 of 3 answers got no grade and are in no figure; for the first, row 2, the judge said" in found.table()
     assert dict(judged(judge, {2: (found.questions[1], "x")})) == {2: {"ungraded": "no idea"}}
+
+
+def test_grades_that_came_before_a_judge_failed_are_kept(model, processor, tmp_path):
+    def judge(messages):
+        if "Right answer: 5\n" in messages[-1]["content"]:
+            raise OSError("The judge went away.")
+        return '{"correct": "yes", "score": 4}'
+
+    task, file = Task("judged", metrics=("judged",), decoding={"max_new_tokens": 2}), tmp_path / "p.jsonl"
+    given = [{"question": "what", "answer": str(index)} for index in range(6)]
+    with pytest.raises(OSError, match="The judge went away"):
+        evaluate(model, processor, task, given, judge=judge, predictions=file, workers=0)
+    assert file.read_text().count('"judgement"') == 5
 
 
 def test_a_judge_is_reached_over_the_interface_of_openai():

@@ -275,6 +275,6 @@ def test_figures_of_nothing_are_no_numbers_and_raise_nothing():
 
 
 def test_every_metric_names_the_figures_that_it_gives():
-    rows = [Answered("yes", ["yes"] * 4, {"yes": "yes", "no": "no"}, "?", {"correct": True, "score": 4.0})] * 2
+    rows = [Answered("yes", ["yes"] * 4, {"yes": "yes", "no": "no"}, "?", "", {"correct": True, "score": 4.0})] * 2
     for name, metric in METRICS.items():
         assert tuple(metric.score(rows)) == tuple(metric.figures), name

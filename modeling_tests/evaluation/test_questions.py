@@ -80,6 +80,13 @@ def test_a_task_that_is_like_another_does_not_inherit_what_the_paper_measured(tm
         ("metrics: [exact_match]\nprompt: '{answer}'", "nothing else in braces"),
         ("metrics: [exact_match]\ndecoding: greedy", "must be names with values, got 'greedy'"),
         ("metrics: {a: 1}", "must be a list of names"),
+        ("metrics: [exact_match]\ndecoding: {foo: 1}", "`decoding` cannot hold 'foo'"),
+        ("metrics: [exact_match]\ndecoding: {num_return_sequences: 2}", "cannot hold 'num_return_sequences'"),
+        ("metrics: [exact_match]\ndecoding: {max_new_tokens: abc}", "whole number above 0, got 'abc'"),
+        ("metrics: [exact_match]\ndecoding: {do_sample: maybe}", "`do_sample` must be true or false"),
+        ("metrics: [exact_match]\nprompt: 5", "`prompt` must be a text, got 5"),
+        ("metrics: [exact_match]\ndistractors: -1", "`distractors` must be a number, 0 or more"),
+        ("metrics: [exact_match]\npaper: {values: [1]}", "`paper` needs `values`"),
         ("- a", "must hold names with values"),
         ("a: [", "cannot be read as YAML"),
         ("like: nothing", "like 'nothing', which is no task"),
@@ -217,6 +224,8 @@ def test_plain_rows_fill_the_tasks_prompt_and_captions_may_be_five_columns():
         ({"messages": [{"role": "assistant", "content": "x"}]}, "asks nothing"),
         ({"messages": "what"}, "'messages' is not a list"),
         ({"conversations": [], "gt": "x"}, "'conversations' is empty"),
+        ({"question": "what", "answer": "\ud800"}, "half a character"),
+        ({"question": "what", "answer": "x", "task": "\ud800"}, "half a character"),
     ],
 )
 def test_a_row_that_is_no_question_is_one_sentence(row, message):
@@ -266,6 +275,28 @@ def test_rows_of_several_files_keep_numbers_of_their_own(tmp_path):
     files = [written(tmp_path, [{"question": "what", "answer": str(index)}], f"{index}.json") for index in range(2)]
     found = load_questions(SHORT, [str(file) for file in files])
     assert [each.number for each in found] == [1, 2] and "1.json" in found[1].name
+
+
+def test_messages_of_prompt_and_completion_are_read(tmp_path):
+    row = {"prompt": [{"role": "user", "content": "what"}], "completion": [{"role": "assistant", "content": "cat"}]}
+    (found,) = load_questions(SHORT, written(tmp_path, [row]))
+    assert found.references == ["cat"] and found.text == "what"
+
+
+def test_rows_in_memory_may_name_their_columns():
+    (found,) = load_questions(SHORT, [{"frage": "what", "label": "cat"}], columns=["frage=question", "label=answer"])
+    assert found.text == "what" and found.references == ["cat"]
+    (found,) = load_questions(SHORT, [{"image": "1.png", "answer": "cat"}], question="Which animal?")
+    assert found.text == "Which animal?"
+
+
+def test_distractors_differ_from_the_answer_and_each_other_in_more_than_capitals():
+    task = load_task("likeliest-choice")
+    answers = ["White", "white", "WHITE.", "red", "blue", "green"]
+    rows = [{"question": "what", "image": f"{i}.png", "answer": each} for i, each in enumerate(answers)]
+    for each in load_questions(task, rows):
+        bare = [text.lower().strip(".") for text in each.options.values()]
+        assert len(set(bare)) == 4
 
 
 def test_a_rooted_path_is_sought_in_the_folder_of_the_data(tmp_path):

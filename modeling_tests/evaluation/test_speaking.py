@@ -145,12 +145,37 @@ def test_any_command_is_a_voice(tmp_path):
     assert not (tmp_path / "out2/rows.jsonl").exists()
 
 
+def test_rows_are_not_written_over_and_a_voice_without_sound_is_none(tmp_path):
+    row = {"question": "one", "answer": "1.png", "image": "1.png", "note": "1.png"}
+    (tmp_path / "1.png").write_bytes(b"")
+    (made,) = spoken(written(tmp_path, [row]), tmp_path / "out")
+    assert made["answer"] == made["note"] == "1.png" and made["image"] == str(tmp_path / "1.png")
+    before = (tmp_path / "out/rows.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="would be written over itself; name another folder"):
+        spoken(tmp_path / "out/rows.jsonl", tmp_path / "out")
+    for command in ("touch {output}", f"cp {tmp_path / 'rows.json'} {{output}}"):
+        with pytest.raises(ValueError, match="cannot be spoken: the voice wrote no sound"):
+            spoken(written(tmp_path, [row]), tmp_path / "out", command_voice(command))
+    assert (tmp_path / "out/rows.jsonl").read_bytes() == before
+    recording = tmp_path / "out" / made["speech"]
+    recording.write_bytes(b"")  # as a crash leaves one
+    spoken(written(tmp_path, [row]), tmp_path / "out")
+    assert soundfile.info(recording).frames > 0
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["rows.jsonl", "speech"]
+    assert [file.name for file in (tmp_path / "out/speech").iterdir()] == [recording.name]
+    with pytest.raises(ValueError, match="cannot be read as a shell would"):
+        command_voice("say 'x {output}")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"answer": "x"}, "no text in 'question'; name its column with --field"),
         ({"question": " ", "answer": "x"}, "no text to say"),
         ({"question": ["x"]}, "no text in 'question'"),
+        ({"messages": ["x"]}, "'messages' is not a list of objects"),
+        ({"messages": [{"role": "user", "content": 5}]}, "neither text nor a list of parts"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "no turn is by 'user'"),
     ],
 )
 def test_a_row_with_nothing_to_say_is_named(tmp_path, row, message):

@@ -3,13 +3,14 @@
 import argparse
 import json
 import os
+import shlex
 import sys
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .common import BYTES, load_checkpoint, not_negative, positive
+from .common import BYTES, load_checkpoint, load_config, not_negative, positive
 
 
 def add_command(commands: Any) -> None:
@@ -62,9 +63,10 @@ def run(args: argparse.Namespace) -> int:
         )
     task = chosen_task(args)
     from ..evaluation.judging import open_judge
-    from ..evaluation.predictions import write_original
+    from ..evaluation.predictions import write_original, write_whole
     from ..evaluation.questions import load_questions
 
+    check_files(args)
     if args.original_format and task.method != "generate":
         raise ValueError(f"Task '{task.name}' writes no answers, so there are none for --original-format.")
     judge = None
@@ -88,17 +90,19 @@ def run(args: argparse.Namespace) -> int:
 
         name = export_to_lmms_eval(task, questions, args.to_lmms_eval)
         sys.stdout.write(
-            f"lmms-eval --model uni_moe --tasks {name} --include_path {args.to_lmms_eval} "
+            f"lmms-eval --model uni_moe --tasks {shlex.quote(name)} --include_path {shlex.quote(args.to_lmms_eval)} "
             "--model_args pretrained=CHECKPOINT\n"
         )
         return 0
     reading |= {"batch_size": args.batch_size, "workers": args.workers, "seed": args.seed, "judge": judge}
     reading |= {"media": "other" if args.other_media else "own", "quiet": False}
+    for checkpoint in filter(None, (args.checkpoint, args.baseline)):
+        load_config(checkpoint)  # that there is none is said before the other one answers
     found = _evaluate(args, args.checkpoint, args.predictions, task, source, reading)
     baseline = None
     if args.baseline:
-        beside = args.predictions and str(Path(args.predictions).with_suffix(".baseline.jsonl"))
-        baseline = _evaluate(args, args.baseline, beside, task, source, reading)
+        other = args.predictions and beside(args.predictions)
+        baseline = _evaluate(args, args.baseline, other, task, source, reading)
     if args.original_format:
         write_original(args.original_format, found.questions, found.records)
     versions = {name: version(name) for name in ("uni-moe-hf", "transformers", "torch")}
@@ -118,9 +122,38 @@ def run(args: argparse.Namespace) -> int:
         of = ", ".join(args.data)
         sys.stdout.write(f"{args.checkpoint} on {of}, {asked_how(task)}\n{found.table(baseline)}\n")
         if args.json:
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.json).write_text(text, encoding="utf-8")
+            write_whole(args.json, text)
     return int(bool(found.unreadable))
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """
+    Before anything is read.
+
+    Raises:
+        ValueError: a file would be written over another one of the command, or is a folder.
+    """
+    read = [*args.data, *([args.answers] if args.answers else ())]
+    written = {"--predictions": args.predictions, "--original-format": args.original_format}
+    written |= {"--json": None if args.json == "-" else args.json}
+    if args.predictions and args.baseline:
+        written["--predictions of the baseline"] = str(beside(args.predictions))
+    seen = {Path(name).resolve(): "--data or --answers" for name in read}
+    for option, name in written.items():
+        if name is None:
+            continue
+        path = Path(name).resolve()
+        if path in seen:
+            raise ValueError(f"{option} would write over '{name}', which is {seen[path]}; name another file.")
+        if path.is_dir() or not name:
+            raise ValueError(f"{option} names the folder '{name or '.'}'; name a file.")
+        seen[path] = option
+
+
+def beside(predictions: str) -> Path:
+    """Where the baseline's go."""
+    path = Path(predictions)
+    return path.with_name(f"{path.stem}.baseline{path.suffix}")
 
 
 def listed(name: str) -> str:

@@ -68,13 +68,25 @@ def answer_questions(
     with _answering(model):
         # A generator of its own: who trains meanwhile draws as if nobody had asked.
         loader = DataLoader(ask, batch_size=None, collate_fn=_as_it_is, generator=torch.Generator(), **ahead)
-        for batch, (inputs, kept, unread) in zip(numbers, loader, strict=True):
+        for batch, (inputs, kept, unread) in zip(numbers, _guarded(loader), strict=True):
             found: dict[int, Record] = {questions[index].number: {"unreadable": why} for index, why in unread.items()}
             if kept:
                 with _drawing(seed * SEEDS_APART + first[id(batch)] if samples else None):
                     made = _run(model, processor, task, inputs)
                 found |= {questions[index].number: record for index, record in zip(kept, made, strict=True)}
             yield found
+
+
+def _guarded(loader: DataLoader) -> Iterator[Any]:
+    """Batches; a worker that the system killed is said in a sentence."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(
+            "A process that reads media was killed, perhaps for memory; take fewer rows at once, or no workers."
+        ) from error
 
 
 def _as_it_is(item: Any) -> Any:
@@ -84,13 +96,14 @@ def _as_it_is(item: Any) -> Any:
 @contextmanager
 def _answering(model: Any) -> Iterator[None]:
     """In evaluation mode, without gradients; afterwards as it was."""
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
 
 
 @contextmanager
@@ -100,7 +113,7 @@ def _drawing(seed: int | None) -> Iterator[None]:
         yield
         return
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % (1 << 63))
         yield
 
 

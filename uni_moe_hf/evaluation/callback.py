@@ -58,7 +58,10 @@ class GenerationCallback(TrainerCallback):
         root = getattr(collator, "media_root", None)
         self.questions = load_questions(self.task, rows, media_root=root, limit=limit)
         check_modalities(trainer.processing_class, self.questions)
-        self.others = with_other_media(self.questions) if self.task.method == "prefer" else None
+        self.others = None
+        if self.task.method == "prefer":
+            self.questions = [question for question in self.questions if question.media] or self.questions
+            self.others = with_other_media(self.questions)
         self.batch_size = batch_size or trainer.args.per_device_eval_batch_size
         check_metrics(self.task, self.questions)
         args = trainer.args

@@ -32,6 +32,7 @@ class Evaluation:
         media (`str`): `"own"` or `"other"`: whose media were shown.
         seconds (`float`): That answering took; of rows that an earlier run had answered nothing.
         answered_now (`int`): Rows that were answered in this time.
+        without_media (`int`): Rows that were not asked, since another row's media could not stand in for theirs.
 
     Attributes:
         figures (`dict[str, dict[str, Figure]]`): Group (`"all"` for all rows) -> name -> figure.
@@ -44,6 +45,7 @@ class Evaluation:
     media: str = "own"
     seconds: float = 0.0
     answered_now: int = 0
+    without_media: int = 0
     figures: dict[str, dict[str, Figure]] = field(init=False)
     left_out: dict[str, str] = field(init=False)
 
@@ -121,7 +123,10 @@ class Evaluation:
             `dict`: as `figures`: this one minus the baseline, over the rows that both could read; for the interval the
             same rows are drawn for both.
         """
-        if {q.number: q.digest for q in self.questions} != {q.number: q.digest for q in baseline.questions}:
+        asked = [
+            (each.task.name, each.media, {q.number: q.digest for q in each.questions}) for each in (self, baseline)
+        ]
+        if asked[0] != asked[1]:
             raise ValueError("A comparison needs the same task and rows for both models.")
         differences = {}
         for group, questions in self._groups({*baseline.unreadable, *baseline.ungraded}).items():
@@ -144,12 +149,14 @@ class Evaluation:
             lines += ["", "the baseline:", *_table(baseline.figures, names)]
             lines += ["", "difference to the baseline, paired:", *_table(self.against(baseline), names)]
         if self.unreadable:
-            number, why = next(iter(self.unreadable.items()))
+            number, why = min(self.unreadable.items())
             lines.append(
                 f"{len(self.unreadable)} of {len(self.questions)} rows could not be read and are in no figure; the "
                 "first "
                 f"is row {number}: {why}"
             )
+        if self.without_media:
+            lines.append(f"{self.without_media} rows have no media and are not asked")
         if self.ungraded:
             number, reply = next(iter(self.ungraded.items()))
             lines.append(
@@ -176,6 +183,7 @@ class Evaluation:
             "task": self.task.name,
             "media": self.media,
             "rows": len(self.questions),
+            "without_media": self.without_media,
             "unreadable": {str(number): why for number, why in self.unreadable.items()},
             "decoding": dict(self.task.decoding) if self.task.method == "generate" else self.task.method,
             "figures": {
@@ -270,7 +278,8 @@ def evaluate(
             [`~judging.open_judge`] makes one.
         predictions (`str` or `Path`, *optional*): `.jsonl` file that gets every answer at once; a run that was stopped
             goes on from it.
-        answers, media_root, by, reading: As in [`~questions.load_questions`].
+        answers, media_root, by: As in [`~questions.load_questions`].
+        reading: Its `split`, `config`, `columns` and `question`.
         workers (`int`, *optional*): Processes that read media ahead; one where there is more than one core.
         seed (`int`, *optional*, defaults to 0): Of sampling, and of whose media `"other"` shows.
         quiet (`bool`, *optional*, defaults to `False`): Whether there is no progress bar.
@@ -299,8 +308,13 @@ def evaluate(
             f"Task '{task.name}' is scored by a judge: give one (an OpenAI-compatible server with --judge URL, or "
             "`judge=`)."
         )
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size!r}; it must be a number of questions, 1 or more.")
     questions = load_questions(task, rows, answers, media_root, limit, by, **reading)
     check_modalities(processor, questions)
+    every = len(questions)
+    if media == "other" or task.method == "prefer":
+        questions = [question for question in questions if question.media] or questions
     asked, others = questions, None
     if media == "other":
         asked = with_other_media(questions, seed)
@@ -334,7 +348,8 @@ def evaluate(
         seconds = time.monotonic() - start
         if judge is not None and any(METRICS[name].needs == "judge" for name in task.metrics):
             _judge(judge, asked, kept, quiet)
-        return Evaluation(task, asked, kept.records, media, seconds, len(kept.records) - done_before)
+        answered = len(kept.records) - done_before
+        return Evaluation(task, asked, kept.records, media, seconds, answered, every - len(asked))
 
 
 def _judge(judge: Judge, asked: Sequence[Question], kept: Predictions, quiet: bool) -> None:

@@ -4,9 +4,10 @@ import ast
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from http.client import HTTPException
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -62,13 +63,14 @@ def open_judge(url: str, model: str = "default", key: str | None = None, timeout
         request = Request(address, json.dumps(asked).encode(), headers)
         try:
             with urlopen(request, timeout=timeout) as reply:
-                return json.loads(reply.read(MAX_REPLY))["choices"][0]["message"]["content"] or ""
+                content = json.loads(reply.read(MAX_REPLY))["choices"][0]["message"]["content"] or ""
+            return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
         except HTTPError as error:
             said = " ".join(error.read(MAX_REPLY).decode(errors="replace").split())[:200]
             raise OSError(f"The judge at {url} refused: {error.code} {error.reason} ({said or 'no text'}).") from error
         except (HTTPException, OSError) as error:
             raise OSError(f"The judge at {url} cannot be reached: {getattr(error, 'reason', error)}.") from error
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise OSError(f"The judge at {url} answers, but not as an OpenAI-compatible server does.") from error
 
     ask.name = f"{model} at {url}"
@@ -94,18 +96,39 @@ def judged(judge: Judge, asked: Mapping[int, tuple[Question, str]]) -> Iterator[
         )
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
         for _ in range(2):
-            reply = judge(messages)
+            reply = str(judge(messages) or "")
             if (found := parse_grade(reply)) is not None:
                 return found
-        return {"ungraded": str(reply)[:80]}
+        return {"ungraded": reply[:80]}
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        waiting = {pool.submit(grade, *pair): number for number, pair in asked.items()}
-        try:
-            for done in as_completed(waiting):
-                yield waiting[done], done.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    waiting: SimpleQueue = SimpleQueue()
+    graded: SimpleQueue = SimpleQueue()
+    for item in asked.items():
+        waiting.put(item)
+
+    def work() -> None:
+        with suppress(Empty):
+            while True:
+                number, pair = waiting.get_nowait()
+                try:
+                    graded.put((number, grade(*pair), None))
+                except Exception as error:
+                    graded.put((number, {}, error))
+
+    for _ in range(min(AT_ONCE, len(asked))):  # daemons: who is interrupted does not wait for a silent server
+        Thread(target=work, daemon=True).start()
+    failed = None
+    for _ in asked:
+        number, found, error = graded.get()
+        if error is None:
+            yield number, found
+        elif failed is None:
+            failed = error
+            with suppress(Empty):  # nobody else is asked, and what comes meanwhile is kept
+                while waiting.get_nowait():
+                    graded.put((0, {}, error))
+    if failed is not None:
+        raise failed
 
 
 def parse_grade(reply: str) -> dict[str, Any] | None:

@@ -148,7 +148,7 @@ def doc_to_target(doc: Mapping[str, Any]) -> str:
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
     """Figure -> the answer and what it is compared with."""
     question = _question(doc)
-    answered = {"prediction": results[0].strip(), "question": question["text"]}
+    answered = {"prediction": results[0].strip(), "question": question["text"], "group": ", ".join(question["groups"])}
     answered |= {"references": question["references"], "options": question["options"]}
     return {figure: answered for name in doc["metrics"] for figure in METRICS[name].figures}
 

@@ -177,7 +177,8 @@ def parse_yes_no(prediction: str) -> str | None:
 
     Source: `evaluate.py` of https://github.com/RUCAIBox/POPE, which takes everything without `no` for yes.
     """
-    words = re.findall(r"[a-z']+", re.split(r"[.\n]", prediction.strip(), maxsplit=1)[0].lower())
+    first = re.split(r"[.\n]", prediction.strip().replace("’", "'"), maxsplit=1)[0]
+    words = re.findall(r"[a-z']+", first.lower())
     if {"no", "not"} & {*words} or any(word.endswith("n't") for word in words):
         return "no"
     return "yes" if "yes" in words else None

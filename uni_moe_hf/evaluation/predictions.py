@@ -4,8 +4,10 @@ killed goes on where it was; predictions of other questions, or of another model
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 
 from ..hub.files_uni_moe import reason
+from ..training.rows import PLACE
 from .answering import Record
 from .questions import Question
 
@@ -72,17 +75,34 @@ class Predictions:
         except OSError as error:
             raise OSError(f"Predictions cannot be written to '{self.path}': {reason(error)}.") from error
         try:
+            self._lock()
             self._read()
         except BaseException:
-            self._file.close()
+            self._close()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # on a full disk that was said before
+                self._file.close()
+
+    def _lock(self) -> None:
+        """For this run alone, where the system knows locks."""
+        with suppress(ImportError):
+            import fcntl
+
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ValueError(
+                    f"Another run is writing to '{self.path}'; wait for it, or name another file."
+                ) from error
 
     def _read(self) -> None:
         self._file.seek(0)
@@ -93,39 +113,52 @@ class Predictions:
                 raise ValueError(f"'{self.path}' exists and holds no predictions of this command; name another file.")
             self._begin()
             return
-        lines = whole.splitlines()
+        foreign = f"'{self.path}' exists and holds no predictions of this command; name another file."
+        first, *lines = whole.splitlines()
         try:
-            header, *rows = [json.loads(line) for line in lines]
-            found = header["predictions_of"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"'{self.path}' exists and holds no predictions of this command; name another file."
-            ) from error
+            found = json.loads(first)["predictions_of"]
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise ValueError(foreign) from error
+        if not isinstance(found, dict):
+            raise ValueError(foreign)
         for name, value in self.header.items():
             if found.get(name) != value:
                 raise ValueError(
                     f"'{self.path}' holds predictions of another {name} ({found.get(name)!r}, not {value!r}); name "
-                    "another "
-                    "file, or delete it."
+                    "another file, or delete it."
                 )
-        for row in rows:
-            number, digest = row.pop("row"), row.pop("digest")
-            question = self.questions.get(number)
-            if question is None:
-                continue  # of a run without --limit
-            if self.digests[number] != digest:
-                raise ValueError(
-                    f"'{self.path}' holds predictions of other data: row {number} asks something else there; name "
-                    "another "
-                    "file, or delete it."
-                )
-            row = {name: value for name, value in row.items() if name not in FOR_READING}
-            if "unreadable" in row:
-                self._unreadable[number] = row["unreadable"]
-            else:
-                self.records[number] = {**self.records.get(number, {}), **row}
+        for number, line in enumerate(lines, start=2):
+            self._take(number, line)
         if len(whole) < len(data):
             self._file.truncate(len(whole))
+
+    def _take(self, line_number: int, line: bytes) -> None:
+        """A line of a file that an earlier run left."""
+        try:
+            row = json.loads(line)
+            number, digest = int(row.pop("row")), row.pop("digest")
+            record = {name: value for name, value in row.items() if name not in FOR_READING}
+            is_whole = isinstance(record.get("prediction", ""), str) and isinstance(record.get("judgement", {}), dict)
+            is_whole &= all(math.isfinite(loss) for loss in record.get("losses", ())) and bool(record)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            is_whole = False
+        if not is_whole:
+            raise ValueError(
+                f"Line {line_number} of '{self.path}' is no prediction; delete that line, and its row is asked."
+            )
+        if number not in self.questions:
+            return  # of a run without --limit
+        is_same = self.digests[number] == digest
+        if "unreadable" in record:
+            if is_same:
+                self._unreadable[number] = str(record["unreadable"])
+        elif not is_same:
+            raise ValueError(
+                f"'{self.path}' holds predictions of other data: row {number} asks something else there; name another "
+                "file, or delete it."
+            )
+        else:
+            self.records[number] = {**self.records.get(number, {}), **record}
 
     def _begin(self) -> None:
         self._file.truncate(0)
@@ -164,26 +197,40 @@ class Predictions:
 
 def write_original(path: str | Path, questions: list[Question], records: Mapping[int, Record]) -> None:
     """
-    The original's own format: the list of its records, each with the answer as `answer` (as its 8-expert code has it)
-    or, where a record holds the right answer under that name, as `text` (as its 4-expert code has it). Rows that could
-    not be read get none.
+    The original's own format: the list of its records, each with the model's answer as `answer` (as its 8-expert code
+    has it) or, where a record holds something under that name, as `text` (as its 4-expert code has it), else as
+    `prediction`: nothing is written over. Rows that could not be read get none.
 
     Source: `*/eval.py@f5e82dd`.
     """
     rows = []
     for question in questions:
-        row = {name: value for name, value in question.row.items() if not name.startswith("_")}
+        row = {name: value for name, value in question.row.items() if name not in PLACE}
         if "prediction" in (record := records.get(question.number, {})):
-            row["text" if "answer" in row else "answer"] = record["prediction"]
+            free = next(name for name in ("answer", "text", "prediction") if name not in row or name == "prediction")
+            row[free] = record["prediction"]
         rows.append(row)
+    write_whole(path, json.dumps(rows, ensure_ascii=False, indent=4, default=str))
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """
+    Writes a file whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps(rows, ensure_ascii=False, indent=4, default=str), encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
+    except OSError as error:
+        raise OSError(f"'{path}' cannot be written: {reason(error)}.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
-__all__ = ["Predictions", "model_digest", "write_original"]
+__all__ = ["Predictions", "model_digest", "write_original", "write_whole"]

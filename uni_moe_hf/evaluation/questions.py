@@ -21,9 +21,19 @@ from typing import Any
 from ..hub.configuration_uni_moe import MODALITIES
 from ..hub.conversations_uni_moe import SOURCE_KEYS
 from ..hub.media_uni_moe import MEDIA_COLUMNS, MEDIA_NAMES
-from ..training.row_files import iter_rows
+from ..training.row_files import iter_rows, row_changes
 from ..training.rows import ANSWERS as PLAIN_ANSWERS
-from ..training.rows import PLACE, QUESTIONS, describe_row, is_nothing, parts_of, rooted, row_to_messages
+from ..training.rows import (
+    PLACE,
+    QUESTIONS,
+    check_characters,
+    describe_row,
+    is_nothing,
+    parts_of,
+    rooted,
+    row_to_messages,
+)
+from .metrics import normalize_answer
 from .tasks import Task
 
 
@@ -77,9 +87,24 @@ class Question:
 
 
 def digest_of(value: Any) -> str:
-    """Of anything that JSON holds; of other objects their type counts."""
-    text = json.dumps(value, sort_keys=True, default=lambda each: f"<{type(each).__name__}>")
-    return sha256(text.encode(errors="replace")).hexdigest()[:12]
+    """Of anything that JSON holds, and of media in memory; files count by name and size, wherever they lie."""
+    return sha256(json.dumps(_identity(value), sort_keys=True).encode(errors="replace")).hexdigest()[:12]
+
+
+def _identity(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _identity(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_identity(each) for each in value]
+    if isinstance(value, str | Path) and 0 < len(str(value)) < 1000 and "\n" not in str(value):
+        with suppress(OSError, ValueError):
+            if (path := Path(value)).is_file():
+                return [path.name, path.stat().st_size]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if hasattr(value, "tobytes"):  # a picture or an array
+        return sha256(value.tobytes()).hexdigest()
+    return sha256(value).hexdigest() if isinstance(value, bytes) else f"<{type(value).__name__}>"
 
 
 def load_questions(
@@ -89,7 +114,10 @@ def load_questions(
     media_root: str | Path | None = None,
     limit: int | None = None,
     by: str | None = None,
-    **reading: Any,
+    split: str = "train",
+    config: str | None = None,
+    columns: Any = None,
+    question: str | list[str] | None = None,
 ) -> list[Question]:
     """
     Args:
@@ -101,11 +129,14 @@ def load_questions(
         limit (`int`, *optional*): First rows to take; all by default.
         by (`str`, *optional*): Column that makes groups, in place of the task's. Rows without one are grouped by their
             modalities.
-        reading: `split`, `config`, `columns`, `question` as in [`~row_files.load_rows`].
+        split, config, columns, question: As in [`~row_files.load_rows`].
 
     Raises:
         ValueError: a row is no question of this task, has no right answer, or the source cannot be read.
     """
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"`limit` is {limit!r}; it must be a number of rows, 1 or more.")
+    reading = {"split": split, "config": config, "columns": columns, "question": question}
     known = _known_answers(Path(answers)) if answers is not None else {}
     found = []
     for row in _single(_numbered(rows, reading)):
@@ -119,12 +150,6 @@ def load_questions(
         raise ValueError("There are no rows to evaluate.")
     if by is not None and all(question.row.get(by) is None for question in found):
         raise ValueError(f"No row has the column '{by}' that is to make groups; they have {_columns(found[0].row)}.")
-    held = {str(part.get("type")) for question in found for part in question.media}
-    if missing := [kind for kind in task.takes if kind not in held]:
-        raise ValueError(
-            f"Task '{task.name}' is about {' and '.join(task.takes)}, and no row holds {missing[0]}; they hold "
-            f"{', '.join(sorted(held)) or 'text alone'} (columns NAME={missing[0]} says which column is one)."
-        )
     if task.distractors:
         found = _with_distractors(found, task.distractors)[:limit]
     if task.needs_options:
@@ -170,8 +195,7 @@ def with_other_media(questions: list[Question], seed: int = 0) -> list[Question]
             if source is None:
                 raise ValueError(
                     f"{questions[target].name} shows the only {' and '.join(map(str, kinds))} that there is, so no "
-                    "other "
-                    "row's media can stand in; give more rows."
+                    "other row's media can stand in; give more rows."
                 )
             result[target] = replace(questions[target], messages=_replaced(questions[target], questions[source].media))
     return result
@@ -180,10 +204,9 @@ def with_other_media(questions: list[Question], seed: int = 0) -> list[Question]
 def _source(part: Mapping[str, Any]) -> Any:
     """What tells a clip from another: its path, or the object itself."""
     value = next((part[key] for key in (str(part.get("type")), *SOURCE_KEYS) if part.get(key) is not None), None)
-    value = tuple(value) if isinstance(value, list) else value
-    return (
-        value if isinstance(value, str | bytes) else tuple(map(str, value)) if isinstance(value, tuple) else id(value)
-    )
+    if isinstance(value, list | tuple):
+        return tuple(map(str, value))
+    return value if isinstance(value, str | bytes) else id(value)
 
 
 def _replaced(question: Question, media: list[Mapping[str, Any]]) -> list[dict]:
@@ -205,6 +228,7 @@ def _numbered(rows: Any, reading: Mapping[str, Any]) -> Iterator[dict[str, Any]]
         yield from iter_rows(rows, **reading)
         return
     rows = list(rows) if isinstance(rows, Iterator) else rows
+    change = row_changes(reading["columns"], reading["question"])
     if isinstance(rows, list | tuple) and rows and all(isinstance(each, str | Path) for each in rows):
         yield from iter_rows(list(rows), **reading)
         return
@@ -212,7 +236,7 @@ def _numbered(rows: Any, reading: Mapping[str, Any]) -> Iterator[dict[str, Any]]
         if not isinstance(row, Mapping):
             raise ValueError(f"Row {number} is a {type(row).__name__}, not an object with fields.")
         place = {"_row": number, "_source": "the rows given"}
-        yield {**place, **{name: value for name, value in row.items() if value is not None}}
+        yield change({**place, **{name: value for name, value in row.items() if value is not None}})
 
 
 def _single(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -243,6 +267,12 @@ def _question(task: Task, row: dict, number: int, known: Mapping, media_root: An
     if not messages:
         raise ValueError("it asks nothing")
     kinds = {part.get("type") for part in parts_of(messages)}
+    if missing := [kind for kind in task.takes if kind not in kinds]:
+        raise ValueError(
+            f"the task '{task.name}' is about {' and '.join(task.takes)}, and it holds no {missing[0]}; say which "
+            "column "
+            f"is one with columns (NAME={missing[0]})"
+        )
     key = str(_first(row, task.keys) if _first(row, task.keys) is not None else number)
     options = _options(task, row, written)
     answers = known.get(key) or known.get((key, _bare(written).lower())) or _right_answers(task, row) or ended
@@ -255,6 +285,9 @@ def _question(task: Task, row: dict, number: int, known: Mapping, media_root: An
             "with columns (NAME=answer), or give a file of answers"
         )
     references = [_letter(answer, options) for answer in answers] if options and task.needs_options else answers
+    groups = _groups(row, (by,) if by else task.groups)
+    for text in (*references, *groups, key, *options, *options.values()):
+        check_characters(text, "an answer, option or name")
     root = media_root or row.get("_root")
     return Question(
         number=number,
@@ -262,8 +295,7 @@ def _question(task: Task, row: dict, number: int, known: Mapping, media_root: An
         references=references,
         options=options,
         text=_bare(written) or str(row.get("spoken", "")),
-        groups=_groups(row, (by,) if by else task.groups)
-        or ("+".join(k for k in MODALITIES if k in kinds) or "text",),
+        groups=groups or ("+".join(k for k in MODALITIES if k in kinds) or "text",),
         key=key,
         name=describe_row(row),
         answer=options.get(references[0]) or Counter(answers).most_common(1)[0][0],
@@ -282,7 +314,7 @@ def _asked(task: Task, row: dict) -> tuple[list[dict], str, list[str]]:
     if whole or pair:
         names = [whole] if whole else ["prompt", "completion"]
         kept = {name: row[name] for name in names} | media | system | place
-        if whole == lower.get("conversations"):
+        if whole and whole == lower.get("conversations"):
             kept[whole] = _with_marks(row[whole], media, task.order)
         messages = row_to_messages(kept, task.voice)
         ended = []
@@ -290,7 +322,7 @@ def _asked(task: Task, row: dict) -> tuple[list[dict], str, list[str]]:
             ended = [part.get("text", "") for part in parts_of([messages[-1]]) if part.get("type") == "text"]
             messages = messages[:-1]
         asked = [message for message in messages if message.get("role") == "user"][-1:]
-        written = "\n".join(p.get("text", "") for p in parts_of(asked) if p.get("type") == "text")
+        written = "\n".join(str(p.get("text", "")) for p in parts_of(asked) if p.get("type") == "text")
         return messages, written, [text for text in ["".join(ended).strip()] if text]
     prompt, question = filled_prompt(task, row)
     if question is None:
@@ -468,13 +500,13 @@ def _letter(answer: str, options: Mapping[str, str]) -> str:
 
 def _with_distractors(questions: list[Question], count: int) -> list[Question]:
     """Options for those without: the right answer among `count` others of their group, by a draw that stays."""
-    pools: dict[str, list[str]] = {}
+    pools: dict[str, dict[str, str]] = {}  # group -> normalised -> answer
     for question in questions:
-        pools.setdefault(question.group, []).append(question.answer)
-    pools = {group: sorted(set(answers)) for group, answers in pools.items()}
+        pools.setdefault(question.group, {}).setdefault(normalize_answer(question.answer), question.answer)
     made = []
     for question in questions:
-        others = [answer for answer in pools[question.group] if answer not in question.references]
+        right = {normalize_answer(answer) for answer in question.references}
+        others = sorted(answer for bare, answer in pools[question.group].items() if bare not in right)
         if question.options:
             made.append(question)
             continue

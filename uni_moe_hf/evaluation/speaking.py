@@ -17,16 +17,15 @@ import numpy as np
 import soundfile
 
 from ..hub.files_uni_moe import reason
+from ..hub.media_uni_moe import MEDIA_NAMES
 from ..training.row_files import iter_rows
-from ..training.rows import PLACE, QUESTIONS, describe_row, looks_like_media
+from ..training.rows import PLACE, QUESTIONS, describe_row
 from .questions import INSTRUCTION, filled_prompt, written_options
 from .tasks import Task
 
 
 # Writes a text as a WAV file; recordings of one `name` are not made twice.
 Voice = Callable[[str, Path], None]
-# Fields that are never files.
-TEXTS = ("text", "value", "spoken", "role", "from", "type")
 
 
 @cache
@@ -101,7 +100,10 @@ def command_voice(command: str) -> Voice:
         command (`str`): With `{output}` for the WAV file to write, and `{text}` for what is said; without that the
             text comes on standard input. Such as `piper --model en.onnx --output_file {output}`.
     """
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"The command {command!r} cannot be read as a shell would ({error}).") from error
     if not any("{output}" in word for word in words):
         raise ValueError(
             f"The command {command!r} does not say where to write; put {{output}} in place of the WAV file."
@@ -112,9 +114,9 @@ def command_voice(command: str) -> Voice:
         filled = [word.replace("{output}", str(path)).replace("{text}", text) for word in words]
         try:
             done = subprocess.run(
-                filled, input=None if has_text else text, text=True, capture_output=True, check=False
+                filled, input=None if has_text else text, text=True, errors="replace", capture_output=True, check=False
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a text may hold what no argument can
             raise ValueError(f"The command {words[0]!r} cannot be run ({reason(error)}).") from error
         if done.returncode != 0 or not path.is_file():
             said = " ".join(done.stderr.split())[-200:]
@@ -160,7 +162,13 @@ def speak_rows(
     """
     folder = Path(output)
     (folder / "speech").mkdir(parents=True, exist_ok=True)
-    partial = folder / ".rows.jsonl.partial"
+    partial = folder / f".rows.jsonl.{os.getpid()}.partial"
+    half = folder / "speech" / f".{os.getpid()}.wav"
+    named = [source] if isinstance(source, str | Path) else source
+    if isinstance(named, list | tuple) and any(
+        Path(each).resolve() == (folder / "rows.jsonl").resolve() for each in named
+    ):
+        raise ValueError(f"'{folder / 'rows.jsonl'}' would be written over itself; name another folder.")
     speaker = getattr(voice, "name", "")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -168,19 +176,38 @@ def speak_rows(
                 try:
                     text, made = _spoken(row, field, whole, task)
                     name = f"speech/{sha256(f'{speaker} {text}'.encode()).hexdigest()[:16]}.wav"
-                    if text and not (folder / name).is_file():
-                        half = folder / "speech" / f".{os.getpid()}.wav"
+                    if text and not _is_recording(folder / name):
                         voice(text, half)
+                        if not _is_recording(half):
+                            raise ValueError("the voice wrote no sound.")
                         half.replace(folder / name)
-                except ValueError as error:
+                except (ValueError, soundfile.SoundFileError) as error:
                     raise ValueError(f"{describe_row(row)} cannot be spoken: {error}") from error
                 root = media_root or row.get("_root")
-                moved = _moved(made(name), None if root is None else Path(root).resolve())
-                file.write(json.dumps(moved, ensure_ascii=False) + "\n")
+                file.write(_line(row, _moved(made(name), None if root is None else Path(root).resolve())))
                 yield text
         partial.replace(folder / "rows.jsonl")
     finally:
         partial.unlink(missing_ok=True)
+        half.unlink(missing_ok=True)
+
+
+def _is_recording(path: Path) -> bool:
+    try:
+        return path.is_file() and soundfile.info(path).frames > 0
+    except (soundfile.SoundFileError, OSError):
+        return False
+
+
+def _line(row: Mapping[str, Any], made: dict[str, Any]) -> str:
+    try:
+        line = json.dumps(made, ensure_ascii=False) + "\n"
+        line.encode()
+    except (TypeError, UnicodeEncodeError) as error:
+        raise ValueError(
+            f"{describe_row(row)} cannot be written as JSON ({error}); give media as files, and whole characters."
+        ) from error
+    return line
 
 
 def _spoken(
@@ -218,6 +245,8 @@ def _spoken_turn(kept: dict[str, Any], name: str, whole: bool) -> tuple[str, Cal
     """The last question of a conversation."""
     is_original = name == "conversations"
     turns = kept[name]
+    if not all(isinstance(turn, Mapping) for turn in turns):
+        raise ValueError(f"'{name}' is not a list of objects.")
     asks = [i for i, turn in enumerate(turns) if turn.get("from" if is_original else "role") in ("human", "user")]
     if not asks:
         raise ValueError(f"no turn is by '{'human' if is_original else 'user'}'.")
@@ -227,7 +256,7 @@ def _spoken_turn(kept: dict[str, Any], name: str, whole: bool) -> tuple[str, Cal
         return {**kept, name: [*turns[: asks[-1]], turn, *turns[asks[-1] + 1 :]], **more}
 
     if is_original:
-        value = str(last.get("value", ""))
+        value = str(last.get("value") or "")
         if "<audio>" in value:
             raise ValueError("its question is spoken already.")
         marks = [mark for mark in ("<image>", "<video>") if mark in value]
@@ -240,9 +269,13 @@ def _spoken_turn(kept: dict[str, Any], name: str, whole: bool) -> tuple[str, Cal
         made = lambda recording: with_turn(asked, spoken=text, voice=[recording])  # noqa: E731
     else:
         content = last.get("content")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(parts, list) or not all(isinstance(part, Mapping) for part in parts):
+            raise ValueError("its last question is neither text nor a list of parts.")
         media = [part for part in parts if part.get("type") != "text"]
-        text, rest = _parted("\n".join(part["text"] for part in parts if part.get("type") == "text").strip(), whole)
+        text, rest = _parted(
+            "\n".join(str(part.get("text", "")) for part in parts if part.get("type") == "text").strip(), whole
+        )
         rests = [{"type": "text", "text": rest.strip()}] if rest else []
         if not text and media:
             return "", lambda recording: kept
@@ -260,16 +293,37 @@ def _parted(text: str, whole: bool) -> tuple[str, str]:
     return (text, "") if match is None else (text[: match.start()].strip(), match[0])
 
 
-def _moved(value: Any, root: Path | None) -> Any:
-    """A row whose files are named by paths that hold from the new folder."""
+def _moved(row: dict[str, Any], root: Path | None) -> dict[str, Any]:
+    """A row whose media are named by paths that hold from the new folder."""
     if root is None:
-        return value
-    if isinstance(value, Mapping):
-        return {name: _moved(each, root) if name not in TEXTS else each for name, each in value.items()}
+        return row
+    made = {}
+    for name, value in row.items():
+        if name in ("messages", "prompt", "completion") and isinstance(value, list):
+            value = [_moved_message(message, root) for message in value]
+        elif name.lower() in MEDIA_NAMES and name not in ("speech", "voice"):
+            value = _moved_file(value, root)
+        made[name] = value
+    return made
+
+
+def _moved_message(message: Any, root: Path) -> Any:
+    if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
+        return message
+    parts = [
+        part
+        if not isinstance(part, Mapping) or part.get("type") == "text"
+        else {key: value if key == "type" else _moved_file(value, root) for key, value in part.items()}
+        for part in message["content"]
+    ]
+    return {**message, "content": parts}
+
+
+def _moved_file(value: Any, root: Path) -> Any:
     if isinstance(value, list):
-        return [_moved(each, root) for each in value]
+        return [_moved_file(each, root) for each in value]
     is_path = isinstance(value, str) and len(value) < 1000 and not value.startswith(("http://", "https://", "data:"))
-    return str(root / value) if is_path and looks_like_media(value) and (root / value).is_file() else value
+    return str(root / value) if is_path and (root / value).is_file() else value
 
 
 __all__ = ["command_voice", "espeak_voice", "speak", "speak_rows"]

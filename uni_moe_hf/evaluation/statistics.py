@@ -87,7 +87,7 @@ class Contributions:
         return _figure(self._of(ones) - other._of(ones), mine - others, len(self.rows), self.unit, doubt, doubt)
 
     def _doubt(self) -> float:
-        """What a share may be that was never seen in so many trials, at 97.5 %; 0 for what is no share of yes or no."""
+        """What a share may be that was never seen in so many trials, at 97.5 %; 0 for what is no such share."""
         if (
             self.rows.shape[-1] != 2
             or not np.isin(self.rows, (0.0, 1.0)).all()

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import GenerationConfig
 
 from ..hub.configuration_uni_moe import MODALITIES
 from .metrics import METRICS
 
 
 FOLDER = Path(__file__).parent / "task_files"
+# Settings of `generate` that change what it returns.
+NOT_FOR_ANSWERS = ("num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits", "stop_strings")
 METHODS = ("generate", "choose", "prefer")
 # Columns that may hold right answers, options, groups and names of rows, where a task names no others.
 ANSWERS = ("gt", "answers", "direct_answers", "references", "captions", "answer", "label")
@@ -29,8 +32,7 @@ class Task:
     Args:
         name (`str`): Of the file, without its ending.
         title (`str`, *optional*): As people write it.
-        takes (`list[str]`, *optional*): Modalities that it is about, each of which some row must have: image, video,
-            audio, speech.
+        takes (`list[str]`, *optional*): Modalities that every row must have: image, video, audio, speech.
         order (`list[str]`, *optional*): Of the media of plain rows, before the words; as the columns stand by default.
         prompt (`str`, *optional*, defaults to `"{question}"`): What plain rows are asked; `{question}`, `{options}`
             and `{hint}` are filled in. Conversations are asked as they are.
@@ -80,6 +82,16 @@ class Task:
                 object.__setattr__(self, each.name, tuple(value))
             elif each.name in ("decoding", "paper") and not isinstance(value, Mapping):
                 raise ValueError(f"Task '{self.name}': `{each.name}` must be names with values, got {value!r}.")
+        for name in ("name", "title", "prompt", "option", "notes"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"Task '{self.name}': `{name}` must be a text, got {getattr(self, name)!r}.")
+        if not isinstance(self.distractors, int) or self.distractors < 0:
+            raise ValueError(
+                f"Task '{self.name}': `distractors` must be a number, 0 or more, got {self.distractors!r}."
+            )
+        if not isinstance(self.paper.get("values", {}), Mapping):
+            raise ValueError(f"Task '{self.name}': `paper` needs `values`, a model's name -> its figure.")
+        self._check_decoding()
         self._check("method", [self.method], METHODS)
         self._check("metrics", self.metrics, METRICS)
         self._check("takes", self.takes, MODALITIES)
@@ -101,6 +113,22 @@ class Task:
                 "and "
                 f"{{text}}, and nothing else in braces ({error})."
             ) from error
+
+    def _check_decoding(self) -> None:
+        """What `generate` takes, and answers can be made of."""
+        known = GenerationConfig().to_dict()
+        for name, value in self.decoding.items():
+            if name not in known or name in NOT_FOR_ANSWERS:
+                raise ValueError(
+                    f"Task '{self.name}': `decoding` cannot hold '{name}'; it takes settings of `generate`."
+                )
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if name in ("max_new_tokens", "num_beams") and not (isinstance(value, int) and is_number and value > 0):
+                raise ValueError(f"Task '{self.name}': `{name}` must be a whole number above 0, got {value!r}.")
+            if name == "do_sample" and not isinstance(value, bool):
+                raise ValueError(f"Task '{self.name}': `do_sample` must be true or false, got {value!r}.")
+            if name in ("temperature", "top_p") and not (is_number and value >= 0):
+                raise ValueError(f"Task '{self.name}': `{name}` must be a number, 0 or more, got {value!r}.")
 
     def _check(self, name: str, values: Any, known: Any) -> None:
         for value in values:

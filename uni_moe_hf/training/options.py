@@ -132,8 +132,10 @@ class StageArguments(ScriptArguments):
 
     @staticmethod
     def _held_out(rows: Dataset | IterableDataset, count: int, seed: int) -> tuple[Any, Any]:
-        if isinstance(rows, IterableDataset):
+        if isinstance(rows, IterableDataset) and count > 0:
             return rows.skip(count), rows.take(count)
+        if isinstance(rows, IterableDataset):
+            raise ValueError(f"`eval_rows={count}` holds nothing out; give 1 or more.")
         if not 0 < count < len(rows):
             raise ValueError(f"`eval_rows={count}` cannot be held out of {len(rows)} rows; give 1 to {len(rows) - 1}.")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -63,7 +63,7 @@ def load_rows(
         ImportError: `datasets` is needed and missing.
     """
     datasets = _datasets()
-    change = _changes(columns, question)
+    change = row_changes(columns, question)
     if isinstance(source, datasets.Dataset | datasets.IterableDataset):
         return _undecoded(datasets, source, change, None, seed)
     files = _files_of(source, split, config)
@@ -105,7 +105,7 @@ def iter_rows(
     Raises:
         ValueError: as in [`load_rows`].
     """
-    change, files = _changes(columns, question), _files_of(source, split, config)
+    change, files = row_changes(columns, question), _files_of(source, split, config)
     if files is None:
         datasets = _datasets()
         data = _data_set(datasets, source, split, config, False)
@@ -129,7 +129,7 @@ def _datasets() -> Any:
     return datasets
 
 
-def _changes(columns: Any, question: str | list[str] | None) -> Callable[[dict], dict]:
+def row_changes(columns: Any, question: str | list[str] | None) -> Callable[[dict], dict]:
     """What is done to a row when it is read."""
     questions = [question] if isinstance(question, str) else list(question or ())
     return partial(_changed, columns=parse_columns(columns), questions=questions)
@@ -512,4 +512,4 @@ KINDS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", 
 READERS = {"json": _json_rows, "jsonl": _json_lines, "csv": _table_rows, "tsv": _table_rows, "parquet": _parquet_rows}
 
 
-__all__ = ["KINDS", "iter_rows", "kind_of", "load_rows", "numbered_rows"]
+__all__ = ["KINDS", "iter_rows", "kind_of", "load_rows", "numbered_rows", "row_changes"]
