@@ -202,19 +202,6 @@ def test_the_demos_generators_keep_training_positions_and_levels_apart():
     assert not bands["train"] & bands["test"]
 
 
-def test_the_demos_control_swaps_media_within_a_task_and_keeps_the_question():
-    evaluate = importlib.import_module("evaluate")
-    tasks = ["a"] * 5 + ["b"] * 3
-    prompts = [user({"type": "image", "path": f"{index}.png"}, f"question {index}") for index in range(8)]
-    swapped = evaluate.swapped(prompts, tasks)
-    for index, prompt in enumerate(swapped):
-        media, question = prompt[0]["content"]
-        other = int(media["path"].partition(".")[0])
-        assert question["text"] == f"question {index}"
-        assert other != index
-        assert tasks[other] == tasks[index]
-
-
 def packages(folder: Path) -> None:
     """What Debian's packages of stamps and prompts look like when they are unpacked."""
     stamps = folder / "usr/share/tuxpaint/stamps"
