@@ -269,5 +269,5 @@ def test_the_real_parts_script_trains_measures_and_asks(workplace, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
     report = (tmp_path / "report.md").read_text()
-    assert report.count("\n| ") == 2 + 5 + 10
+    assert report.count("\n| ") == 2 + 5 + 12  # heads, stages, five tasks and all of them after two stages
     assert "picture" in report.partition("asked in a process")[2]

@@ -2,6 +2,10 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -122,6 +126,25 @@ def test_training_goes_on_as_if_nothing_had_been_asked(media, tmp_path):
     assert any(name.startswith("load/") for name in names)
     for name in names:
         assert logged(asked, name) == logged(plain, name), name
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_questions_and_know_all_figures(media, tmp_path):
+    """DDP on a CPU; of a model that does not learn, the figures of one process."""
+    script = Path(__file__).parent / "asking.py"
+    found = {}
+    for count in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", "--master_port=29517"]
+        subprocess.run(
+            [*command, str(script), str(media), str(tmp_path / str(count))],
+            check=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        )
+        found[count] = [json.loads(file.read_text()) for file in sorted((tmp_path / str(count)).glob("rank*.json"))]
+    assert len(found[2]) == 2 and found[2][0] == found[2][1]
+    for name, value in found[1][0].items():
+        assert found[2][0][name] == pytest.approx(value, abs=1e-4), name
 
 
 def test_wishes_that_cannot_be_met_are_one_sentence(media, tmp_path):

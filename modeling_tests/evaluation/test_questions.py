@@ -339,8 +339,13 @@ def test_distractors_are_other_answers_of_the_group_by_a_draw_that_stays():
     assert [each.options for each in first] == [each.options for each in again]
     for each in first:
         assert len(set(each.options.values())) == 4 and each.options[each.references[0]] == each.answer
-    with pytest.raises(ValueError, match="its group has 1 other answers to make 3 of"):
-        load_questions(task, rows[:2])
+    assert all(len(each.options) == 2 for each in load_questions(task, rows[:2]))
+    lonely = [*rows[:3], {**rows[3], "task": "lonely"}]
+    assert len(load_questions(task, lonely)[3].options) == 4  # from the other groups
+    own = load_questions(task, [{**rows[0], "options": ["answer 0", "x"]}])
+    assert own[0].options == {"A": "answer 0", "B": "x"} and own[0].references == ["A"]
+    with pytest.raises(ValueError, match="no other row has another answer"):
+        load_questions(task, rows[:1])
 
 
 def test_task_files_are_part_of_the_package():

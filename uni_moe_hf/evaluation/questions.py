@@ -499,25 +499,29 @@ def _letter(answer: str, options: Mapping[str, str]) -> str:
 
 
 def _with_distractors(questions: list[Question], count: int) -> list[Question]:
-    """Options for those without: the right answer among `count` others of their group, by a draw that stays."""
+    """Options for those without: the right answer among up to `count` others of their group, by a draw that stays."""
     pools: dict[str, dict[str, str]] = {}  # group -> normalised -> answer
     for question in questions:
         pools.setdefault(question.group, {}).setdefault(normalize_answer(question.answer), question.answer)
+    everywhere = sorted({bare: answer for pool in pools.values() for bare, answer in pool.items()}.items())
+    sorted_pools = {group: sorted(pool.items()) for group, pool in pools.items()}
     made = []
     for question in questions:
-        right = {normalize_answer(answer) for answer in question.references}
-        others = sorted(answer for bare, answer in pools[question.group].items() if bare not in right)
         if question.options:
             made.append(question)
             continue
-        if len(others) < count:
-            raise ValueError(
-                f"{question.name} cannot be evaluated: it has no options, and its group has {len(others)} other "
-                "answers "
-                f"to make {count} of; give options or more rows."
-            )
+        right = {normalize_answer(answer) for answer in question.references}
         drawn = random.Random(f"{question.key} {question.text}")
-        texts = [*drawn.sample(others, count), question.answer]
+        others: list[str] = []
+        for pool in (sorted_pools[question.group], everywhere):
+            sample = drawn.sample(pool, min(count + len(right), len(pool)))
+            others = others or [answer for bare, answer in sample if bare not in right][:count]
+        if not others:
+            raise ValueError(
+                f"{question.name} cannot be evaluated: it has no options, and no other row has another answer that "
+                "could be one; give options or more rows."
+            )
+        texts = [*others, question.answer]
         drawn.shuffle(texts)
         options = dict(zip(ascii_uppercase, texts, strict=False))
         letters = [letter for letter, text in options.items() if text == question.answer]

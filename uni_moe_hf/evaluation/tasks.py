@@ -43,8 +43,8 @@ class Task:
         decoding (`dict`, *optional*): For `generate`; greedy by default.
         answers, options, groups, keys (`list[str]`, *optional*): Columns that hold them; the first that a row has.
         option (`str`, *optional*, defaults to `"{letter}. {text}"`): How one of the `{options}` is written.
-        distractors (`int`, *optional*, defaults to 0): For rows without options: how many answers of other rows are
-            offered beside the right one.
+        distractors (`int`, *optional*, defaults to 0): For rows without options: how many answers of other rows of
+            their group are offered beside the right one, where there are so many.
         voice (`str`, *optional*, defaults to `"speech"`): What the original's `voice` files are: speech or audio.
         paper (`dict`, *optional*): `metric`, `where` and `values`, name of a model -> what the paper reports; `note`
             where it needs one.
