@@ -35,7 +35,7 @@ ENVIRONMENT = {
 }
 LIBRARIES = ("torch", "huggingface_hub", "tokenizers", "trl", "peft", "accelerate", "datasets")
 # Where training and tools are tested, on the oldest and the newest release.
-TOOLS = ["mixtures", "original", "training", "insight", "cli", "test_examples.py"]
+TOOLS = ["mixtures", "original", "training", "evaluation", "insight", "cli", "test_examples.py"]
 # Logits, of order 0.3, in float32; words and whatever the processor makes must be the same.
 TOLERANCE = 1e-5
 INSTALLED = """
@@ -64,7 +64,7 @@ def python_of(release: str) -> Path:
     if release == "newest":
         wanted = [pinned("torch"), "-e", f"{ROOT}[dev]"]
     else:
-        wanted = [pinned("torch"), f"transformers=={release}", "-e", f"{ROOT}[train,convert]", "av", "hypothesis"]
+        wanted = [pinned("torch"), f"transformers=={release}", "-e", f"{ROOT}[train,evaluate,convert]", "av", "hypothesis"]
         wanted += ["pytest"]
     # What is unpinned is looked up anew every day.
     state = "\n".join([*wanted, (ROOT / "pyproject.toml").read_text(), *([str(date.today())] * (release == "newest"))])
