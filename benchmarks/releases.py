@@ -64,7 +64,14 @@ def python_of(release: str) -> Path:
     if release == "newest":
         wanted = [pinned("torch"), "-e", f"{ROOT}[dev]"]
     else:
-        wanted = [pinned("torch"), f"transformers=={release}", "-e", f"{ROOT}[train,evaluate,convert]", "av", "hypothesis"]
+        wanted = [
+            pinned("torch"),
+            f"transformers=={release}",
+            "-e",
+            f"{ROOT}[train,evaluate,convert]",
+            "av",
+            "hypothesis",
+        ]
         wanted += ["pytest"]
     # What is unpinned is looked up anew every day.
     state = "\n".join([*wanted, (ROOT / "pyproject.toml").read_text(), *([str(date.today())] * (release == "newest"))])
