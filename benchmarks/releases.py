@@ -64,14 +64,8 @@ def python_of(release: str) -> Path:
     if release == "newest":
         wanted = [pinned("torch"), "-e", f"{ROOT}[dev]"]
     else:
-        wanted = [
-            pinned("torch"),
-            f"transformers=={release}",
-            "-e",
-            f"{ROOT}[train,evaluate,convert]",
-            "av",
-            "hypothesis",
-        ]
+        extras = f"{ROOT}[train,evaluate,convert]"
+        wanted = [pinned("torch"), f"transformers=={release}", "-e", extras, "av", "hypothesis"]
         wanted += ["pytest"]
     # What is unpinned is looked up anew every day.
     state = "\n".join([*wanted, (ROOT / "pyproject.toml").read_text(), *([str(date.today())] * (release == "newest"))])

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from lmms_eval.api import instance
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
@@ -29,6 +30,23 @@ MANIFEST = ModelManifest(
 )
 # What `generation_kwargs` of tasks may hold beside what `generate` takes.
 OURS = ("until", "image_aspect_ratio")
+
+
+class Likelihood(tuple, getattr(instance, "GenerationResult", object)):
+    """
+    A loss and whether it is of the greedy choice: a tuple that lmms-eval 0.7 leaves as it is, where it turns others
+    into text before it scores them.
+    """
+
+    token_counts = None
+
+    def __init__(self, _: Any):
+        pass  # the fields of its other parent are below
+
+    @property
+    def text(self) -> tuple[float, bool]:
+        """What lmms-eval takes for the answer."""
+        return tuple(self)
 
 
 class UniMoE(lmms):
@@ -136,15 +154,19 @@ class UniMoE(lmms):
     # --- Likelihoods
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, in nats, and whether greedy search would write it."""
+        """
+        Mean loss of each continuation, in nats a token, and whether greedy search would write it. A loss, since
+        lmms-eval takes the lowest for the likeliest, as the models that come with it return one (`api/task.py`).
+        """
         collate = UniMoEDataCollator(self.processor)
         found: list[tuple[float, bool]] = []
         with tqdm(total=len(requests), desc="uni_moe", disable=self.rank != 0) as bar, torch.no_grad():
             for start in range(0, len(requests), self.batch_size):
                 some = requests[start : start + self.batch_size]
                 batch = on_device(collate([self._continued(request) for request in some]), self.model)
-                sums, _, are_best = label_likelihoods(self.model, batch)
-                found += zip(sums, are_best, strict=True)
+                sums, counts, are_best = label_likelihoods(self.model, batch)
+                losses = [-total / max(count, 1) for total, count in zip(sums, counts, strict=True)]
+                found += [Likelihood(pair) for pair in zip(losses, are_best, strict=True)]
                 bar.update(len(some))
         return found
 
