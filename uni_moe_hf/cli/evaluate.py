@@ -76,8 +76,7 @@ def run(args: argparse.Namespace) -> int:
     elif task.needs_judge:
         raise ValueError(
             f"Task '{task.name}' is scored by a judge: name an OpenAI-compatible server with --judge URL, or score "
-            "it by "
-            "something else with --metrics."
+            "it by something else with --metrics."
         )
     source = args.data[0] if len(args.data) == 1 else args.data
     reading = {name: getattr(args, name) for name in ("split", "config", "columns", "question", "limit", "by")}

@@ -71,8 +71,7 @@ class GenerationCallback(TrainerCallback):
         if self.waits and not self.by_epoch and every % args.eval_steps:
             raise ValueError(
                 f"With `load_best_model_at_end` questions are asked when checkpoints are evaluated: {every} steps "
-                "are no "
-                f"multiple of `eval_steps={args.eval_steps:g}`."
+                f"are no multiple of `eval_steps={args.eval_steps:g}`."
             )
 
     @classmethod

@@ -152,8 +152,7 @@ class Evaluation:
             number, why = min(self.unreadable.items())
             lines.append(
                 f"{len(self.unreadable)} of {len(self.questions)} rows could not be read and are in no figure; the "
-                "first "
-                f"is row {number}: {why}"
+                f"first is row {number}: {why}"
             )
         if self.without_media:
             lines.append(f"{self.without_media} rows have no media and are not asked")
@@ -161,8 +160,7 @@ class Evaluation:
             number, reply = next(iter(self.ungraded.items()))
             lines.append(
                 f"{len(self.ungraded)} of {len(self.questions)} answers got no grade and are in no figure; for the "
-                "first, "
-                f"row {number}, the judge said {reply!r}"
+                f"first, row {number}, the judge said {reply!r}"
             )
         lines += [f"{name} is left out: {why}" for name, why in self.left_out.items()]
         lines += [f"{name}: {EXPLAINED[name]}" for name in names if name in EXPLAINED]

@@ -17,10 +17,9 @@ from .questions import Question
 
 # In our words: who judged the paper's answers, and with which prompt, is not known.
 SYSTEM = (
-    "You grade short answers about a picture, a video or a sound that you cannot see or hear yourself. You are told "
-    "the "
-    "question, the right answer and a candidate's answer. Grade the meaning, not the wording: synonyms and longer "
-    "sentences are fine as long as they say the same and contradict nothing."
+    "You grade short answers about a picture, a video or a sound that you cannot see or hear yourself. You are "
+    "told the question, the right answer and a candidate's answer. Grade the meaning, not the wording: synonyms "
+    "and longer sentences are fine as long as they say the same and contradict nothing."
 )
 PROMPT = (
     "Question: {question}\nRight answer: {reference}\nCandidate's answer: {prediction}\n\n"

@@ -157,8 +157,7 @@ def load_questions(
             if not question.options:
                 raise ValueError(
                     f"{question.name} cannot be evaluated: it offers no options (looked for "
-                    f"{', '.join(task.options)}, "
-                    "the columns A, B, ..., and lines 'A. ...' in the question)."
+                    f"{', '.join(task.options)}, the columns A, B, ..., and lines 'A. ...' in the question)."
                 )
     return found
 
@@ -270,8 +269,7 @@ def _question(task: Task, row: dict, number: int, known: Mapping, media_root: An
     if missing := [kind for kind in task.takes if kind not in kinds]:
         raise ValueError(
             f"the task '{task.name}' is about {' and '.join(task.takes)}, and it holds no {missing[0]}; say which "
-            "column "
-            f"is one with columns (NAME={missing[0]})"
+            f"column is one with columns (NAME={missing[0]})"
         )
     key = str(_first(row, task.keys) if _first(row, task.keys) is not None else number)
     options = _options(task, row, written)
@@ -281,8 +279,7 @@ def _question(task: Task, row: dict, number: int, known: Mapping, media_root: An
     if not answers:
         raise ValueError(
             f"it has no right answer (looked for {', '.join(task.answers)}, and an assistant's message); name its "
-            "column "
-            "with columns (NAME=answer), or give a file of answers"
+            "column with columns (NAME=answer), or give a file of answers"
         )
     references = [_letter(answer, options) for answer in answers] if options and task.needs_options else answers
     groups = _groups(row, (by,) if by else task.groups)

@@ -110,8 +110,7 @@ class Task:
         except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"Task '{self.name}': `prompt` may hold {{question}}, {{options}} and {{hint}}, `option` {{letter}} "
-                "and "
-                f"{{text}}, and nothing else in braces ({error})."
+                f"and {{text}}, and nothing else in braces ({error})."
             ) from error
 
     def _check_decoding(self) -> None:
