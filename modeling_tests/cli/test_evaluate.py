@@ -121,12 +121,32 @@ def test_no_file_of_the_command_is_written_over_another(place, tmp_path, capsys)
         ["--predictions", tmp_path / "p", "--json", tmp_path / "p"],
         ["--predictions", tmp_path / "p.jsonl", "--baseline", "M", "--json", tmp_path / "p.baseline.jsonl"],
         ["--json", tmp_path],
-        ["--answers", tmp_path / "a.json", "--json", tmp_path / "a.json"],
     ):
         data.write_text(rows)
         code, _, err = run(capsys, *arguments, *more)
         assert code == 1 and err.count("\n") == 1 and ("would write over" in err or "names the folder" in err), more
         assert data.read_text() == rows and [file.name for file in tmp_path.iterdir()] == ["data.json"]
+
+
+def test_nothing_of_the_data_or_a_checkpoint_is_written_over(place, tmp_path, capsys):
+    """However it is named: by its folder, a pattern, as a task, as a row's picture."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.fromarray(picture()).save(folder / "a.png")
+    (folder / "rows.jsonl").write_text(json.dumps({"image": "a.png", "question": "what", "answer": "x"}))
+    (folder / "t.yaml").write_text("like: short-answers")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for data, task, target in (
+        (folder, "short-answers", folder / "rows.jsonl"),
+        (f"{folder}/ro*.jsonl", "short-answers", folder / "rows.jsonl"),
+        (folder, folder / "t.yaml", folder / "t.yaml"),
+        (folder, "short-answers", folder / "a.png"),
+        (folder, "short-answers", place / "model2/config.json"),
+    ):
+        arguments = [place / "model2", "--task", task, "--data", data, "--workers", 0, "--json", target]
+        code, _, err = run(capsys, *arguments)
+        assert code == 1 and "would" in err and "written over" in err or "write over" in err, (target, err)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="`ulimit`")

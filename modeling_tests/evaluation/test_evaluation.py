@@ -205,6 +205,16 @@ def test_a_picture_that_changed_is_another_question(model, processor, media, tmp
     (tmp_path / "moved").mkdir()
     (folder / "a.png").rename(tmp_path / "moved/a.png")
     assert ask(given, media_root=tmp_path / "moved").answered_now == 0  # wherever the data lie
+    sounds = [tmp_path / f"{number}/a.wav" for number in range(2)]
+    for number, sound in enumerate(sounds):  # of one name and length
+        sound.parent.mkdir()
+        soundfile.write(sound, tone(pitch=300 + 100 * number), 16000)
+    heard = [[{"question": "what", "audio": str(sound), "answer": "x"}] for sound in sounds]
+    file.rename(tmp_path / "kept")
+    ask(heard[0])
+    with pytest.raises(ValueError, match="holds predictions of other data"):
+        ask(heard[1])
+    (tmp_path / "kept").replace(file)
     Image.fromarray(picture(1, (40, 40))).save(tmp_path / "moved/a.png")
     with pytest.raises(ValueError, match="holds predictions of other data"):
         ask(given, media_root=tmp_path / "moved")
@@ -415,6 +425,9 @@ def test_a_metric_that_does_not_apply_is_left_out_and_the_main_one_is_refused(mo
         ('{"correct": "Yes", "score": 4, "why": "it\'s fine"}', {"correct": True, "score": 4.0}),
         ('<think>{x} is a cat</think> {"correct": "no", "score": 0}', {"correct": False, "score": 0.0}),
         ('{"correct": "yes", "score": null}', None),
+        ("{['yes']}", None),
+        ("{[1]: 2}", None),
+        ('{"correct": "yes", "score": ' + "9" * 400 + "}", None),
         ("yes, 5", None),
         ("", None),
     ],
@@ -446,6 +459,17 @@ def test_judged_answers_are_scored_and_asked_once(model, processor, tmp_path):
     judge.name = "another judge"
     evaluate(model, processor, task, other, judge=judge, predictions=file, workers=0)
     assert len(asked) == 10
+
+
+def test_a_grade_of_an_answer_that_is_gone_is_none(model, processor, tmp_path):
+    task, file = Task("judged", metrics=("judged",), decoding={"max_new_tokens": 2}), tmp_path / "p.jsonl"
+    given = [{"question": "what", "answer": "x"}] * 2
+    judge = lambda messages: '{"correct": "yes", "score": 4}'  # noqa: E731
+    evaluate(model, processor, task, given, judge=judge, predictions=file, workers=0)
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0], *lines[2:]]) + "\n")  # without the first answer
+    found = evaluate(model, processor, task, given, judge=judge, predictions=file, workers=0)
+    assert found.answered_now == 1 and found.figures["all"]["judged_accuracy"].rows == 2
 
 
 def test_an_answer_without_a_grade_is_told_and_in_no_figure(model, processor):

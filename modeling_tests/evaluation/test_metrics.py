@@ -97,6 +97,12 @@ def test_any_annotator_counts_for_exact_match_and_three_others_for_soft_accuracy
         ("(A) red or (B) blue", None),
         ("A. red\nB. blue", None),
         ("B.a bird", "B"),
+        ("Option A is correct.", "A"),
+        ("answer B is wrong, answer A is right", None),
+        ("The answer is B/C", None),
+        ("The answer is B and C", None),
+        ("**Answer:** B", "B"),
+        ("the answer is b", "B"),
     ],
 )
 def test_a_free_answer_is_read_as_a_letter_by_documented_rules(answer, letter):
@@ -113,7 +119,8 @@ def test_labels_need_not_be_letters_from_a_on():
     assert (
         parse_choice("(2)", {"1": "cat", "2": "dog"}) == "2" and parse_choice("dog", {"1": "cat", "2": "dog"}) == "2"
     )
-    assert parse_choice("The answer is b", {"a": "cat", "b": "dog"}) in ("b", None)
+    assert parse_choice("The answer is b", {"a": "cat", "b": "dog"}) == "b"
+    assert parse_choice("The answer is ii", {"i": "cat", "ii": "dog"}) == "ii"
 
 
 def test_choices_are_strict_and_tell_how_many_could_not_be_read():
@@ -244,7 +251,11 @@ def test_where_all_rows_agree_the_interval_is_the_binomial_one():
     assert mean_of([1]).figure().low == pytest.approx(0.025)
     same = mean_of([1, 0, 1]).against(mean_of([1, 0, 1]))
     assert same.value == 0.0 and same.high == -same.low == pytest.approx(1 - 0.025 ** (1 / 3))
-    assert mean_of([0.5, 0.5], unit="").figure().low == 0.5  # no share of yes or no
+    for score in (mean_of([0, 0], unit=""), mean_of([1, 1], unit="points"), ratio_of([0, 0], [1, 1], is_share=False)):
+        figure = score.figure()  # no share of yes or no
+        assert figure.low == figure.value == figure.high
+    apart = mean_of([1] * 5).against(mean_of([0] * 5))
+    assert apart.value == apart.high == 1.0 and apart.low == pytest.approx(0.025 ** (1 / 5))
     assert ratio_of([1, 1, 0], [1, 1, 0]).figure().low == pytest.approx(0.025 ** (1 / 2))  # of two trials
 
 

@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
-from tiny import PACKAGE
+from PIL import Image
+from tiny import PACKAGE, picture
 
 from uni_moe_hf.evaluation.questions import load_questions, with_other_media
 from uni_moe_hf.evaluation.tasks import Task, load_task, task_names
@@ -77,16 +79,25 @@ def test_a_task_that_is_like_another_does_not_inherit_what_the_paper_measured(tm
         ("title: x", "give `metrics`, such as"),
         ("method: prefer\nmetrics: [exact_match]", "leave out `metrics`"),
         ("method: choose\nmetrics: [exact_match]", r"scored by `metrics: \[choice\]`"),
-        ("metrics: [exact_match]\nprompt: '{answer}'", "nothing else in braces"),
+        (
+            "metrics: [exact_match]\nprompt: '{answer}'",
+            "may hold {hint}, {options}, {question} in braces, not {answer}",
+        ),
         ("metrics: [exact_match]\ndecoding: greedy", "must be names with values, got 'greedy'"),
         ("metrics: {a: 1}", "must be a list of names"),
-        ("metrics: [exact_match]\ndecoding: {foo: 1}", "`decoding` cannot hold 'foo'"),
+        ("metrics: [exact_match]\ndecoding: {foo: 1}", "`decoding` cannot hold 'foo'; it takes do_sample"),
         ("metrics: [exact_match]\ndecoding: {num_return_sequences: 2}", "cannot hold 'num_return_sequences'"),
-        ("metrics: [exact_match]\ndecoding: {max_new_tokens: abc}", "whole number above 0, got 'abc'"),
+        ("metrics: [exact_match]\ndecoding: {max_new_tokens: abc}", "whole number from 1, got 'abc'"),
         ("metrics: [exact_match]\ndecoding: {do_sample: maybe}", "`do_sample` must be true or false"),
         ("metrics: [exact_match]\nprompt: 5", "`prompt` must be a text, got 5"),
-        ("metrics: [exact_match]\ndistractors: -1", "`distractors` must be a number, 0 or more"),
+        ("metrics: [exact_match]\ndistractors: -1", "`distractors` must be a number, 0 to 25"),
         ("metrics: [exact_match]\npaper: {values: [1]}", "`paper` needs `values`"),
+        ("metrics: [exact_match]\ndecoding: {top_p: 5}", "`top_p` must be a number from 0 to 1, got 5"),
+        ("metrics: [exact_match]\ndecoding: {eos_token_id: x}", "cannot hold 'eos_token_id'"),
+        ("metrics: [exact_match]\nprompt: '{question.__class__}'", "in braces, not {question.__class__}"),
+        ("metrics: [exact_match]\nprompt: '{question:>99}'", "in braces, not {question}"),
+        ("metrics: [exact_match]\nprompt: '{'", "`prompt` cannot be filled in"),
+        ("metrics: [exact_match]\npaper: {values: {a: high}}", "`paper` needs `values`"),
         ("- a", "must hold names with values"),
         ("a: [", "cannot be read as YAML"),
         ("like: nothing", "like 'nothing', which is no task"),
@@ -182,6 +193,10 @@ def test_answers_may_lie_in_a_file_of_their_own_as_vqa_and_textvqa_have_them(tmp
         ({"choice_a": "cat", "choice_b": "dog", "answer": "B"}, "B"),
         ({"options": "['cat', 'dog']", "answer": "B"}, "B"),
         ({"options": "cat|dog", "answer": "dog"}, "B"),
+        ({"options": "['cat' 'dog']", "answer": "B"}, "B"),
+        ({"options": [{"label": "A", "text": "cat"}, {"label": "B", "text": "dog"}], "answer": "B"}, "B"),
+        ({"options": [{"text": "cat"}, {"text": "dog"}], "answer": "B"}, "B"),
+        ({"options": ["cat", "dog", None], "answer": "B"}, "B"),
     ],
 )
 def test_options_are_read_in_the_forms_in_which_benchmarks_have_them(fields, letter):
@@ -194,13 +209,21 @@ def test_an_option_may_have_several_lines_and_answers_may_be_a_list_as_pandas_wr
     asked = "Which?\nOptions:\nA.one\nline\nB.two\nlines\nAnswer the question using a single word or phrase."
     (found,) = load_questions(CHOICE, written(tmp_path, [original(asked, answer=["B"])]))
     assert found.options == {"A": "one\nline", "B": "two\nlines"}
-    (found,) = load_questions(SHORT, [{"question": "what", "answers": "['dog', \"it's\"]"}])
-    assert found.references == ["dog", "it's"]
+    for written_so in ("['dog', \"it's\"]", "['dog' \"it's\"]"):  # a list, and an array of NumPy's
+        (found,) = load_questions(SHORT, [{"question": "what", "answers": written_so}])
+        assert found.references == ["dog", "it's"]
 
 
 def test_an_answer_that_is_no_option_or_a_question_without_options_is_refused():
     with pytest.raises(ValueError, match="its right answer 'bird' is none of its options"):
         load_questions(CHOICE, [{"question": "Which?", "options": ["cat", "dog"], "answer": "bird"}])
+    for odd in ({"A": {"x": "cat"}, "B": {"x": "dog"}}, {"label": 3, "text": ["x"]}):
+        with pytest.raises(ValueError, match="and not letters with texts"):
+            load_questions(CHOICE, [{"question": "Which?", "options": odd, "answer": "A"}])
+    with pytest.raises(ValueError, match="none of its options"):
+        load_questions(CHOICE, [{"question": "Which?", "options": ["cat", "dog"], "answer": "²"}])
+    with pytest.raises(ValueError, match="it offers no options"):
+        load_questions(CHOICE, [{"question": "Which?", "options": ["cat"], "answer": "A"}])
     with pytest.raises(ValueError, match="it offers no options"):
         load_questions(CHOICE, [{"question": "Which?", "answer": "bird"}])
 
@@ -330,6 +353,22 @@ def test_questions_about_one_picture_get_another_one():
     questions = load_questions(SHORT, rows)
     for mine, other in zip(questions, with_other_media(questions), strict=True):
         assert mine.media[0]["image"] != other.media[0]["image"]
+
+
+def test_the_same_picture_under_another_name_is_not_another_one(tmp_path):
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
+    (tmp_path / "c.png").symlink_to(tmp_path / "a.png")
+    sources = [str(tmp_path / f"{name}.png") for name in "abc"]
+    pictures = [Image.fromarray(picture()), Image.fromarray(picture())]
+    for same in (sources, pictures, [np.zeros((4, 4, 3), np.uint8)] * 2):
+        questions = load_questions(SHORT, [{"question": "what", "image": each, "answer": "x"} for each in same])
+        with pytest.raises(ValueError, match="shows the only image that there is"):
+            with_other_media(questions)
+    grid = [{"question": "what", "image": i, "speech": s, "answer": "x"} for i in "abc" for s in "def"]
+    questions = load_questions(SHORT, grid)
+    for mine, other in zip(questions, with_other_media(questions), strict=True):  # both are another row's
+        assert all(a != b for a, b in zip(mine.media, other.media, strict=True))
 
 
 def test_distractors_are_other_answers_of_the_group_by_a_draw_that_stays():

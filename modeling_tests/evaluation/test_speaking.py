@@ -97,6 +97,14 @@ def test_mmbench_audio_is_made_of_the_originals_rows_and_of_mmbenchs_table(tmp_p
         assert question.options == {"A": "a cat", "B": "a dog"} and question.references == ["B"]
 
 
+def test_race_own_files_are_spoken_question_by_question(tmp_path):
+    row = {"article": "A fox.", "questions": ["q1", "q2"], "options": [["x", "y"], ["z", "w"]], "answers": ["A", "B"]}
+    made = spoken(written(tmp_path, [row]), tmp_path / "out", field="article")
+    assert [each["question"] for each in made] == ["q1", "q2"] and made[0]["speech"] == made[1]["speech"]
+    found = load_questions(load_task("race-audio-high"), tmp_path / "out")
+    assert [each.references for each in found] == [["A"], ["B"]]
+
+
 def test_a_plain_question_that_is_spoken_is_asked_as_the_originals(tmp_path):
     row = {"question": "What is it?", "image": "1.png", "direct_answers": ["cat"] * 10}
     for whole, kinds in ((False, ["image", "speech", "text"]), (True, ["image", "speech"])):
@@ -162,6 +170,10 @@ def test_rows_are_not_written_over_and_a_voice_without_sound_is_none(tmp_path):
     spoken(written(tmp_path, [row]), tmp_path / "out")
     assert soundfile.info(recording).frames > 0
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["rows.jsonl", "speech"]
+    for source in (tmp_path / "out", f"{tmp_path}/out/ro*.jsonl"):  # the same file by other names
+        with pytest.raises(ValueError, match="would be written over itself"):
+            spoken(source, tmp_path / "out")
+    assert (tmp_path / "out/rows.jsonl").read_bytes() == before
     assert [file.name for file in (tmp_path / "out/speech").iterdir()] == [recording.name]
     with pytest.raises(ValueError, match="cannot be read as a shell would"):
         command_voice("say 'x {output}")
@@ -174,6 +186,7 @@ def test_rows_are_not_written_over_and_a_voice_without_sound_is_none(tmp_path):
         ({"question": " ", "answer": "x"}, "no text to say"),
         ({"question": ["x"]}, "no text in 'question'"),
         ({"messages": ["x"]}, "'messages' is not a list of objects"),
+        ({"question": "what", "speech": "x.wav", "answer": "x"}, "it has a recording already"),
         ({"messages": [{"role": "user", "content": 5}]}, "neither text nor a list of parts"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "no turn is by 'user'"),
     ],

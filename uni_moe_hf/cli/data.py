@@ -139,7 +139,7 @@ def speak(args: argparse.Namespace) -> int:
     from ..evaluation.tasks import load_task
 
     task = load_task(args.task) if args.task else None
-    voice = command_voice(args.command) if args.command else espeak_voice(args.voice, args.speed)
+    voice = command_voice(args.command) if args.command is not None else espeak_voice(args.voice, args.speed)
     source, reading = _reading(args)
     said = Counter(
         bool(text)

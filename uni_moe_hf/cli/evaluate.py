@@ -66,7 +66,6 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.predictions import write_original, write_whole
     from ..evaluation.questions import load_questions
 
-    check_files(args)
     if args.original_format and task.method != "generate":
         raise ValueError(f"Task '{task.name}' writes no answers, so there are none for --original-format.")
     judge = None
@@ -84,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     questions = load_questions(
         task, source, **reading
     )  # what is wrong with the rows is said before weights are loaded
+    check_files(args, task, questions)
     if args.to_lmms_eval:
         from ..evaluation.lmms_eval_tasks import export_to_lmms_eval
 
@@ -115,29 +115,34 @@ def run(args: argparse.Namespace) -> int:
             for group, figures in differences.items()
         }
     text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+    if args.json and args.json != "-":  # before a terminal can fail
+        write_whole(args.json, text)
     if args.json == "-":
         sys.stdout.write(text)
     else:
         of = ", ".join(args.data)
         sys.stdout.write(f"{args.checkpoint} on {of}, {asked_how(task)}\n{found.table(baseline)}\n")
-        if args.json:
-            write_whole(args.json, text)
-    return int(bool(found.unreadable))
+    return int(bool(found.unreadable or found.ungraded))
 
 
-def check_files(args: argparse.Namespace) -> None:
+def check_files(args: argparse.Namespace, task: Any, questions: Any) -> None:
     """
-    Before anything is read.
+    Before anything is answered.
 
     Raises:
-        ValueError: a file would be written over another one of the command, or is a folder.
+        ValueError: a file would be written over another one that the command reads or writes, or is a folder.
     """
-    read = [*args.data, *([args.answers] if args.answers else ())]
+    seen = {Path(str(question.row.get("_source"))).resolve(): "one of --data" for question in questions}
+    seen |= {Path(name).resolve(): "--answers or the task" for name in (args.answers, args.task) if name}
     written = {"--predictions": args.predictions, "--original-format": args.original_format}
     written |= {"--json": None if args.json == "-" else args.json}
     if args.predictions and args.baseline:
         written["--predictions of the baseline"] = str(beside(args.predictions))
-    seen = {Path(name).resolve(): "--data or --answers" for name in read}
+    if args.to_lmms_eval:
+        from ..evaluation.lmms_eval_tasks import harness_name
+
+        for ending in ("jsonl", "yaml"):
+            written[f"--to-lmms-eval ({ending})"] = str(Path(args.to_lmms_eval, f"{harness_name(task)}.{ending}"))
     for option, name in written.items():
         if name is None:
             continue
@@ -147,6 +152,20 @@ def check_files(args: argparse.Namespace) -> None:
         if path.is_dir() or not name:
             raise ValueError(f"{option} names the folder '{name or '.'}'; name a file.")
         seen[path] = option
+    places = {path.resolve() for path in map(Path, filter(None, written.values()))}
+    folders = {Path(name).resolve() for name in (args.checkpoint, args.baseline) if name}
+    media = {Path(each).resolve() for question in questions for part in question.media for each in sources_of(part)}
+    for path in places:
+        if path in media or (path.exists() and folders & {*path.parents}):
+            raise ValueError(
+                f"'{path}' would be written over, which is of the data or of a checkpoint; name another file."
+            )
+
+
+def sources_of(part: Any) -> list[str]:
+    """Files of a part."""
+    values = [each for value in part.values() for each in (value if isinstance(value, list) else [value])]
+    return [each for each in values if isinstance(each, str) and len(each) < 4096 and "\0" not in each]
 
 
 def beside(predictions: str) -> Path:

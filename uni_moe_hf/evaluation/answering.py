@@ -55,23 +55,27 @@ def answer_questions(
         `dict[int, dict]`: row number -> record, for each batch: `prediction` (text or letter), `losses` (nats a token:
         of the options by letter, or `own` and `other`), or `unreadable`, why.
     """
-    order = list(range(len(questions))) if in_order else _by_kind_and_length(questions)
+    samples = bool(task.decoding.get("do_sample"))
+    # What is drawn must not depend on the size of a file, which may be mended before a run goes on.
+    order = list(range(len(questions))) if in_order else _by_kind_and_length(questions, with_sizes=not samples)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    known = known or {}
-    numbers = [batch for batch in batches if any(questions[index].number not in known for index in batch)]
-    first = {id(batch): place for place, batch in enumerate(batches)}
-    ask = _Asked(processor, task, questions, others, numbers)
+    # A batch is answered whole, with the seed of its place, also where an earlier run had begun it.
+    left = [
+        (place, batch)
+        for place, batch in enumerate(batches)
+        if any(questions[index].number not in (known or {}) for index in batch)
+    ]
+    prompts = _Prompts(processor, task, questions, others, [batch for _, batch in left])
     workers = min(1, (os.cpu_count() or 1) - 1) if workers is None else workers
     # A batch is made whole by one worker; two wait ready.
     ahead = {"num_workers": workers, "prefetch_factor": 2} if workers else {}
-    samples = bool(task.decoding.get("do_sample"))
     with _answering(model):
         # A generator of its own: who trains meanwhile draws as if nobody had asked.
-        loader = DataLoader(ask, batch_size=None, collate_fn=_as_it_is, generator=torch.Generator(), **ahead)
-        for batch, (inputs, kept, unread) in zip(numbers, _guarded(loader), strict=True):
+        loader = DataLoader(prompts, batch_size=None, collate_fn=_as_it_is, generator=torch.Generator(), **ahead)
+        for (place, _), (inputs, kept, unread) in zip(left, _guarded(loader), strict=True):
             found: dict[int, Record] = {questions[index].number: {"unreadable": why} for index, why in unread.items()}
             if kept:
-                with _drawing(seed * SEEDS_APART + first[id(batch)] if samples else None):
+                with _drawing(seed * SEEDS_APART + place if samples else None):
                     made = _run(model, processor, task, inputs)
                 found |= {questions[index].number: record for index, record in zip(kept, made, strict=True)}
             yield found
@@ -82,10 +86,11 @@ def _guarded(loader: DataLoader) -> Iterator[Any]:
     try:
         yield from loader
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker" not in str(error) and "/torch_" not in str(error):
             raise
         raise OSError(
-            "A process that reads media was killed, perhaps for memory; take fewer rows at once, or no workers."
+            "A process that reads media was killed or found no room in shared memory; take fewer rows at once, or no "
+            "workers."
         ) from error
 
 
@@ -117,13 +122,14 @@ def _drawing(seed: int | None) -> Iterator[None]:
         yield
 
 
-def _by_kind_and_length(questions: Sequence[Question]) -> list[int]:
+def _by_kind_and_length(questions: Sequence[Question], with_sizes: bool) -> list[int]:
     """Indices, neighbours alike: in modalities, then the size of their sounds, then words; the longest first."""
 
     def key(index: int) -> tuple:
         question = questions[index]
         kinds = tuple(str(part.get("type")) for part in question.media)
-        heard = sum(_size(part) for part in question.media if part.get("type") in ("audio", "speech"))
+        clips = [part for part in question.media if part.get("type") in ("audio", "speech")]
+        heard = sum(map(_size, clips)) if with_sizes else 0
         texts = (part.get("text", "") for part in parts_of(question.messages) if part.get("type") == "text")
         return kinds, -heard, -sum(len(text.split()) for text in texts)
 
@@ -139,7 +145,7 @@ def _size(part: Mapping[str, Any]) -> int:
         return 0
 
 
-class _Asked(Dataset):
+class _Prompts(Dataset):
     """Batches as model inputs: `(inputs, indices that are in them, index -> why it could not be read)`."""
 
     def __init__(

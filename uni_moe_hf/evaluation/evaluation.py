@@ -142,7 +142,7 @@ class Evaluation:
         count = len(self._groups()[ALL])
         lines = [f"{title}{asked}: {count:,} row{'s' * (count != 1)}, 95 % bootstrap intervals"]
         if not names:
-            lines.append("no row could be read")
+            lines.append("no answer got a grade" if self.ungraded else "no row could be read")
         else:
             lines += _table(self.figures, names)
         if baseline is not None and names:
@@ -333,7 +333,10 @@ def evaluate(
     }
     if task.decoding.get("do_sample"):  # what is drawn depends on what is asked together
         header |= {"batch size": batch_size, "number of rows": len(asked)}
-    with Predictions(predictions, header, asked, digests) as kept:
+    losses = {"generate": None, "prefer": [2] * len(asked), "choose": [len(each.options) for each in asked]}[
+        task.method
+    ]
+    with Predictions(predictions, header, asked, digests, losses) as kept:
         done_before = len(kept.records)
         start = time.monotonic()
         with tqdm(total=len(asked), initial=done_before, desc=task.name, unit="row", disable=quiet) as bar:

@@ -54,6 +54,8 @@ def open_judge(url: str, model: str = "default", key: str | None = None, timeout
         raise ValueError(
             f"A judge is the address of an OpenAI-compatible server, such as http://localhost:8000/v1, not '{url}'."
         )
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise ValueError("The judge's key (OPENAI_API_KEY) holds characters that no header can; copy it anew.")
     address = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
@@ -65,11 +67,13 @@ def open_judge(url: str, model: str = "default", key: str | None = None, timeout
                 content = json.loads(reply.read(MAX_REPLY))["choices"][0]["message"]["content"] or ""
             return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
         except HTTPError as error:
-            said = " ".join(error.read(MAX_REPLY).decode(errors="replace").split())[:200]
+            said = ""
+            with suppress(HTTPException, OSError, ValueError):
+                said = " ".join(error.read(MAX_REPLY).decode(errors="replace").split())[:200]
             raise OSError(f"The judge at {url} refused: {error.code} {error.reason} ({said or 'no text'}).") from error
         except (HTTPException, OSError) as error:
             raise OSError(f"The judge at {url} cannot be reached: {getattr(error, 'reason', error)}.") from error
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise OSError(f"The judge at {url} answers, but not as an OpenAI-compatible server does.") from error
 
     ask.name = f"{model} at {url}"
@@ -134,14 +138,13 @@ def parse_grade(reply: str) -> dict[str, Any] | None:
     """`correct` and `score` of a reply: JSON or a Python dictionary, also with `pred` for `correct`; else `None`."""
     for text in reversed(re.findall(r"\{[^{}]*\}", reply)):  # what was thought before comes first
         found = None
-        with suppress(ValueError):
-            found = json.loads(text)
-        with suppress(ValueError, SyntaxError):
-            found = found or ast.literal_eval(text)
+        for read in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+                found = found or read(text)
         if not isinstance(found, dict):
             continue
         said, score = str(found.get("correct", found.get("pred"))).lower(), found.get("score")
-        with suppress(ValueError, TypeError):
+        with suppress(ValueError, TypeError, OverflowError):
             if said in ("yes", "no", "true", "false") and 0 <= float(score) <= 5:
                 return {"correct": said in ("yes", "true"), "score": float(score)}
     return None

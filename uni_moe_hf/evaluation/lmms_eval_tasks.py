@@ -4,6 +4,7 @@ functions that the YAML names.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -41,7 +42,7 @@ def export_to_lmms_eval(task: Task, questions: Sequence[Question], folder: str |
         raise ValueError(f"Task '{task.name}' compares likelihoods, which tasks for chat models in lmms-eval cannot.")
     if judged := [name for name in task.metrics if METRICS[name].needs == "judge"]:
         raise ValueError(f"Task '{task.name}' is scored by a judge ('{judged[0]}'); choose others with --metrics.")
-    name, folder = f"uni_moe_{task.name.replace('-', '_')}", Path(folder).resolve()
+    name, folder = harness_name(task), Path(folder).resolve()
     lines = [
         json.dumps({"question": json.dumps(_plain(question)), "metrics": list(task.metrics)}) for question in questions
     ]
@@ -75,6 +76,11 @@ def export_to_lmms_eval(task: Task, questions: Sequence[Question], folder: str |
         f"# {task.title or task.name}, written by `uni-moe evaluate`.\n{text}", encoding="utf-8"
     )
     return name
+
+
+def harness_name(task: Task) -> str:
+    """What a task is called there, and its files."""
+    return f"uni_moe_{re.sub(r'[^A-Za-z0-9_]', '_', task.name)}"
 
 
 class Function(str):

@@ -152,9 +152,16 @@ def parse_choice(prediction: str, options: Mapping[str, str]) -> str | None:
         begun = {label for found in re.findall(rf"(?:^|[\s*]){marked}", text) for label in found if label}
         first = next(label for label in match.groups() if label)
         return labels[first] if begun <= {first} else None
-    said = rf"\b(?i:answer(?:\s+is)?|option|choice)\s*:?\s*(?i:option|choice)?\s*[*(\[]*({known})[*)\]]*(?![\w'])"
-    ends = r"(?=\s*(?:$|[.,;:!?)\]*\n]|because|since|as\b))"
-    named = {m[1] for m in re.finditer(said, text) if m[1] not in ("A", "I") or re.match(ends, text[m.end() :])}
+    label = rf"[\s*(\[]*((?i:{known}))[*)\]]*(?![\w'])"
+    said = rf"\b(?i:answer(?:\s+is)?|option|choice)[\s:*]*(?i:option|choice)?{label}"
+    ends = r"\s*(?:$|[.,;:!?)\]*\n]|because|since|as\b|is\b|was\b)"
+    named = set()
+    for found in re.finditer(said, text):
+        rest = text[found.end() :]
+        if re.match(rf"\s*(?:/|&|,|and\b|or\b){label}", rest):
+            return None  # several
+        if found[1].upper() not in ("A", "I") or re.match(ends, rest):
+            named.add(found[1].upper())
     if named:
         return labels[named.pop()] if len(named) == 1 else None
     answer = normalize_answer(text)
@@ -350,7 +357,7 @@ def _yes_no(rows: Rows) -> dict[str, Contributions]:
         "yes_no_accuracy": mean_of([mine == theirs for mine, theirs in zip(said, truth, strict=True)]),
         "precision": ratio_of(both, yes),
         "recall": ratio_of(both, is_yes),
-        "f1": ratio_of([2.0 * each for each in both], either),
+        "f1": ratio_of([2.0 * each for each in both], either, is_share=False),
         "yes_rate": mean_of(yes),
         "neither_rate": mean_of([each is None for each in said]),
     }
@@ -358,7 +365,7 @@ def _yes_no(rows: Rows) -> dict[str, Contributions]:
 
 def _word_error_rate(rows: Rows) -> dict[str, Contributions]:
     errors, words = zip(*(word_errors(row.prediction, row.references) for row in rows), strict=True)
-    return {"word_error_rate": ratio_of(errors, words)}
+    return {"word_error_rate": ratio_of(errors, words, is_share=False)}
 
 
 def _cider(rows: Rows) -> dict[str, Contributions]:

@@ -46,6 +46,7 @@ class Predictions:
         header (`dict`): What they are of; a file of something else is refused.
         questions (`list[Question]`): Whose answers they are.
         digests (`list[str]`): Of what each answer follows from.
+        losses (`list[int]`, *optional*): How many each record has; predictions without.
 
     Attributes:
         records (`dict[int, dict]`): Row number -> record.
@@ -56,12 +57,19 @@ class Predictions:
     """
 
     def __init__(
-        self, path: str | Path | None, header: Mapping[str, Any], questions: list[Question], digests: list[str]
+        self,
+        path: str | Path | None,
+        header: Mapping[str, Any],
+        questions: list[Question],
+        digests: list[str],
+        losses: list[int] | None = None,
     ):
         self.path = None if path is None else Path(path)
         self.header = dict(header)
         self.questions = {question.number: question for question in questions}
         self.digests = {question.number: digest for question, digest in zip(questions, digests, strict=True)}
+        counts = losses or [0] * len(questions)
+        self.losses = {question.number: count for question, count in zip(questions, counts, strict=True)}
         self.records: dict[int, Record] = {}
         self._unreadable: dict[int, str] = {}  # as the file has it: files may have been mended since
         self._file: Any = None
@@ -138,14 +146,11 @@ class Predictions:
             row = json.loads(line)
             number, digest = int(row.pop("row")), row.pop("digest")
             record = {name: value for name, value in row.items() if name not in FOR_READING}
-            is_whole = isinstance(record.get("prediction", ""), str) and isinstance(record.get("judgement", {}), dict)
-            is_whole &= all(math.isfinite(loss) for loss in record.get("losses", ())) and bool(record)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            is_whole = self._is_whole(number, record)
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             is_whole = False
         if not is_whole:
-            raise ValueError(
-                f"Line {line_number} of '{self.path}' is no prediction; delete that line, and its row is asked."
-            )
+            raise ValueError(f"Line {line_number} of '{self.path}' is no prediction; delete it, and its row is asked.")
         if number not in self.questions:
             return  # of a run without --limit
         is_same = self.digests[number] == digest
@@ -157,8 +162,18 @@ class Predictions:
                 f"'{self.path}' holds predictions of other data: row {number} asks something else there; name another "
                 "file, or delete it."
             )
-        else:
+        elif "judgement" not in record or number in self.records:  # a grade of an answer that is gone is none
             self.records[number] = {**self.records.get(number, {}), **record}
+
+    def _is_whole(self, number: int, record: Record) -> bool:
+        """Whether a record has what the task makes."""
+        if "unreadable" in record or number not in self.questions:
+            return True
+        if "judgement" in record:
+            return isinstance(record["judgement"], dict) and isinstance(record.get("judged"), str)
+        if count := self.losses[number]:
+            return len(record["losses"]) == count and all(math.isfinite(loss) for loss in record["losses"])
+        return isinstance(record["prediction"], str)
 
     def _begin(self) -> None:
         self._file.truncate(0)
@@ -220,11 +235,15 @@ def write_whole(path: str | Path, text: str) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # what a link names, not the link
+    data = text.encode(errors="backslashreplace")  # half characters as JSON escapes them
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        if path.exists() and not path.is_file():  # a pipe or a device
+            path.write_bytes(data)
+            return
+        partial.write_bytes(data)
         partial.replace(path)
     except OSError as error:
         raise OSError(f"'{path}' cannot be written: {reason(error)}.") from error

@@ -5,7 +5,6 @@ Takes rows in any form that training takes, and the original's records for evalu
 their own, media without a place in the text, paths from a root that is elsewhere.
 """
 
-import ast
 import json
 import random
 import re
@@ -13,13 +12,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
 from ..hub.configuration_uni_moe import MODALITIES
-from ..hub.conversations_uni_moe import SOURCE_KEYS
 from ..hub.media_uni_moe import MEDIA_COLUMNS, MEDIA_NAMES
 from ..training.row_files import iter_rows, row_changes
 from ..training.rows import ANSWERS as PLAIN_ANSWERS
@@ -34,13 +33,20 @@ from ..training.rows import (
     row_to_messages,
 )
 from .metrics import normalize_answer
+from .references import (
+    INSTRUCTION,
+    WHOLE,
+    bare_question,
+    first_of,
+    known_answers,
+    letter_of,
+    options_of,
+    right_answers,
+)
 from .tasks import Task
 
 
-WHOLE = ("messages", "conversations")
-# A line of the original's prompts that says how to answer, and is no part of the question.
-INSTRUCTION = re.compile(r"\n[^\n]*\banswer the question using a single word or phrase\.?\s*$", re.IGNORECASE)
-OPTION_LINE = re.compile(r"^\s*\(?([A-Z])\s*[.):]\s*(.*?)\s*$")
+BLOCK = 4096  # bytes
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Question:
 
 
 def digest_of(value: Any) -> str:
-    """Of anything that JSON holds, and of media in memory; files count by name and size, wherever they lie."""
+    """Of anything that JSON holds, and of media in memory; files count by name and content, wherever they lie."""
     return sha256(json.dumps(_identity(value), sort_keys=True).encode(errors="replace")).hexdigest()[:12]
 
 
@@ -99,12 +105,22 @@ def _identity(value: Any) -> Any:
     if isinstance(value, str | Path) and 0 < len(str(value)) < 1000 and "\n" not in str(value):
         with suppress(OSError, ValueError):
             if (path := Path(value)).is_file():
-                return [path.name, path.stat().st_size]
+                return [path.name, path.stat().st_size, _glimpse(path)]
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if hasattr(value, "tobytes"):  # a picture or an array
         return sha256(value.tobytes()).hexdigest()
     return sha256(value).hexdigest() if isinstance(value, bytes) else f"<{type(value).__name__}>"
+
+
+def _glimpse(path: Path) -> str:
+    """Of the beginning, middle and end of a file, which tell clips of one length apart."""
+    size, seen = path.stat().st_size, sha256()
+    with path.open("rb") as file:
+        for place in (0, size // 2, max(0, size - BLOCK)):
+            file.seek(place)
+            seen.update(file.read(BLOCK))
+    return seen.hexdigest()[:12]
 
 
 def load_questions(
@@ -137,9 +153,9 @@ def load_questions(
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise ValueError(f"`limit` is {limit!r}; it must be a number of rows, 1 or more.")
     reading = {"split": split, "config": config, "columns": columns, "question": question}
-    known = _known_answers(Path(answers)) if answers is not None else {}
+    known = known_answers(Path(answers)) if answers is not None else {}
     found = []
-    for row in _single(_numbered(rows, reading)):
+    for row in single_questions(_numbered(rows, reading)):
         if limit is not None and len(found) == limit and not task.distractors:  # these are drawn from all rows
             break
         try:
@@ -154,7 +170,7 @@ def load_questions(
         found = _with_distractors(found, task.distractors)[:limit]
     if task.needs_options:
         for question in found:
-            if not question.options:
+            if len(question.options) < 2:
                 raise ValueError(
                     f"{question.name} cannot be evaluated: it offers no options (looked for "
                     f"{', '.join(task.options)}, the columns A, B, ..., and lines 'A. ...' in the question)."
@@ -182,16 +198,20 @@ def with_other_media(questions: list[Question], seed: int = 0) -> list[Question]
             alike.setdefault((question.group, kinds), []).append(index)
     if not alike:
         raise ValueError("No row has media, so there are no other row's to ask with.")
-    shown = [tuple(map(_source, question.media)) for question in questions]
+    shown = [[digest_of(_without_name(part)) for part in question.media] for question in questions]
     result = list(questions)
     for (_, kinds), indices in alike.items():
         shuffler.shuffle(indices)
         elsewhere = [index for (_, same), found in alike.items() if same == kinds for index in found]
+        differ = len({tuple(shown[index]) for index in indices}) > 1
         for place, target in enumerate(indices):
-            # The next that shows something else: several questions may be about one picture.
-            ring = (*indices[place + 1 :], *indices[:place]) if len({shown[index] for index in indices}) > 1 else ()
-            source = next((index for index in (*ring, *elsewhere) if shown[index] != shown[target]), None)
+            # The next that shows something else throughout: several questions may be about one picture.
+            ring = (*indices[place + 1 :], *indices[:place]) if differ else ()
+            apart = partial(_differences, shown[target])
+            source = next((index for index in ring if apart(shown[index]) == len(kinds)), None)
             if source is None:
+                source = max((*ring, *elsewhere), key=lambda index, apart=apart: apart(shown[index]))
+            if not apart(shown[source]):
                 raise ValueError(
                     f"{questions[target].name} shows the only {' and '.join(map(str, kinds))} that there is, so no "
                     "other row's media can stand in; give more rows."
@@ -200,12 +220,17 @@ def with_other_media(questions: list[Question], seed: int = 0) -> list[Question]
     return result
 
 
-def _source(part: Mapping[str, Any]) -> Any:
-    """What tells a clip from another: its path, or the object itself."""
-    value = next((part[key] for key in (str(part.get("type")), *SOURCE_KEYS) if part.get(key) is not None), None)
-    if isinstance(value, list | tuple):
-        return tuple(map(str, value))
-    return value if isinstance(value, str | bytes) else id(value)
+def _differences(one: list[str], other: list[str]) -> int:
+    return sum(mine != theirs for mine, theirs in zip(one, other, strict=True))
+
+
+def _without_name(part: Mapping[str, Any]) -> Any:
+    """A part whose files count by their content alone."""
+    value = _identity(part)
+    return {
+        key: each[1:] if isinstance(each, list) and len(each) == 3 and isinstance(each[1], int) else each
+        for key, each in value.items()
+    }
 
 
 def _replaced(question: Question, media: list[Mapping[str, Any]]) -> list[dict]:
@@ -238,7 +263,7 @@ def _numbered(rows: Any, reading: Mapping[str, Any]) -> Iterator[dict[str, Any]]
         yield change({**place, **{name: value for name, value in row.items() if value is not None}})
 
 
-def _single(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def single_questions(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """RACE's own files have several questions about one article in a row; each becomes a row."""
     for row in rows:
         lists = [row.get(name) for name in ("questions", "options", "answers")]
@@ -254,11 +279,6 @@ def _columns(row: Mapping[str, Any]) -> str:
     return ", ".join(name for name in row if name not in PLACE)
 
 
-def _first(row: Mapping[str, Any], names: Iterable[str]) -> Any:
-    """What the first of these columns holds that a row has."""
-    return next((row[name] for name in names if row.get(name) is not None), None)
-
-
 def _question(task: Task, row: dict, number: int, known: Mapping, media_root: Any, by: str | None) -> Question:
     if row.get("_unreadable"):
         raise ValueError(row["_unreadable"])
@@ -271,9 +291,9 @@ def _question(task: Task, row: dict, number: int, known: Mapping, media_root: An
             f"the task '{task.name}' is about {' and '.join(task.takes)}, and it holds no {missing[0]}; say which "
             f"column is one with columns (NAME={missing[0]})"
         )
-    key = str(_first(row, task.keys) if _first(row, task.keys) is not None else number)
-    options = _options(task, row, written)
-    answers = known.get(key) or known.get((key, _bare(written).lower())) or _right_answers(task, row) or ended
+    key = str(first_of(row, task.keys) if first_of(row, task.keys) is not None else number)
+    options = options_of(task, row, written)
+    answers = known.get(key) or known.get((key, bare_question(written).lower())) or right_answers(task, row) or ended
     if known and not answers:
         raise ValueError(f"the file of answers has none for '{key}'")
     if not answers:
@@ -281,7 +301,7 @@ def _question(task: Task, row: dict, number: int, known: Mapping, media_root: An
             f"it has no right answer (looked for {', '.join(task.answers)}, and an assistant's message); name its "
             "column with columns (NAME=answer), or give a file of answers"
         )
-    references = [_letter(answer, options) for answer in answers] if options and task.needs_options else answers
+    references = [letter_of(answer, options) for answer in answers] if options and task.needs_options else answers
     groups = _groups(row, (by,) if by else task.groups)
     for text in (*references, *groups, key, *options, *options.values()):
         check_characters(text, "an answer, option or name")
@@ -291,7 +311,7 @@ def _question(task: Task, row: dict, number: int, known: Mapping, media_root: An
         messages=rooted(messages, None if root is None else Path(root)) if kinds - {"text"} else messages,
         references=references,
         options=options,
-        text=_bare(written) or str(row.get("spoken", "")),
+        text=bare_question(written) or str(row.get("spoken", "")),
         groups=groups or ("+".join(k for k in MODALITIES if k in kinds) or "text",),
         key=key,
         name=describe_row(row),
@@ -346,7 +366,7 @@ def filled_prompt(task: Task, row: Mapping[str, Any]) -> tuple[str, str | None]:
     Raises:
         ValueError: the question is no text.
     """
-    question, hint, options = _first(row, QUESTIONS), row.get("hint"), _options(task, row, "")
+    question, hint, options = first_of(row, QUESTIONS), row.get("hint"), options_of(task, row, "")
     if question is not None and not isinstance(question, str):
         raise ValueError(f"the question is a {type(question).__name__}, not a text")
     has_instruction = INSTRUCTION.search("\n" + task.prompt) is not None
@@ -397,102 +417,15 @@ def _with_marks(turns: Any, media: Mapping[str, Any], order: tuple[str, ...] = (
     return [*turns[:first], {**turns[first], "value": value}, *turns[first + 1 :]]
 
 
-def _bare(text: str) -> str:
-    """A question without the line that says how to answer."""
-    return INSTRUCTION.sub("", text).strip()
-
-
 def _groups(row: Mapping[str, Any], names: Iterable[str]) -> tuple[str, ...]:
     """A row of several categories counts in each."""
-    value = _first(row, names)
+    value = first_of(row, names)
     values = value if isinstance(value, list | tuple) else [] if value is None else [value]
     # "all" is the name of all rows together.
     return tuple(dict.fromkeys(f"{each} (group)" if str(each) == "all" else str(each) for each in values))
 
 
-# --- Answers and options
-
-
-def _right_answers(task: Task, row: Mapping[str, Any]) -> list[str]:
-    numbered = sorted(name for name in row if re.fullmatch(r"(?:caption|answer)_?\d+", name))
-    names = (*task.answers, *(PLAIN_ANSWERS if not any(name in row for name in WHOLE) else ()))
-    value = _first(row, names)
-    if value is None and numbered:
-        value = [row[name] for name in numbered if row[name] is not None]
-    return _texts(value)
-
-
-def _texts(value: Any) -> list[str]:
-    """Answers of a field: a text, a number, a list of them, or objects with `answer`, as VQA's annotations have it."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            value = ast.literal_eval(value)  # also as pandas writes a list into a table
-    if isinstance(value, Mapping):
-        value = value.get("answer", value.get("text"))
-    if isinstance(value, list | tuple):
-        return [text for each in value for text in _texts(each)]
-    if value is None or isinstance(value, float) and value != value:
-        return []
-    text = str(value).strip()
-    return [text] if text else []
-
-
-def _options(task: Task, row: Mapping[str, Any], written: str) -> dict[str, str]:
-    value = _first(row, task.options)
-    if isinstance(value, str):
-        lines = value.splitlines() if "\n" in value.strip() else value.split("|")
-        try:
-            value = ast.literal_eval(value)  # also as pandas writes a list into a table
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            value = [line.strip() for line in lines if line.strip()]
-    if isinstance(value, Mapping) and {"label", "text"} <= value.keys():  # as ARC and its kin have it
-        value = dict(zip(value["label"], value["text"], strict=False))
-    if isinstance(value, Mapping):
-        return {str(letter): str(text) for letter, text in value.items()}
-    if isinstance(value, list | tuple):
-        texts = [str(text) for text in value]
-        if len(texts) > len(ascii_uppercase):
-            raise ValueError(f"it has {len(texts)} options, more than there are letters")
-        lines = [OPTION_LINE.match(text) for text in texts]
-        if texts and all(line and line[1] == letter for line, letter in zip(lines, ascii_uppercase, strict=False)):
-            texts = [line[2] for line in lines]
-        return dict(zip(ascii_uppercase, texts, strict=False))
-    for columns in (
-        {letter: letter for letter in "ABCDEFGH"},
-        {letter: f"choice_{letter.lower()}" for letter in "ABCDEFGH"},
-    ):
-        texts = {letter: _texts(row.get(name)) for letter, name in columns.items()}
-        if texts["A"] and texts["B"]:
-            return {letter: found[0] for letter, found in texts.items() if found}
-    return written_options(written)
-
-
-def written_options(text: str) -> dict[str, str]:
-    """Options that stand in a question as lines `A. ...`; what follows on further lines belongs to them."""
-    found: dict[str, str] = {}
-    for line in _bare(text).splitlines():
-        match = OPTION_LINE.match(line)
-        if match and len(found) < 26 and match[1] == ascii_uppercase[len(found)]:
-            found[match[1]] = match[2]
-        elif found:
-            last = ascii_uppercase[len(found) - 1]
-            found[last] = f"{found[last]}\n{line}".strip()
-    return found if len(found) > 1 else {}
-
-
-def _letter(answer: str, options: Mapping[str, str]) -> str:
-    """An answer as the letter of its option: a letter, an option's text, or its place, from 0."""
-    bare = answer.strip().strip("().").strip()
-    if bare in options:
-        return bare
-    same = [letter for letter, text in options.items() if text.strip().lower() == answer.strip().lower()]
-    if len(same) == 1:
-        return same[0]
-    if bare.upper() in options:
-        return bare.upper()
-    if bare.isdigit() and int(bare) < len(options):
-        return list(options)[int(bare)]
-    raise ValueError(f"its right answer {answer!r} is none of its options {dict(options)}")
+# --- Options of those without
 
 
 def _with_distractors(questions: list[Question], count: int) -> list[Question]:
@@ -526,38 +459,11 @@ def _with_distractors(questions: list[Question], count: int) -> list[Question]:
     return made
 
 
-def _known_answers(file: Path) -> dict[Any, list[str]]:
-    """Name of a row, or that of its picture with its question -> answers."""
-    if not file.is_file():
-        raise ValueError(f"There is no file of answers '{file}'; check the path.")
-    rows: Iterable[Any] = ()
-    if file.suffix == ".json":
-        try:
-            whole = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, OSError, RecursionError) as error:
-            raise ValueError(f"The file of answers '{file}' is no valid JSON ({error}).") from error
-        rows = (
-            next((whole[name] for name in ("annotations", "data") if name in whole), ())
-            if isinstance(whole, dict)
-            else whole
-        )
-    else:
-        rows = iter_rows(str(file))
-    found: dict[Any, list[str]] = {}
-    for row in rows if isinstance(rows, Iterable) else ():
-        if not isinstance(row, Mapping) or not (
-            answers := _texts(_first(row, ("answers", "gt", "answer", "captions")))
-        ):
-            continue
-        if (key := _first(row, ("question_id", "id", "index"))) is not None:
-            found[str(key)] = answers
-        if row.get("image_id") is not None and isinstance(row.get("question"), str):
-            found[str(row["image_id"]), row["question"].strip().lower()] = answers
-    if not found:
-        raise ValueError(
-            f"'{file}' holds no answers: it needs `annotations`, `data` or rows, with `question_id` and `answers`."
-        )
-    return found
-
-
-__all__ = ["Question", "digest_of", "filled_prompt", "load_questions", "with_other_media", "written_options"]
+__all__ = [
+    "Question",
+    "digest_of",
+    "filled_prompt",
+    "load_questions",
+    "single_questions",
+    "with_other_media",
+]

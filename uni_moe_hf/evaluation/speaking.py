@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -20,7 +21,8 @@ from ..hub.files_uni_moe import reason
 from ..hub.media_uni_moe import MEDIA_NAMES
 from ..training.row_files import iter_rows
 from ..training.rows import PLACE, QUESTIONS, describe_row
-from .questions import INSTRUCTION, filled_prompt, written_options
+from .questions import filled_prompt, single_questions
+from .references import INSTRUCTION, written_options
 from .tasks import Task
 
 
@@ -164,15 +166,15 @@ def speak_rows(
     (folder / "speech").mkdir(parents=True, exist_ok=True)
     partial = folder / f".rows.jsonl.{os.getpid()}.partial"
     half = folder / "speech" / f".{os.getpid()}.wav"
-    named = [source] if isinstance(source, str | Path) else source
-    if isinstance(named, list | tuple) and any(
-        Path(each).resolve() == (folder / "rows.jsonl").resolve() for each in named
-    ):
-        raise ValueError(f"'{folder / 'rows.jsonl'}' would be written over itself; name another folder.")
+    target = (folder / "rows.jsonl").resolve()
+    if task is not None and field is not None:
+        raise ValueError("A task's prompt and a column were named; what is said is one of the two.")
     speaker = getattr(voice, "name", "")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            for row in iter_rows(source, **reading):
+            for row in single_questions(iter_rows(source, **reading)):
+                if Path(str(row.get("_source"))).resolve() == target:
+                    raise ValueError(f"'{target}' would be written over itself; name another folder.")
                 try:
                     text, made = _spoken(row, field, whole, task)
                     name = f"speech/{sha256(f'{speaker} {text}'.encode()).hexdigest()[:16]}.wav"
@@ -189,7 +191,8 @@ def speak_rows(
         partial.replace(folder / "rows.jsonl")
     finally:
         partial.unlink(missing_ok=True)
-        half.unlink(missing_ok=True)
+        with suppress(OSError):
+            half.unlink(missing_ok=True)
 
 
 def _is_recording(path: Path) -> bool:
@@ -217,6 +220,8 @@ def _spoken(
     if row.get("_unreadable"):
         raise ValueError(row["_unreadable"])
     kept = {name: value for name, value in row.items() if name not in PLACE and value is not None}
+    if any(kept.get(name) for name in ("speech", "voice")) and not isinstance(kept.get("conversations"), list):
+        raise ValueError("it has a recording already, which this one would take the place of.")
     whole_name = next((name for name in ("messages", "conversations") if isinstance(kept.get(name), list)), None)
     if field is None and whole_name is not None:
         return _spoken_turn(kept, whole_name, whole)
@@ -266,7 +271,11 @@ def _spoken_turn(kept: dict[str, Any], name: str, whole: bool) -> tuple[str, Cal
         asked = {**last, "value": "\n".join([*marks, "<audio>"]) + rest}
         options = written_options(text)  # can no longer be read where they are only heard
         kept |= {"options": options} if options and "options" not in kept else {}
-        made = lambda recording: with_turn(asked, spoken=text, voice=[recording])  # noqa: E731
+        before = kept.get("voice") or []
+        before = before if isinstance(before, list) else [before]
+        if len(before) != sum(str(turn.get("value", "")).count("<audio>") for turn in turns):
+            raise ValueError("it has recordings without a place in the text, or places without a recording.")
+        made = lambda recording: with_turn(asked, spoken=text, voice=[*before, recording])  # noqa: E731
     else:
         content = last.get("content")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -301,7 +310,7 @@ def _moved(row: dict[str, Any], root: Path | None) -> dict[str, Any]:
     for name, value in row.items():
         if name in ("messages", "prompt", "completion") and isinstance(value, list):
             value = [_moved_message(message, root) for message in value]
-        elif name.lower() in MEDIA_NAMES and name not in ("speech", "voice"):
+        elif name.lower() in MEDIA_NAMES:
             value = _moved_file(value, root)
         made[name] = value
     return made

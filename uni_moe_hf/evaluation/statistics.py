@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,11 +56,13 @@ class Contributions:
         rows (`np.ndarray` of shape `(N, K)`): Numbers that are summed over rows, such as hits and trials.
         value (`Callable`): Sums `(K,)` -> the figure.
         unit (`str`): As in [`Figure`].
+        is_share (`bool`): Whether it is the share of trials that went one way: numbers of hits over numbers of trials.
     """
 
     rows: np.ndarray
     value: Callable[[np.ndarray], float]
     unit: str = "%"
+    is_share: bool = False
 
     def figure(self, seed: int = 0) -> Figure:
         """The figure with its interval."""
@@ -83,18 +85,16 @@ class Contributions:
             raise ValueError(f"A paired comparison needs the same rows, got {len(self.rows)} and {len(other.rows)}.")
         ones = np.ones(len(self.rows))
         mine, others = _resampled([self, other], seed) if len(self.rows) else (np.empty(0), np.empty(0))
-        doubt = self._doubt() if np.array_equal(self.rows, other.rows) else 0.0
-        return _figure(self._of(ones) - other._of(ones), mine - others, len(self.rows), self.unit, doubt, doubt)
+        doubt = 0.0
+        if self.is_share and other.is_share and len({*map(tuple, self.rows - other.rows)}) == 1:
+            doubt = max(self._doubt(), other._doubt())
+        found = _figure(self._of(ones) - other._of(ones), mine - others, len(self.rows), self.unit, doubt, doubt)
+        return replace(found, low=max(found.low, -1.0), high=min(found.high, 1.0)) if doubt else found
 
     def _doubt(self) -> float:
         """What a share may be that was never seen in so many trials, at 97.5 %; 0 for what is no such share."""
-        if (
-            self.rows.shape[-1] != 2
-            or not np.isin(self.rows, (0.0, 1.0)).all()
-            or not (trials := self.rows[:, 1].sum())
-        ):
-            return 0.0
-        return 1 - ((1 - LEVEL) / 2) ** (1 / trials)
+        trials = self.rows[:, 1].sum() if self.is_share and np.isin(self.rows, (0.0, 1.0)).all() else 0
+        return 1 - ((1 - LEVEL) / 2) ** (1 / trials) if trials else 0.0
 
     def _of(self, weights: np.ndarray) -> float:
         return self.value(weights @ self.rows) if len(self.rows) else math.nan
@@ -113,17 +113,18 @@ def mean_of(values: Any, unit: str = "%") -> Contributions:
     return ratio_of(values, np.ones(len(values)), unit)
 
 
-def ratio_of(numerators: Any, denominators: Any, unit: str = "%") -> Contributions:
+def ratio_of(numerators: Any, denominators: Any, unit: str = "%", is_share: bool = True) -> Contributions:
     """
     Args:
         numerators, denominators (array-like of shape `(N,)`): Per row.
         unit (`str`, *optional*, defaults to `"%"`): As in [`Figure`].
+        is_share (`bool`, *optional*, defaults to `True`): As in [`Contributions`]; only of per cent.
 
     Returns:
         [`Contributions`] whose figure is the sum of one over the sum of the other; no number where that is 0.
     """
     rows = np.stack([np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)], axis=-1)
-    return Contributions(rows, lambda sums: sums[0] / sums[1] if sums[1] else math.nan, unit)
+    return Contributions(rows, lambda sums: sums[0] / sums[1] if sums[1] else math.nan, unit, is_share and unit == "%")
 
 
 def _resampled(several: list[Contributions], seed: int) -> list[np.ndarray]:

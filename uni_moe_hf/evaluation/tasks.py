@@ -4,18 +4,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import yaml
-from transformers import GenerationConfig
 
 from ..hub.configuration_uni_moe import MODALITIES
 from .metrics import METRICS
 
 
 FOLDER = Path(__file__).parent / "task_files"
-# Settings of `generate` that change what it returns.
-NOT_FOR_ANSWERS = ("num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits", "stop_strings")
+# Settings of `generate` that a task may have: least, most and kind.
+DECODING = {
+    "do_sample": (0, 1, bool),
+    "max_new_tokens": (1, 1 << 20, int),
+    "min_new_tokens": (0, 1 << 20, int),
+    "num_beams": (1, 1024, int),
+    "no_repeat_ngram_size": (0, 1024, int),
+    "top_k": (0, 1 << 20, int),
+    "temperature": (0, 100, int | float),
+    "top_p": (0, 1, int | float),
+    "min_p": (0, 1, int | float),
+    "typical_p": (0, 1, int | float),
+    "length_penalty": (-100, 100, int | float),
+    "repetition_penalty": (0, 100, int | float),
+    "early_stopping": (0, 1, bool),
+}
+MAX_DISTRACTORS = 25  # and the right answer: as many as there are letters
 METHODS = ("generate", "choose", "prefer")
 # Columns that may hold right answers, options, groups and names of rows, where a task names no others.
 ANSWERS = ("gt", "answers", "direct_answers", "references", "captions", "answer", "label")
@@ -85,11 +100,10 @@ class Task:
         for name in ("name", "title", "prompt", "option", "notes"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"Task '{self.name}': `{name}` must be a text, got {getattr(self, name)!r}.")
-        if not isinstance(self.distractors, int) or self.distractors < 0:
-            raise ValueError(
-                f"Task '{self.name}': `distractors` must be a number, 0 or more, got {self.distractors!r}."
-            )
-        if not isinstance(self.paper.get("values", {}), Mapping):
+        if isinstance(self.distractors, bool) or self.distractors not in range(MAX_DISTRACTORS + 1):
+            raise ValueError(f"Task '{self.name}': `distractors` must be a number, 0 to 25, got {self.distractors!r}.")
+        values = self.paper.get("values", {})
+        if not isinstance(values, Mapping) or not all(isinstance(each, int | float) for each in values.values()):
             raise ValueError(f"Task '{self.name}': `paper` needs `values`, a model's name -> its figure.")
         self._check_decoding()
         self._check("method", [self.method], METHODS)
@@ -104,30 +118,32 @@ class Task:
             )
         if self.method == "choose" and self.metrics != ("choice",):
             raise ValueError(f"Task '{self.name}': `method: choose` is scored by `metrics: [choice]`.")
-        try:
-            self.prompt.format(question="", options="", hint="")
-            self.option.format(letter="", text="")
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"Task '{self.name}': `prompt` may hold {{question}}, {{options}} and {{hint}}, `option` {{letter}} "
-                f"and {{text}}, and nothing else in braces ({error})."
-            ) from error
+        for name, places in (("prompt", {"question", "options", "hint"}), ("option", {"letter", "text"})):
+            try:
+                held = [each[1:] for each in Formatter().parse(getattr(self, name)) if each[1] is not None]
+            except ValueError as error:
+                raise ValueError(f"Task '{self.name}': `{name}` cannot be filled in: {error}.") from error
+            if wrong := [place for place, form, how in held if place not in places or form or how]:
+                known = ", ".join(f"{{{each}}}" for each in sorted(places))
+                raise ValueError(f"Task '{self.name}': `{name}` may hold {known} in braces, not {{{wrong[0]}}}.")
 
     def _check_decoding(self) -> None:
         """What `generate` takes, and answers can be made of."""
-        known = GenerationConfig().to_dict()
         for name, value in self.decoding.items():
-            if name not in known or name in NOT_FOR_ANSWERS:
+            if name not in DECODING:
                 raise ValueError(
-                    f"Task '{self.name}': `decoding` cannot hold '{name}'; it takes settings of `generate`."
+                    f"Task '{self.name}': `decoding` cannot hold '{name}'; it takes {', '.join(DECODING)}."
                 )
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if name in ("max_new_tokens", "num_beams") and not (isinstance(value, int) and is_number and value > 0):
-                raise ValueError(f"Task '{self.name}': `{name}` must be a whole number above 0, got {value!r}.")
-            if name == "do_sample" and not isinstance(value, bool):
-                raise ValueError(f"Task '{self.name}': `do_sample` must be true or false, got {value!r}.")
-            if name in ("temperature", "top_p") and not (is_number and value >= 0):
-                raise ValueError(f"Task '{self.name}': `{name}` must be a number, 0 or more, got {value!r}.")
+            low, high, kind = DECODING[name]
+            is_kind = (
+                isinstance(value, bool) if kind is bool else isinstance(value, kind) and not isinstance(value, bool)
+            )
+            if not is_kind or not low <= value <= high:
+                words = {bool: "true or false", int: f"a whole number from {low}"}
+                raise ValueError(
+                    f"Task '{self.name}': `{name}` must be {words.get(kind, f'a number from {low} to {high}')}, got "
+                    f"{value!r}."
+                )
 
     def _check(self, name: str, values: Any, known: Any) -> None:
         for value in values:
