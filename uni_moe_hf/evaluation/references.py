@@ -32,6 +32,7 @@ def bare_question(text: str) -> str:
 
 
 def right_answers(task: Task, row: Mapping[str, Any]) -> list[str]:
+    """Of the first column that the task or training knows, or of numbered ones (`caption_1`, `caption_2`, ...)."""
     numbered = sorted(name for name in row if re.fullmatch(r"(?:caption|answer)_?\d+", name))
     names = (*task.answers, *(PLAIN_ANSWERS if not any(name in row for name in WHOLE) else ()))
     value = first_of(row, names)
@@ -66,6 +67,13 @@ def _written_list(text: str) -> Any:
 
 
 def options_of(task: Task, row: Mapping[str, Any], written: str) -> dict[str, str]:
+    """
+    Letter -> text: of a column (a list, an object, JSON, lines, `a|b`), of columns `A`, `B`, ... or `choice_a`, ..., or
+    of lines `A. ...` in the question as written.
+
+    Raises:
+        ValueError: a column holds something else.
+    """
     value = first_of(row, task.options)
     if isinstance(value, str):
         found = _written_list(value)
@@ -131,7 +139,12 @@ def letter_of(answer: str, options: Mapping[str, str]) -> str:
 
 
 def known_answers(file: Path) -> dict[Any, list[str]]:
-    """Name of a row, or that of its picture with its question -> answers."""
+    """
+    Name of a row, or that of its picture with its question -> answers.
+
+    Raises:
+        ValueError: the file is missing or holds none.
+    """
     if not file.is_file():
         raise ValueError(f"There is no file of answers '{file}'; check the path.")
     rows: Iterable[Any] = ()
