@@ -68,8 +68,8 @@ def _written_list(text: str) -> Any:
 
 def options_of(task: Task, row: Mapping[str, Any], written: str) -> dict[str, str]:
     """
-    Letter -> text: of a column (a list, an object, JSON, lines, `a|b`), of columns `A`, `B`, ... or `choice_a`, ..., or
-    of lines `A. ...` in the question as written.
+    Letter -> text: of a column (a list, an object, JSON, lines, `a|b`), of columns `A`, `B`, ... or `choice_a`, ...,
+    or of lines `A. ...` in the question as written.
 
     Raises:
         ValueError: a column holds something else.
