@@ -1,19 +1,20 @@
 """A few steps of plain `SFTTrainer` on rows of every modality, for tests: seconds, offline."""
 
+import copy
 from pathlib import Path
 
 import soundfile
 from datasets import Dataset
 from PIL import Image
-from tiny import film, picture, tiny_processor, tone
+from tiny import WORDS, film, picture, tiny_processor, tone
 from trl import SFTConfig, SFTTrainer
 
 from uni_moe_hf import UniMoEDataCollator, UniMoESFTTrainer, prepare_stage, sft_config
 
 
-def write_media(folder: Path) -> Path:
-    """Writes the files that [`rows`] names."""
-    for index in range(2):
+def write_media(folder: Path, clips: int = 2) -> Path:
+    """Writes the files that [`rows`] names; with as many clips as rows those of [`rows_apart`]."""
+    for index in range(clips):
         Image.fromarray(picture(index)).save(folder / f"{index}.png")
         soundfile.write(folder / f"{index}.wav", tone(pitch=200 + 100 * index), 16000)
     for index, frame in enumerate(film()):
@@ -36,6 +37,20 @@ def rows(count: int = 8) -> list[dict]:
         content = [*files[index % len(files)], {"type": "text", "text": "what is it"}]
         answer = [{"type": "text", "text": ("a bird", "bell", "red")[index % 3]}]
         made.append({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]})
+    return made
+
+
+def rows_apart(count: int) -> list[dict]:
+    """The same, each about files of its own, and with a question of its own."""
+    made = [copy.deepcopy(row) for row in rows(count)]  # which share their parts
+    for index, row in enumerate(made):
+        content = row["messages"][0]["content"]
+        content[-1]["text"] = f"what is {WORDS[index % len(WORDS)]}"
+        for part in content[:-1]:
+            if "path" in part:
+                part["path"] = f"{index}.{part['path'][-3:]}"
+            else:
+                part["video"] = part["video"][index % 5 :] + part["video"][: index % 5]
     return made
 
 

@@ -1,6 +1,5 @@
 """Answers of a model: batches, what cannot be read, predictions that go on, judges, comparisons, likelihoods."""
 
-import copy
 import json
 import sys
 import threading
@@ -11,8 +10,8 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
-from tiny import picture, tiny_config, tiny_model, tiny_processor, tone
-from tiny_training import rows as training_rows
+from tiny import WORDS, picture, tiny_config, tiny_model, tiny_processor, tone
+from tiny_training import rows_apart as rows
 from tiny_training import write_media
 
 from uni_moe_hf import UniMoEDataCollator, evaluate
@@ -26,29 +25,9 @@ from uni_moe_hf.evaluation.tasks import Task, load_task
 SHORT = Task("short", metrics=("exact_match", "chance"), decoding={"max_new_tokens": 4})
 
 
-WORDS = "bird bell red blue yes no hello what is this it a".split()
-
-
-def rows(count: int) -> list[dict]:
-    """Of every modality, each asked something else about files of its own."""
-    made = [copy.deepcopy(row) for row in training_rows(count)]  # which share their parts
-    for index, (row, word) in enumerate(zip(made, WORDS, strict=False)):
-        content = row["messages"][0]["content"]
-        content[-1]["text"] = f"what is {word}"
-        for part in content[:-1]:
-            if "path" in part:
-                part["path"] = f"{index}.{part['path'][-3:]}"
-            else:
-                part["video"] = part["video"][index % 5 :] + part["video"][: index % 5]
-    return made
-
-
 @pytest.fixture(scope="module")
 def media(tmp_path_factory):
-    folder = write_media(tmp_path_factory.mktemp("media"))
-    for index in range(12):
-        Image.fromarray(picture(index)).save(folder / f"{index}.png")
-        soundfile.write(folder / f"{index}.wav", tone(pitch=200 + 40 * index), 16000)
+    folder = write_media(tmp_path_factory.mktemp("media"), 12)
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows(12))))
     return folder
 
@@ -312,7 +291,7 @@ def test_the_likeliest_option_is_taken(model, processor, media):
 
 def test_likelihoods_of_other_options_or_answers_are_not_taken_from_a_file(model, processor, media, tmp_path):
     task, file = load_task("likeliest-choice"), tmp_path / "p.jsonl"
-    given = [{"question": "what", "image": f"{index}.png", "answer": word} for index, word in enumerate(WORDS)]
+    given = [{"question": "what", "image": f"{index}.png", "answer": word} for index, word in enumerate(WORDS[:12])]
     few = evaluate(model, processor, task, given, media_root=media, workers=0, limit=4)
     all_rows = evaluate(model, processor, task, given, media_root=media, workers=0, predictions=file)
     assert [each.options for each in few.questions] == [each.options for each in all_rows.questions[:4]]
