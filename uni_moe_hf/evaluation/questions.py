@@ -88,24 +88,24 @@ class Question:
 
     @property
     def digest(self) -> str:
-        """Of what is asked; media by their paths and settings."""
+        """Of what is asked; files of media by their names and contents."""
         return digest_of(self.messages)
 
 
-def digest_of(value: Any) -> str:
-    """Of anything that JSON holds, and of media in memory; files count by name and content, wherever they lie."""
-    return sha256(json.dumps(_identity(value), sort_keys=True).encode(errors="replace")).hexdigest()[:12]
+def digest_of(value: Any, names: bool = True) -> str:
+    """Of anything that JSON holds, and of media in memory; files count by content and, if wanted, by name."""
+    return sha256(json.dumps(_identity(value, names), sort_keys=True).encode(errors="replace")).hexdigest()[:12]
 
 
-def _identity(value: Any) -> Any:
+def _identity(value: Any, names: bool) -> Any:
     if isinstance(value, Mapping):
-        return {str(name): _identity(each) for name, each in value.items()}
+        return {str(name): _identity(each, names) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_identity(each) for each in value]
+        return [_identity(each, names) for each in value]
     if isinstance(value, str | Path) and 0 < len(str(value)) < 1000 and "\n" not in str(value):
         with suppress(OSError, ValueError):
             if (path := Path(value)).is_file():
-                return [path.name, path.stat().st_size, _glimpse(path)]
+                return [path.name * names, path.stat().st_size, _glimpse(path)]
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if hasattr(value, "tobytes"):  # a picture or an array
@@ -198,7 +198,7 @@ def with_other_media(questions: list[Question], seed: int = 0) -> list[Question]
             alike.setdefault((question.group, kinds), []).append(index)
     if not alike:
         raise ValueError("No row has media, so there are no other row's to ask with.")
-    shown = [[digest_of(_without_name(part)) for part in question.media] for question in questions]
+    shown = [[digest_of(part, names=False) for part in question.media] for question in questions]
     result = list(questions)
     for (_, kinds), indices in alike.items():
         shuffler.shuffle(indices)
@@ -222,15 +222,6 @@ def with_other_media(questions: list[Question], seed: int = 0) -> list[Question]
 
 def _differences(one: list[str], other: list[str]) -> int:
     return sum(mine != theirs for mine, theirs in zip(one, other, strict=True))
-
-
-def _without_name(part: Mapping[str, Any]) -> Any:
-    """A part whose files count by their content alone."""
-    value = _identity(part)
-    return {
-        key: each[1:] if isinstance(each, list) and len(each) == 3 and isinstance(each[1], int) else each
-        for key, each in value.items()
-    }
 
 
 def _replaced(question: Question, media: list[Mapping[str, Any]]) -> list[dict]:
