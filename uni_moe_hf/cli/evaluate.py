@@ -80,9 +80,8 @@ def run(args: argparse.Namespace) -> int:
     source = args.data[0] if len(args.data) == 1 else args.data
     reading = {name: getattr(args, name) for name in ("split", "config", "columns", "question", "limit", "by")}
     reading |= {"answers": args.answers, "media_root": args.media_root}
-    questions = load_questions(
-        task, source, **reading
-    )  # what is wrong with the rows is said before weights are loaded
+    # What is wrong with the rows is said before weights are loaded.
+    questions = load_questions(task, source, **reading)
     check_files(args, task, questions)
     if args.to_lmms_eval:
         from ..evaluation.lmms_eval_tasks import export_to_lmms_eval

@@ -68,7 +68,8 @@ class GenerationCallback(TrainerCallback):
         self.chooses = self._chooses(args)
         self.waits = bool(args.load_best_model_at_end)  # an evaluation between saves would have no checkpoint
         self.by_epoch = str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "epoch"
-        if self.waits and not self.by_epoch and every % args.eval_steps:
+        # Below 1 it is a share of all steps, which are not known yet.
+        if self.waits and not self.by_epoch and args.eval_steps >= 1 and every % args.eval_steps:
             raise ValueError(
                 f"With `load_best_model_at_end` questions are asked when checkpoints are evaluated: {every} steps "
                 f"are no multiple of `eval_steps={args.eval_steps:g}`."
