@@ -190,6 +190,11 @@ def test_the_simple_interface_answers_too(harness, checkpoint):
         assert hasattr(harness, path.rpartition(".")[2])
 
 
+def test_settings_of_other_peoples_tasks_do_not_stop_it(harness):
+    given = {"max_gen_toks": 5, "temperature": 0, "top_p": None, "use_cache": True, "until": ["x"], "num_beams": 1}
+    assert harness._decoding(given) == {"max_new_tokens": 5, "temperature": 0, "num_beams": 1, "do_sample": False}
+
+
 def test_arguments_that_are_none_and_rounds_are_refused(harness, checkpoint):
     with pytest.raises(ValueError, match="`uni_moe` has no argument 'fps'"):
         harness.UniMoE(str(checkpoint), device="cpu", fps=3)

@@ -92,15 +92,15 @@ def run(args: argparse.Namespace) -> int:
             "--model_args pretrained=CHECKPOINT\n"
         )
         return 0
-    reading |= {"batch_size": args.batch_size, "workers": args.workers, "seed": args.seed, "judge": judge}
-    reading |= {"media": "other" if args.other_media else "own", "quiet": False}
+    settings = {"batch_size": args.batch_size, "workers": args.workers, "seed": args.seed, "judge": judge}
+    settings |= {"media": "other" if args.other_media else "own"}
     for checkpoint in filter(None, (args.checkpoint, args.baseline)):
         load_config(checkpoint)  # that there is none is said before the other one answers
-    found = _evaluate(args, args.checkpoint, args.predictions, task, source, reading)
+    found = _evaluate(args, args.checkpoint, args.predictions, task, questions, settings)
     baseline = None
     if args.baseline:
         other = args.predictions and beside(args.predictions)
-        baseline = _evaluate(args, args.baseline, other, task, source, reading)
+        baseline = _evaluate(args, args.baseline, other, task, questions, settings)
     if args.original_format:
         write_original(args.original_format, found.questions, found.records)
     versions = {name: version(name) for name in ("uni-moe-hf", "transformers", "torch")}
@@ -215,12 +215,14 @@ def chosen_task(args: argparse.Namespace) -> Any:
     return replace(task, **changes)
 
 
-def _evaluate(args: Any, checkpoint: str, predictions: Any, task: Any, source: Any, settings: dict[str, Any]) -> Any:
+def _evaluate(
+    args: Any, checkpoint: str, predictions: Any, task: Any, questions: Any, settings: dict[str, Any]
+) -> Any:
     from ..evaluation.evaluation import evaluate
 
     model, processor = load_checkpoint(argparse.Namespace(**{**vars(args), "checkpoint": checkpoint}))
     try:
-        return evaluate(model, processor, task, source, predictions=predictions, **settings)
+        return evaluate(model, processor, task, questions, predictions=predictions, **settings)
     except KeyboardInterrupt:
         kept = (
             f"the answers so far are in '{predictions}', and the same command goes on"

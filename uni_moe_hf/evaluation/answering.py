@@ -6,6 +6,7 @@ length share a batch, and what cannot be read is told and left out.
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +191,8 @@ class _Prompts(Dataset):
                 processor_kwargs={"padding": True, "padding_side": "left"},
             )
             return dict(made)
-        rows = [row for index in batch for row in self._completed(index)]
-        return {**self.collator(rows), "per_question": [len(self._completed(index)) for index in batch]}
+        completed = [self._completed(index) for index in batch]
+        return {**self.collator([*chain(*completed)]), "per_question": [len(each) for each in completed]}
 
     def _completed(self, index: int) -> list[dict]:
         """Conversations whose likelihoods are compared."""
@@ -211,11 +212,8 @@ def _run(model: Any, processor: Any, task: Task, inputs: dict[str, Any]) -> list
     inputs = on_device(inputs, model)
     if task.method == "generate":
         return [{"prediction": text} for text in generate_texts(model, processor, inputs, task.decoding)]
-    losses = iter(answer_losses(model, inputs))
-    made = []
-    for many in per_question:
-        made.append({"losses": [next(losses) for _ in range(many)]})
-    return made
+    losses = iter(answer_losses(model, inputs)[0])
+    return [{"losses": list(islice(losses, count))} for count in per_question]
 
 
 def on_device(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
@@ -245,38 +243,26 @@ def generate_texts(model: Any, processor: Any, inputs: dict[str, Any], decoding:
     return [text.strip() for text in texts]
 
 
-def answer_losses(model: Any, inputs: dict[str, Any]) -> list[float]:
+def answer_losses(model: Any, inputs: dict[str, Any]) -> tuple[list[float], list[bool]]:
     """
     Args:
         model: On whose device the inputs are.
         inputs (`dict`): A batch of [`UniMoEDataCollator`] with `labels` `(B, T)`.
 
     Returns:
-        `list[float]`: mean loss of each row's answer tokens, in nats.
-    """
-    losses, counts, _ = label_likelihoods(model, inputs)
-    return [-total / max(count, 1) for total, count in zip(losses, counts, strict=True)]
-
-
-def label_likelihoods(model: Any, inputs: dict[str, Any]) -> tuple[list[float], list[int], list[bool]]:
-    """
-    Args:
-        model, inputs: As in [`answer_losses`].
-
-    Returns:
-        `tuple`: for each row the sum of the log-likelihoods of its labels, in nats, how many there are, and whether
-        each is the likeliest token in its place.
+        `tuple`: for each row the mean loss of its answer tokens, in nats, and whether all are the likeliest ones.
     """
     labels = inputs["labels"][:, 1:]  # (B, T - 1)
     is_label = labels != -100
     logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits[:, :-1]
     picked = logits[is_label].float()  # (labels, V): the answers alone, of long prompts with a large vocabulary
     wanted = labels[is_label]
-    likelihoods = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
-    likelihoods[is_label] = -F.cross_entropy(picked, wanted, reduction="none")
+    losses = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
+    losses[is_label] = F.cross_entropy(picked, wanted, reduction="none")
     is_best = torch.ones_like(is_label)
     is_best[is_label] = picked.argmax(dim=-1) == wanted
-    return likelihoods.sum(dim=1).tolist(), is_label.sum(dim=1).tolist(), is_best.all(dim=1).tolist()
+    means = losses.sum(dim=1) / is_label.sum(dim=1).clamp(min=1)
+    return means.tolist(), is_best.all(dim=1).tolist()
 
 
-__all__ = ["Record", "answer_losses", "answer_questions", "generate_texts", "label_likelihoods", "on_device"]
+__all__ = ["Record", "answer_losses", "answer_questions", "generate_texts", "on_device"]

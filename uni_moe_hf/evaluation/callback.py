@@ -9,7 +9,7 @@ from ..training.spreading import is_sharded
 from .answering import answer_questions
 from .evaluation import Evaluation, check_metrics, check_modalities
 from .metrics import METRICS, PREFERENCE
-from .questions import load_questions, with_other_media
+from .questions import load_questions, partnered
 from .tasks import Task, load_task
 
 
@@ -60,8 +60,7 @@ class GenerationCallback(TrainerCallback):
         check_modalities(trainer.processing_class, self.questions)
         self.others = None
         if self.task.method == "prefer":
-            self.questions = [question for question in self.questions if question.media] or self.questions
-            self.others = with_other_media(self.questions)
+            self.questions, self.others = partnered(self.questions)
         self.batch_size = batch_size or trainer.args.per_device_eval_batch_size
         check_metrics(self.task, self.questions)
         args = trainer.args

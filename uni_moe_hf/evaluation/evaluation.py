@@ -12,7 +12,7 @@ from .answering import Record, answer_questions
 from .judging import Judge, judged
 from .metrics import EXPLAINED, METRICS, Answered
 from .predictions import Predictions, model_digest
-from .questions import Question, digest_of, load_questions, with_other_media
+from .questions import Question, digest_of, load_questions, partnered
 from .statistics import Contributions, Figure, mean_of
 from .tasks import Task, load_task
 
@@ -267,7 +267,8 @@ def evaluate(
         model ([`UniMoEForConditionalGeneration`]): Wrapped by PEFT or not.
         processor ([`UniMoEProcessor`]): Of the model.
         task (`str`, `Path` or [`Task`]): A name of [`~tasks.task_names`] or a YAML file.
-        rows: A file, folder or data set as in [`load_rows`], or rows as dicts.
+        rows: A file, folder or data set as in [`load_rows`], rows as dicts, or questions that
+            [`~questions.load_questions`] made of them.
         batch_size (`int`, *optional*, defaults to 8): Questions at once.
         limit (`int`, *optional*): Only so many rows, the first.
         media (`str`, *optional*, defaults to `"own"`): `"other"` shows another row's media: what is right then was
@@ -308,34 +309,25 @@ def evaluate(
         )
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size!r}; it must be a number of questions, 1 or more.")
-    questions = load_questions(task, rows, answers, media_root, limit, by, **reading)
-    check_modalities(processor, questions)
-    every = len(questions)
-    if media == "other" or task.method == "prefer":
-        questions = [question for question in questions if question.media] or questions
-    asked, others = questions, None
-    if media == "other":
-        asked = with_other_media(questions, seed)
-    elif task.method == "prefer":
-        others = with_other_media(questions, seed)
+    is_ready = isinstance(rows, list) and bool(rows) and all(isinstance(each, Question) for each in rows)
+    every = rows if is_ready else load_questions(task, rows, answers, media_root, limit, by, **reading)
+    check_modalities(processor, every)
+    questions, others = partnered(every, seed) if media == "other" or task.method == "prefer" else (every, None)
+    asked = others if media == "other" else questions
     check_metrics(task, questions)
-    digests = [question.digest for question in asked]
-    if task.method != "generate":  # likelihoods follow from the answers, too
-        compared = [[each.options, each.answer] for each in questions]
-        compared = [[*each, other.digest] for each, other in zip(compared, others or asked, strict=True)]
-        digests = [digest_of([mine, each]) for mine, each in zip(digests, compared, strict=True)]
-    header = {
-        "task": task.name,
-        "model": model_digest(model),
-        "media": media,
-        "decoding": dict(task.decoding) if task.method == "generate" else task.method,
-        "seed": seed,
-    }
-    if task.decoding.get("do_sample"):  # what is drawn depends on what is asked together
-        header |= {"batch size": batch_size, "number of rows": len(asked)}
-    losses = {"generate": None, "prefer": [2] * len(asked), "choose": [len(each.options) for each in asked]}[
-        task.method
-    ]
+    header, digests = {}, [""] * len(asked)
+    if predictions is not None:  # what tells them from others is read from files and weights
+        digests = _digests(task, asked, others)
+        header = {
+            "task": task.name,
+            "model": model_digest(model),
+            "media": media,
+            "decoding": dict(task.decoding) if task.method == "generate" else task.method,
+            "seed": seed,
+        }
+        if task.decoding.get("do_sample"):  # what is drawn depends on what is asked together
+            header |= {"batch size": batch_size, "number of rows": len(asked)}
+    losses = [len(each.options) if task.method == "choose" else 2 * (task.method == "prefer") for each in asked]
     with Predictions(predictions, header, asked, digests, losses) as kept:
         done_before = len(kept.records)
         start = time.monotonic()
@@ -350,7 +342,15 @@ def evaluate(
         if judge is not None and any(METRICS[name].needs == "judge" for name in task.metrics):
             _judge(judge, asked, kept, quiet)
         answered = len(kept.records) - done_before
-        return Evaluation(task, asked, kept.records, media, seconds, answered, every - len(asked))
+        return Evaluation(task, asked, kept.records, media, seconds, answered, len(every) - len(asked))
+
+
+def _digests(task: Task, asked: Sequence[Question], others: Sequence[Question] | None) -> list[str]:
+    """Of what each answer follows from: of likelihoods also what is compared."""
+    if task.method == "generate":
+        return [question.digest for question in asked]
+    pairs = zip(asked, others or asked, strict=True)
+    return [digest_of([mine.digest, mine.options, mine.answer, other.digest]) for mine, other in pairs]
 
 
 def _judge(judge: Judge, asked: Sequence[Question], kept: Predictions, quiet: bool) -> None:

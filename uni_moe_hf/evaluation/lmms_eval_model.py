@@ -16,9 +16,9 @@ from transformers.utils import logging
 
 from ..mixtures.loading import load_whole, loaded
 from ..training.data import UniMoEDataCollator
-from .answering import answer_questions, label_likelihoods, on_device
+from .answering import answer_losses, answer_questions, on_device
 from .questions import Question
-from .tasks import Task
+from .tasks import DECODING, Task
 
 
 logger = logging.get_logger(__name__)
@@ -164,9 +164,7 @@ class UniMoE(lmms):
             for start in range(0, len(requests), self.batch_size):
                 some = requests[start : start + self.batch_size]
                 batch = on_device(collate([self._continued(request) for request in some]), self.model)
-                sums, counts, are_best = label_likelihoods(self.model, batch)
-                losses = [-total / max(count, 1) for total, count in zip(sums, counts, strict=True)]
-                found += [Likelihood(pair) for pair in zip(losses, are_best, strict=True)]
+                found += [Likelihood(pair) for pair in zip(*answer_losses(self.model, batch), strict=True)]
                 bar.update(len(some))
         return found
 
@@ -219,7 +217,13 @@ def _visual(source: Any) -> dict[str, Any]:
 
 def _decoding(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Of `generate`: a temperature of 0 is greedy search, one above it samples unless `do_sample` says otherwise."""
-    made = {name: value for name, value in settings.items() if name not in OURS and value is not None}
+    made = {}
+    for name, value in settings.items():
+        name = {"max_gen_toks": "max_new_tokens"}.get(name, name)
+        if name in DECODING and value is not None:
+            made[name] = value
+        elif name not in DECODING and name not in OURS:
+            logger.warning_once(f"Nothing is made of the generation setting '{name}'.")
     temperature = made.get("temperature")
     made["do_sample"] = bool(made.get("do_sample", temperature is not None and temperature > 0)) and temperature != 0
     return made

@@ -116,12 +116,12 @@ class Predictions:
         self._file.seek(0)
         data = self._file.read()
         whole = data[: data.rfind(b"\n") + 1]  # a line that was being written when the run was killed is not there
+        foreign = f"'{self.path}' exists and holds no predictions of this command; name another file."
         if not whole:
             if not BEGINNING.startswith(data[: len(BEGINNING)]):
-                raise ValueError(f"'{self.path}' exists and holds no predictions of this command; name another file.")
+                raise ValueError(foreign)
             self._begin()
             return
-        foreign = f"'{self.path}' exists and holds no predictions of this command; name another file."
         first, *lines = whole.splitlines()
         try:
             found = json.loads(first)["predictions_of"]

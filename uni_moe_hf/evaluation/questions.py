@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from string import ascii_uppercase
@@ -86,7 +86,7 @@ class Question:
         """All its groups as one name."""
         return ", ".join(self.groups)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Of what is asked; files of media by their names and contents."""
         return digest_of(self.messages)
@@ -220,6 +220,12 @@ def with_other_media(questions: list[Question], seed: int = 0) -> list[Question]
     return result
 
 
+def partnered(questions: list[Question], seed: int = 0) -> tuple[list[Question], list[Question]]:
+    """Those with media, and the same with another row's, as in [`with_other_media`]."""
+    questions = [question for question in questions if question.media] or questions
+    return questions, with_other_media(questions, seed)
+
+
 def _differences(one: list[str], other: list[str]) -> int:
     return sum(mine != theirs for mine, theirs in zip(one, other, strict=True))
 
@@ -282,7 +288,8 @@ def _question(task: Task, row: dict, number: int, known: Mapping, media_root: An
             f"the task '{task.name}' is about {' and '.join(task.takes)}, and it holds no {missing[0]}; say which "
             f"column is one with columns (NAME={missing[0]})"
         )
-    key = str(first_of(row, task.keys) if first_of(row, task.keys) is not None else number)
+    key = first_of(row, task.keys)
+    key = str(number if key is None else key)
     options = options_of(task, row, written)
     answers = known.get(key) or known.get((key, bare_question(written).lower())) or right_answers(task, row) or ended
     if known and not answers:
@@ -362,15 +369,13 @@ def filled_prompt(task: Task, row: Mapping[str, Any]) -> tuple[str, str | None]:
         raise ValueError(f"the question is a {type(question).__name__}, not a text")
     has_instruction = INSTRUCTION.search("\n" + task.prompt) is not None
     filled = {
-        "question": (INSTRUCTION.sub("", "\n" + question).strip() if has_instruction else question)
-        if question
-        else "",
+        "question": bare_question(f"\n{question}") if question and has_instruction else question or "",
         "hint": f"Hint: {hint}\n" if isinstance(hint, str) and hint.strip() and hint != "nan" else "",
         "options": "\n".join(task.option.format(letter=name, text=text) for name, text in options.items()),
     }
     prompt = task.prompt.format(**filled).strip()
     if INSTRUCTION.search("\n" + str(row.get("spoken", ""))):  # it was said
-        prompt = INSTRUCTION.sub("", "\n" + prompt).strip()
+        prompt = bare_question(f"\n{prompt}")
     return prompt, question
 
 
@@ -455,6 +460,7 @@ __all__ = [
     "digest_of",
     "filled_prompt",
     "load_questions",
+    "partnered",
     "single_questions",
     "with_other_media",
 ]
