@@ -19,6 +19,7 @@ that was trained, in `output_dir/grown` its parent, and in `output_dir/merged` t
 import shutil
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import AutoProcessor, set_seed
@@ -30,10 +31,10 @@ from uni_moe_hf import (
     StageArguments,
     UniMoEForConditionalGeneration,
     UniMoESFTTrainer,
-    balance_routers,
     grow_experts,
     last_complete_checkpoint,
     prepare_stage,
+    start_routers,
 )
 from uni_moe_hf.mixtures.loading import load_whole
 from uni_moe_hf.training.options import MixtureArguments, parse_options
@@ -46,7 +47,9 @@ def pairs(items: list[str]) -> dict[str, str | None]:
     return {name: value or None for name, _, value in (item.partition("=") for item in items)}
 
 
-def grow(script_args: StageArguments, mixture: MixtureArguments, rows: Dataset, folder: Path) -> None:
+def grow(
+    script_args: StageArguments, mixture: MixtureArguments, rows: Dataset, folder: Path, device: torch.device
+) -> None:
     """The mixture that stage 3 begins with, written whole or not at all."""
     processor = AutoProcessor.from_pretrained(mixture.model_name_or_path)
     model = grow_experts(
@@ -57,9 +60,10 @@ def grow(script_args: StageArguments, mixture: MixtureArguments, rows: Dataset, 
         num_experts_per_tok=mixture.num_experts_per_tok,
         projectors=pairs(mixture.projectors),
     )
-    # A random router prefers some experts on every token; rows from all over the data set it right.
+    # A random router prefers some experts on every token, and knows nothing of what they are for.
+    model.to(device)
     script_args.open_feature_cache(model, processor)
-    balance_routers(model, script_args.sample(rows, model, processor, mixture.balance_rows))
+    start_routers(model, script_args.sample(rows, model, processor, mixture.router_rows), mixture.router_start)
     partial = folder.with_name("grown.partial")
     for old in (folder, partial):
         shutil.rmtree(old, ignore_errors=True)
@@ -84,7 +88,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, mixture: Mixture
     # Routers start at random: every process, and a resumed run, must begin with the very same mixture.
     with training_args.main_process_first(desc="growing experts"):
         if not resume and training_args.process_index == 0:
-            grow(script_args, mixture, rows, grown)
+            grow(script_args, mixture, rows, grown, training_args.device)
     model = load_whole(UniMoEForConditionalGeneration, grown, **script_args.loading())
     processor = AutoProcessor.from_pretrained(grown)
     model.config.text_config.expert_activations = mixture.expert_activations

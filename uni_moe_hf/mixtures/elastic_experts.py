@@ -1,23 +1,21 @@
 """
-Experts come and go: add, drop, clone and merge the experts of a mixture, and balance its routers.
+Experts come and go: add, drop, clone and merge the experts of a mixture.
 
 Everything works in place, on every sparse layer at once, and changes nothing before every check has passed.
-Letters: E experts, R rank, H hidden, I intermediate, N tokens.
+Letters: E experts, R rank, H hidden, I intermediate.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
-from ..hub.configuration_uni_moe import is_sparse
 from ..hub.experts_uni_moe import UniMoESparseMoeBlock
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
-from .expert_adapters import CONNECTORS, check_is_ours, choose_projectors, expert_names, lora_factors, read_expert
+from .expert_adapters import CONNECTORS, choose_projectors, expert_names, lora_factors, read_expert
+from .router_starts import mixture_config, sparse_blocks
 
 
 Tensors = dict[str, torch.Tensor]  # what one expert holds of a block, by the names of the block's parameters
@@ -34,7 +32,7 @@ def add_expert(
     projectors: Mapping[str, str] | None = None,
 ) -> UniMoEForConditionalGeneration:
     r"""
-    Adds an expert as the last one. Its router row starts fresh: see [`balance_routers`].
+    Adds an expert as the last one. Its router row starts fresh: see [`start_routers`].
 
     Args:
         model ([`UniMoEForConditionalGeneration`]): A mixture of experts.
@@ -51,7 +49,7 @@ def add_expert(
     Raises:
         ValueError: the name is taken, the adapter does not fit, or it brings another projector.
     """
-    config = _config_of(model)
+    config = mixture_config(model)
     names = expert_names(model.config.text_config)
     if not isinstance(name, str):
         raise ValueError(f"An expert's name is text, not {name!r}.")
@@ -66,7 +64,9 @@ def add_expert(
     if config.shared_expert_base and not config.expert_lora_rank:
         raise ValueError("Experts without LoRA on a shared base would all be the same; grow them with LoRA.")
     source = None if like is None else _index(model, like)
-    given = None if adapter is None else read_expert(name, adapter, config, [layer for layer, _ in _layers(model)])
+    given = (
+        None if adapter is None else read_expert(name, adapter, config, [layer for layer, _ in sparse_blocks(model)])
+    )
     chosen: Tensors = {}
     if given is not None and given.projectors:
         chosen = choose_projectors(model, [given], projectors or {})
@@ -83,7 +83,7 @@ def add_expert(
         _raise_rank(model, given.rank)
     fresh = {id(block): _fresh(model, block, source) for block in _blocks(model)}
     if given is not None:
-        for layer, block in _layers(model):
+        for layer, block in sparse_blocks(model):
             tensors, scaling = fresh[id(block)], block.experts.lora_scaling
             parts = {
                 (p, s): given.factors[layer, p, s].to(block.gate.weight.device, torch.float32)
@@ -114,7 +114,7 @@ def drop_expert(model: UniMoEForConditionalGeneration, name: str) -> UniMoEForCo
     Raises:
         ValueError: there is no such expert, or too few would be left for `num_experts_per_tok`.
     """
-    config, names, index = _config_of(model), expert_names(model.config.text_config), _index(model, name)
+    config, names, index = mixture_config(model), expert_names(model.config.text_config), _index(model, name)
     if len(names) - 1 < config.num_experts_per_tok:
         raise ValueError(
             f"Without '{name}' {len(names) - 1} experts are left, but every token goes to "
@@ -171,7 +171,7 @@ def merge_experts(
         ValueError: an expert is unknown, the name is taken, weights do not add up to 1 (own bases) or to 0, or too few
             experts would be left.
     """
-    config, names = _config_of(model), expert_names(model.config.text_config)
+    config, names = mixture_config(model), expert_names(model.config.text_config)
     indices = [_index(model, name) for name in weights]
     kept = [name for name in names if name not in weights]
     total = sum(weights.values())
@@ -193,7 +193,7 @@ def merge_experts(
 
     share = list(weights.values())
     merged, errors = {}, {}
-    for layer, block in _layers(model):
+    for layer, block in sparse_blocks(model):
         state = dict(block.named_parameters())
         tensors = {key: _weighted(state[key], indices, share) for key in _STACKS if key in state}
         tensors["gate.weight"] = _weighted(state["gate.weight"], indices, [weight / total for weight in share])
@@ -214,109 +214,6 @@ def merge_experts(
     return errors
 
 
-@torch.no_grad()
-def balance_routers(
-    model: UniMoEForConditionalGeneration, batches: Iterable[Mapping[str, Any]], rounds: int = 200
-) -> dict[int, float]:
-    r"""
-    Shifts fresh routers so that the experts get equal shares of the tokens in `batches`: where training should start.
-
-    A router has no bias, and a random one sends most tokens to the same experts, because hidden states share a large
-    common part. So each row is moved along the one direction whose product with every token is nearly 1, by an amount
-    that is adjusted until the shares agree. Layers are done from the first to the last, as each changes the next.
-
-    Args:
-        model ([`UniMoEForConditionalGeneration`]): A mixture of experts whose routers have not been trained.
-        batches (`Iterable[dict]`): Model inputs, as the collator makes them; a few thousand tokens are enough.
-        rounds (`int`, *optional*, defaults to 200): Adjustments of each layer.
-
-    Returns:
-        `dict[int, float]`: layer -> largest over smallest share after it.
-    """
-    _config_of(model)
-    batches = [{k: v for k, v in batch.items() if k not in ("labels", "logits_to_keep")} for batch in batches]
-    if not batches:
-        raise ValueError("Routers are balanced on batches, and there are none.")
-    was_training = model.training
-    model.eval()
-    ratios, blocks = {}, dict(_layers(model))
-    try:
-        # From layer to layer with all batches, so that towers and layers run once for all routers.
-        layers = model.model.language_model.layers
-        calls = [_stopped_at(layers[0], model, **batch, use_cache=False) for batch in batches]
-        for number, layer in enumerate(layers):
-            if number in blocks:
-                rows = []
-                for batch, (args, kwargs) in zip(batches, calls, strict=True):
-                    (hidden,), _ = _stopped_at(blocks[number], layer, *args, **kwargs)  # (B, T, H)
-                    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-                    rows.append(hidden[mask.to(hidden.device)].float())
-                ratios[number] = _balance(blocks[number], torch.cat(rows), rounds)
-            calls = [((layer(*args, **kwargs), *args[1:]), kwargs) for args, kwargs in calls]
-    finally:
-        model.train(was_training)
-    return ratios
-
-
-class _Reached(Exception):
-    """Ends a forward pass where its rest does not matter."""
-
-
-def _stopped_at(module: nn.Module, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
-    """What `module` is called with when `model` is."""
-    seen: list[tuple[tuple, dict[str, Any]]] = []
-
-    def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        seen.append((args, kwargs))
-        raise _Reached
-
-    hook = module.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        model(*args, **kwargs)
-    except _Reached:
-        pass
-    finally:
-        hook.remove()
-    return seen[0]
-
-
-def _balance(block: UniMoESparseMoeBlock, hidden: torch.Tensor, rounds: int) -> float:
-    """Shifts a router for the tokens `(N, H)` that it sees; returns largest over smallest share."""
-    weight, top_k = block.gate.weight.float(), block.gate.config.num_experts_per_tok
-    gram = hidden.T @ hidden
-    ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
-    direction = torch.linalg.solve(gram + ridge, hidden.sum(dim=0))  # (H,)
-    logits, along = hidden @ weight.T, hidden @ direction  # (N, E), (N,)
-
-    def shares(logits: torch.Tensor) -> torch.Tensor:
-        chosen = logits.topk(top_k, dim=-1).indices
-        return torch.bincount(chosen.flatten(), minlength=len(weight)) / len(hidden)
-
-    def ratio(share: torch.Tensor) -> float:
-        return (share.max() / share.min().clamp(min=1e-9)).item()
-
-    shift, step = torch.zeros(len(weight), device=hidden.device), logits.std()
-    best, best_ratio = shift, float("inf")
-    for number in range(rounds):
-        share = shares(logits + along[:, None] * shift)
-        if ratio(share) < best_ratio:
-            best, best_ratio = shift, ratio(share)
-        shift = shift + step * (1 - number / rounds) * (top_k / len(weight) - share)
-    block.gate.weight.add_((best[:, None] * direction).to(block.gate.weight.dtype))
-    return ratio(shares(hidden @ block.gate.weight.float().T))  # of what is stored, rounding included
-
-
-def _config_of(model: Any) -> PreTrainedConfig:
-    """Of a model whose experts can be changed."""
-    check_is_ours(model)
-    config = model.config.text_config
-    if not is_sparse(config):
-        raise ValueError("The model is dense; make experts with `grow_experts`.")
-    if getattr(model, "is_quantized", False):
-        raise ValueError("Experts of a quantised model cannot be changed; load it without `quantization_config`.")
-    return config
-
-
 def _index(model: UniMoEForConditionalGeneration, name: str) -> int:
     names = expert_names(model.config.text_config)
     if name not in names:
@@ -324,13 +221,8 @@ def _index(model: UniMoEForConditionalGeneration, name: str) -> int:
     return names.index(name)
 
 
-def _layers(model: UniMoEForConditionalGeneration) -> list[tuple[int, UniMoESparseMoeBlock]]:
-    layers = enumerate(model.model.language_model.layers)
-    return [(index, layer.mlp) for index, layer in layers if isinstance(layer.mlp, UniMoESparseMoeBlock)]
-
-
 def _blocks(model: UniMoEForConditionalGeneration) -> list[UniMoESparseMoeBlock]:
-    return [block for _, block in _layers(model)]
+    return [block for _, block in sparse_blocks(model)]
 
 
 def _parameters(block: UniMoESparseMoeBlock) -> dict[str, nn.Parameter]:
@@ -438,4 +330,4 @@ def _truncated_sum(
     return low.to(a.dtype), high.to(b.dtype), error
 
 
-__all__ = ["add_expert", "balance_routers", "clone_expert", "drop_expert", "merge_experts"]
+__all__ = ["add_expert", "clone_expert", "drop_expert", "merge_experts"]

@@ -30,6 +30,8 @@ from .rows import describe_row, row_modalities, row_to_messages
 
 # Rows that are looked at to see what kinds of media there are.
 SAMPLE = 200
+# How many times as many rows are looked at as are wanted of each kind.
+SPREAD = 32
 
 
 @dataclass
@@ -223,17 +225,25 @@ class StageArguments(ScriptArguments):
         count: int,
         batch_size: int = 8,
     ) -> Iterator[dict[str, Any]]:
-        """Batches of `count` rows: from all over the data, which may be sorted; of a stream the first."""
-        collator = self.collator(processor)
+        """
+        Batches of rows of one kind each: up to `count` of every combination of modalities among `SPREAD * count` rows
+        from all over the data, which may be sorted; of a stream the first.
+        """
         if isinstance(rows, IterableDataset):
-            rows = list(rows.take(count))
+            rows = list(rows.take(SPREAD * count))
         else:
-            rows = rows.select(range(0, len(rows), -(-len(rows) // count)))
-        cache = processor.feature_cache
+            rows = rows.select(range(0, len(rows), -(-len(rows) // (SPREAD * count))))
+        kinds: dict[frozenset[str], list[Any]] = {}
+        for row in rows:
+            with suppress(ValueError):  # the collator will name it when it is trained on
+                kinds.setdefault(frozenset(map(processor._ear, row_modalities(row)[0])), []).append(row)
+        collator, cache = self.collator(processor), processor.feature_cache
         with nullcontext() if cache is None else cache.collecting():
-            for start in range(0, len(rows), batch_size):
-                batch = collator([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
-                yield batch if cache is None else cache.store(model, batch)
+            for alike in kinds.values():
+                for start in range(0, min(count, len(alike)), batch_size):
+                    batch = collator(alike[start : min(start + batch_size, count)])
+                    batch = batch if cache is None else cache.store(model, batch)
+                    yield _on_device(batch, model.device)
         if cache is not None:
             cache.flush()
 
@@ -242,6 +252,13 @@ class StageArguments(ScriptArguments):
         return UniMoEDataCollator(
             processor, max_length=self.max_tokens, media_root=self.media_root, skip_bad_rows=self.skip_bad_rows
         )
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    """A batch, features of a cache in it included, where the model is."""
+    if isinstance(value, dict):
+        return {name: _on_device(each, device) for name, each in value.items()}
+    return value.to(device) if torch.is_tensor(value) else value
 
 
 def _own_file(folder: Path) -> Path:
@@ -301,7 +318,8 @@ class MixtureArguments:
     shared_base: bool = field(default=True, metadata={"help": "One frozen network for all experts."})
     layers: str = field(default="all", metadata={"help": "Which layers become sparse: all or even."})
     num_experts_per_tok: int = field(default=2, metadata={"help": "Experts per token."})
-    balance_rows: int = field(default=64, metadata={"help": "Rows on which the new routers are balanced."})
+    router_start: str = field(default="informed", metadata={"help": "Of new routers: informed, balanced or random."})
+    router_rows: int = field(default=64, metadata={"help": "Rows of each kind on which they are set."})
     expert_activations: str = field(default="save", metadata={"help": "Kept for backward: save, or recompute."})
     expert_parallel_size: int = field(default=1, metadata={"help": "Processes that share the experts; with torchrun."})
     fsdp_size: int | None = field(default=None, metadata={"help": "Processes that share all else; with torchrun."})
