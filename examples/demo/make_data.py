@@ -10,6 +10,7 @@ One file per stage (`stage1.jsonl`, `stage2_<expert>.jsonl`, `stage3.jsonl`) and
 import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,34 @@ from tqdm import tqdm
 from uni_moe_hf.evaluation.speaking import speak
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """
+    How much of everything there is.
+
+    Args:
+        train_files (`dict[str, int]`): Of each kind.
+        question_files (`int`): Spoken questions.
+        mixed_rows (`dict[str, int]`): In stage 3, of each combination.
+        single_rows (`int`): In stage 3, of each kind.
+        test_questions (`int`): Of each task.
+        expert_rows (`float`): Share of the training files that a stage-2 expert sees.
+        picture_noise, sound_noise (`float`): On pictures and frames, and on sounds and voices, as shares of the full
+            scale.
+    """
+
+    train_files: dict[str, int]
+    question_files: int
+    mixed_rows: dict[str, int]
+    single_rows: int = 250
+    test_questions: int = 240
+    expert_rows: float = 0.7
+    picture_noise: float = 0.0
+    sound_noise: float = 0.0
+
+
 TRAIN_FILES = {"image": 5000, "video": 2800, "audio": 900, "speech": 1800}
-QUESTION_FILES = 1600  # spoken questions
-EXPERT_ROWS = 0.7  # share of the training files that a stage-2 expert sees
-MIXED_ROWS = {"image+speech": 3000, "image+audio": 600, "video+audio": 600}  # in stage 3, beside 250 of each modality
-TEST_QUESTIONS = 240  # of each task
+DEMO = Sizes(TRAIN_FILES, 1600, {"image+speech": 3000, "image+audio": 600, "video+audio": 600})
 
 COLOUR, SHAPE = "What colour is it?", "What shape is it?"
 SOUND, WORD = "What do you hear?", "Which word is spoken?"
@@ -60,27 +84,29 @@ def draw_voice(split: str, rng: np.random.Generator) -> dict:
     }
 
 
-def make_clip(job: tuple[str, str, dict, str, int]) -> None:
+def make_clip(job: tuple[str, str, dict, str, int, float]) -> None:
     """Writes one file."""
-    kind, split, facts, path, seed = job
+    kind, split, facts, path, seed, noise = job
     rng = np.random.default_rng(seed)
     if kind == "image":
-        Path(path).write_bytes(
-            world.png_bytes(world.picture(world.tint(facts["colour"], rng), facts["shape"], split, rng))
-        )
+        pixels = world.picture(world.tint(facts["colour"], rng), facts["shape"], split, rng)
+        Path(path).write_bytes(world.png_bytes(world.noisy(pixels, noise, rng)))
     elif kind == "video":
-        world.write_mp4(path, world.video(world.tint(facts["colour"], rng), facts["shape"], split, rng))
+        frames = world.video(world.tint(facts["colour"], rng), facts["shape"], split, rng)
+        world.write_mp4(path, world.noisy(frames, noise, rng))
     elif kind == "audio":
-        soundfile.write(path, world.sound(facts["sound"], split, rng), world.RATE)
+        soundfile.write(path, world.noisy(world.sound(facts["sound"], split, rng), noise, rng), world.RATE)
     else:
-        soundfile.write(path, *speak(facts["text"], facts["voice"], facts["speed"], facts["pitch"]))
+        wave, rate = speak(facts["text"], facts["voice"], facts["speed"], facts["pitch"])
+        soundfile.write(path, world.noisy(wave, noise, rng), rate)
 
 
 class Recorder:
     """Collects the files to write; gives each a path and hands out the conversation part for it."""
 
-    def __init__(self, folder: Path, split: str, seed: int):
-        self.folder, self.split, self.rng, self.jobs = folder, split, np.random.default_rng(seed), []
+    def __init__(self, folder: Path, split: str, seed: int, sizes: Sizes):
+        self.folder, self.split, self.sizes = folder, split, sizes
+        self.rng, self.jobs = np.random.default_rng(seed), []
 
     def clip(self, kind: str, facts: dict | None = None) -> tuple[dict, dict]:
         """A new file: its facts and its message part."""
@@ -89,7 +115,9 @@ class Recorder:
         suffix = {"image": "png", "video": "mp4"}.get(kind, "wav")
         path = f"{self.split}/{kind}/{len(self.jobs):05d}.{suffix}"
         (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
-        self.jobs.append((kind, self.split, facts, str(self.folder / path), int(self.rng.integers(2**31))))
+        seed = int(self.rng.integers(2**31))
+        noise = self.sizes.picture_noise if kind in ("image", "video") else self.sizes.sound_noise
+        self.jobs.append((kind, self.split, facts, str(self.folder / path), seed, noise))
         return facts, {"type": part_type, "path": path}
 
 
@@ -124,22 +152,27 @@ def single_question(kind: str, facts: dict, rng: np.random.Generator) -> tuple[s
 
 def mixed_row(task: str, image: tuple, video: tuple, audio: tuple, question: tuple) -> dict:
     """A question that needs two clips; each argument is a clip's facts and part."""
-    if task == "image+speech":
-        return row([image[1], question[1]], None, image[0][question[0]["about"]], task=task)
-    seen = image if task == "image+audio" else video
+    seen = image if task.startswith("image") else video
+    if task.endswith("speech"):
+        return row([seen[1], question[1]], None, seen[0][question[0]["about"]], task=task)
     return row([seen[1], audio[1]], COLOUR_AND_SOUND, f"{seen[0]['colour']} {audio[0]['sound']}", task=task)
 
 
 # Which clips a mixed task needs.
-CLIPS = {"image+speech": ("image", "question"), "image+audio": ("image", "audio"), "video+audio": ("video", "audio")}
-MIXED = tuple(CLIPS)
+CLIPS = {
+    "image+speech": ("image", "question"),
+    "image+audio": ("image", "audio"),
+    "video+audio": ("video", "audio"),
+    "video+speech": ("video", "question"),
+}
+MIXED = tuple(DEMO.mixed_rows)
 
 
-def plan(folder: Path, seed: int) -> tuple[dict[str, list[dict]], list[tuple]]:
+def plan(folder: Path, seed: int, sizes: Sizes) -> tuple[dict[str, list[dict]], list[tuple]]:
     """All rows of all JSON files, and the files to write."""
-    train = Recorder(folder, "train", seed)
-    clips = {kind: [train.clip(kind) for _ in range(count)] for kind, count in TRAIN_FILES.items()}
-    clips["question"] = [train.clip("question") for _ in range(QUESTION_FILES)]
+    train = Recorder(folder, "train", seed, sizes)
+    clips = {kind: [train.clip(kind) for _ in range(count)] for kind, count in sizes.train_files.items()}
+    clips["question"] = [train.clip("question") for _ in range(sizes.question_files)]
     rng = train.rng
 
     rows = {"stage1": [], "stage3": []}
@@ -149,30 +182,32 @@ def plan(folder: Path, seed: int) -> tuple[dict[str, list[dict]], list[tuple]]:
         rows[f"stage2_{expert}"] = [
             row([part], *single_question(kind, facts, rng))
             for kind in kinds
-            for facts, part in clips[kind][: int(EXPERT_ROWS * len(clips[kind]))]
+            for facts, part in clips[kind][: int(sizes.expert_rows * len(clips[kind]))]
         ]
-    rows["stage2_speech"] += [row([part], *caption("question", facts)) for facts, part in clips["question"][:1100]]
+    asked = clips["question"][: int(sizes.expert_rows * sizes.question_files)]
+    rows["stage2_speech"] += [row([part], *caption("question", facts)) for facts, part in asked]
 
     def any_clip(kind: str) -> tuple[dict, dict]:
         return clips[kind][rng.integers(len(clips[kind]))]
 
-    for kind in TRAIN_FILES:
-        rows["stage3"] += [row([part], *single_question(kind, facts, rng)) for facts, part in clips[kind][-250:]]
-    for task in MIXED:
+    for kind in sizes.train_files:
+        last = clips[kind][-sizes.single_rows :]
+        rows["stage3"] += [row([part], *single_question(kind, facts, rng)) for facts, part in last]
+    for task, count in sizes.mixed_rows.items():
         rows["stage3"] += [
             mixed_row(task, any_clip("image"), any_clip("video"), any_clip("audio"), any_clip("question"))
-            for _ in range(MIXED_ROWS[task])
+            for _ in range(count)
         ]
 
-    test = Recorder(folder, "test", seed + 1)
+    test = Recorder(folder, "test", seed + 1, sizes)
     rows["test"] = []
-    for kind in TRAIN_FILES:
-        for _ in range(TEST_QUESTIONS):
+    for kind in sizes.train_files:
+        for _ in range(sizes.test_questions):
             facts, part = test.clip(kind)
             question, answer = single_question(kind, facts, test.rng)
             rows["test"].append(row([part], question, answer, task=kind))
-    for task in MIXED:
-        for _ in range(TEST_QUESTIONS):
+    for task in sizes.mixed_rows:
+        for _ in range(sizes.test_questions):
             made = {kind: test.clip(kind) for kind in CLIPS[task]}
             needed = (made.get(kind, ({}, {})) for kind in ("image", "video", "audio", "question"))
             rows["test"].append(mixed_row(task, *needed))
@@ -182,10 +217,10 @@ def plan(folder: Path, seed: int) -> tuple[dict[str, list[dict]], list[tuple]]:
     return rows, train.jobs + test.jobs
 
 
-def main(folder: str, seed: int = 0) -> None:
+def main(folder: str, seed: int = 0, sizes: Sizes = DEMO) -> None:
     """Writes everything; the JSON files come last, so that a broken run leaves none."""
     root = Path(folder)
-    rows, jobs = plan(root, seed)
+    rows, jobs = plan(root, seed, sizes)
     with ProcessPoolExecutor() as pool:
         list(tqdm(pool.map(make_clip, jobs, chunksize=64), total=len(jobs), desc="media files", unit="file"))
     for name, made in rows.items():

@@ -170,6 +170,14 @@ def sound(kind: str, split: str, rng: np.random.Generator) -> np.ndarray:
     return np.clip(wave, -1, 1).astype(np.float32)
 
 
+def noisy(values: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
+    """Pixels or samples of any dtype with Gaussian noise, a share of the full scale; unchanged for 0."""
+    if not noise:
+        return values
+    low, high = (-1, 1) if values.dtype.kind == "f" else (np.iinfo(values.dtype).min, np.iinfo(values.dtype).max)
+    return np.clip(values + rng.normal(0, noise * high, values.shape), low, high).astype(values.dtype)
+
+
 def png_bytes(pixels: np.ndarray) -> bytes:
     """A picture as a PNG file's contents."""
     file = BytesIO()

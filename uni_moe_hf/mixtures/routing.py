@@ -160,12 +160,12 @@ class RoutingRecorder:
         self._pass.waiting = set()
         if tokens is None or self.paused:  # without tokens the model itself will complain
             return
-        types = torch.zeros(tokens.shape[:2], dtype=torch.long, device=tokens.device)  # (B, T)
         if ids is not None:
-            for number, modality in enumerate(MODALITIES, start=1):
-                types.masked_fill_(ids == getattr(self.config, f"{modality}_token_id", -1), number)
+            types = token_types(self.config, ids)
         elif kwargs.get("mm_token_type_ids") is not None:
-            types = kwargs["mm_token_type_ids"].to(types)
+            types = kwargs["mm_token_type_ids"].to(tokens.device, torch.long)
+        else:
+            types = torch.zeros(tokens.shape[:2], dtype=torch.long, device=tokens.device)  # (B, T)
         past = 0 if cache is None else cache.get_seq_length()
         is_real = _real_tokens(kwargs.get("attention_mask"), types.shape, int(past))
         if is_real is not None:
@@ -191,6 +191,51 @@ class RoutingRecorder:
                 shape = (len(TOKEN_TYPES) + 1, self.num_experts)
                 self._counts[layer] = torch.zeros(shape, dtype=torch.long, device=chosen.device)
             self._counts[layer].view(-1).scatter_add_(0, cells, torch.ones_like(cells))
+
+
+def token_types(config: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """
+    Args:
+        config ([`UniMoEConfig`]): With the ids of placeholders.
+        input_ids (`torch.LongTensor` of shape `(B, T)`): Placeholders expanded.
+
+    Returns:
+        `torch.LongTensor` of shape `(B, T)`: each token's number in `TOKEN_TYPES`.
+    """
+    types = torch.zeros_like(input_ids)
+    for number, modality in enumerate(MODALITIES, start=1):
+        types.masked_fill_(input_ids == getattr(config, f"{modality}_token_id", -1), number)
+    return types
+
+
+def routers_of(model: nn.Module) -> tuple[nn.Module, list[tuple[int, nn.Module]]]:
+    """
+    Args:
+        model (`nn.Module`): A Uni-MoE with sparse layers, bare or inside PEFT, a trainer or DDP.
+
+    Returns:
+        `tuple`: the module that sees a whole batch, and the routers with the numbers of their layers. PEFT keeps a
+        trained copy of a router beside the original: both are here, and one of them runs.
+
+    Raises:
+        ValueError: the model has no Uni-MoE inside, or no router.
+    """
+    # By name: a checkpoint's own code has its own copy of every class.
+    named = [(name, module, type(module).__name__) for name, module in model.named_modules()]
+    roots = [module for _, module, kind in named if kind == "UniMoEModel"]
+    roots = roots or [
+        module for _, module, _ in named if any(k.__name__ == "SparseDecoderMixin" for k in type(module).__mro__)
+    ]
+    if not roots:
+        raise ValueError(f"A {type(model).__name__} holds no Uni-MoE, so there is no routing to look at.")
+    routers = [
+        (int(name.split("layers.")[-1].split(".")[0]), module)
+        for name, module, kind in named
+        if kind == "UniMoETopKRouter"
+    ]
+    if not routers:
+        raise ValueError("All layers of this model are dense, so there is no routing to look at; grow experts first.")
+    return roots[0], routers
 
 
 def _real_tokens(mask: Any, shape: torch.Size, past: int) -> torch.Tensor | None:
@@ -235,25 +280,10 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
     >>> print(routing.report())
     ```
     """
-    # By name: a checkpoint's own code has its own copy of every class.
-    named = [(name, module, type(module).__name__) for name, module in model.named_modules()]
-    roots = [module for _, module, kind in named if kind == "UniMoEModel"]
-    roots = roots or [
-        module for _, module, _ in named if any(k.__name__ == "SparseDecoderMixin" for k in type(module).__mro__)
-    ]
-    if not roots:
-        raise ValueError(f"A {type(model).__name__} holds no Uni-MoE, so there is no routing to record.")
-    # PEFT keeps a trained copy of a router beside the original; whichever runs is counted.
-    routers = [
-        (int(name.split("layers.")[-1].split(".")[0]), module)
-        for name, module, kind in named
-        if kind == "UniMoETopKRouter"
-    ]
-    if not routers:
-        raise ValueError("All layers of this model are dense, so there is no routing to record; grow experts first.")
+    root, routers = routers_of(model)
     layers = tuple(dict.fromkeys(layer for layer, _ in routers))
-    recorder = RoutingRecorder(roots[0].config, layers, getattr(model, "generation_config", None))
-    handles = [roots[0].register_forward_pre_hook(recorder._before_model, with_kwargs=True)]
+    recorder = RoutingRecorder(root.config, layers, getattr(model, "generation_config", None))
+    handles = [root.register_forward_pre_hook(recorder._before_model, with_kwargs=True)]
     for layer, router in routers:
         handles.append(
             router.register_forward_hook(lambda _, __, output, layer=layer: recorder._after_router(layer, output))
@@ -265,4 +295,4 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
             handle.remove()
 
 
-__all__ = ["RoutingRecorder", "RoutingReport", "record_routing"]
+__all__ = ["TOKEN_TYPES", "RoutingRecorder", "RoutingReport", "record_routing", "routers_of", "token_types"]
