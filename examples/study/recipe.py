@@ -354,7 +354,7 @@ def measure(world: World, model: Any, with_knock_out: bool) -> dict[str, Any]:
     for row in world.encode("test"):
         by_kind.setdefault(row["kind"], []).append(row)
     batches = [join_rows(by_kind[kind][at : at + 48]) for kind in KINDS for at in range(0, len(by_kind[kind]), 48)]
-    tables, _ = trace_routing(model, batches)
+    tables = trace_routing(model, batches)
     kinds = np.array(tables.kinds)
     found: dict[str, Any] = {
         "accuracy": {kind: float(tables.is_right[kinds == kind].mean()) for kind in KINDS},
@@ -367,7 +367,7 @@ def measure(world: World, model: Any, with_knock_out: bool) -> dict[str, Any]:
         found["information_rows"] = [each.share for each in information_of_rows(tables)]
     if with_knock_out and len(tables.expert_names) > 1:
         single = [join_rows(by_kind[kind][:48]) for kind in SINGLE]
-        rises = knock_out(model, single, trace_routing(model, single)[0])
+        rises = knock_out(model, single, trace_routing(model, single))
         found["knock_out"] = {name: {kind: rise.value for kind, rise in of.items()} for name, of in rises.items()}
     return found
 

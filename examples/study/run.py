@@ -19,6 +19,8 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+from filelock import FileLock
+
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "demo")]
@@ -58,8 +60,11 @@ def pretrain(folder: Path, name: str, settings: dict) -> None:
     parts.PARTS[name](folder, **settings)
 
 
-def train(root: Path, scale: float, recipe: Recipe, seed: int, in_depth: bool) -> dict:
-    return run(World(root, scale), recipe, seed, in_depth)
+def train(root: Path, scale: float, recipe: Recipe, seed: int, in_depth: bool) -> None:
+    """One arm with one seed; its line is written at once: who stops the study loses what is under way alone."""
+    found = run(World(root, scale), recipe, seed, in_depth)
+    with FileLock(root / ".results.lock"), (root / "results.jsonl").open("a") as out:
+        out.write(json.dumps({"digest": recipe.digest(), "seed": seed, **found}) + "\n")
 
 
 def make_world(root: Path, quick: bool, pool: ProcessPoolExecutor) -> None:
@@ -97,20 +102,19 @@ def main() -> None:
     with ProcessPoolExecutor(args.workers, mp_context=context, initializer=prepare) as pool:
         make_world(args.root, args.quick, pool)
         done = {(each["digest"], each["seed"]) for each in map(json.loads, lines_of(file))}
-        jobs = {}
+        jobs = []
         for claim in claims:
             for seed in range(seeds):
                 for recipe in claim.arms.values():
                     key = (recipe.digest(), seed)
                     if key not in done:
                         done.add(key)
-                        jobs[pool.submit(train, args.root, scale, recipe, seed, recipe in IN_DEPTH)] = key
-        begin, count = time.time(), 0
-        for job in as_completed(jobs):
-            digest, seed = jobs[job]
-            with file.open("a") as out:
-                out.write(json.dumps({"digest": digest, "seed": seed, **job.result()}) + "\n")
-            count += 1
+                        jobs.append(pool.submit(train, args.root, scale, recipe, seed, recipe in IN_DEPTH))
+        begin = time.time()
+        for count, job in enumerate(as_completed(jobs), start=1):
+            if job.exception() is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+            job.result()
             print(f"{count} of {len(jobs)} runs, {(time.time() - begin) / 60:.0f} min", flush=True)
             if count % 25 == 0:
                 write_page(args.page or args.root / "study.md", claims, seeds, lines_of(file))

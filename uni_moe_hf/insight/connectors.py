@@ -4,6 +4,7 @@ How far connectors' outputs lie from the text embeddings beside them.
 Letters: H hidden.
 """
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -102,26 +103,8 @@ def connector_statistics(model: nn.Module, batch: Mapping[str, Any], max_ratio: 
     Raises:
         ValueError: the model has no Uni-MoE inside, or the batch holds no media.
     """
-    root = next((module for module in model.modules() if type(module).__name__ == "UniMoEModel"), None)
-    if root is None:
-        raise ValueError(f"A {type(model).__name__} holds no Uni-MoE, so there are no connectors to look at.")
-    names = ("pixel_values", "pixel_values_videos", "input_values", "input_values_mask", "input_features")
-    was_training = root.training
-    root.eval()  # dropout would blur the numbers
-    encoded = root.encode_media(**{name: batch[name] for name in names if batch.get(name) is not None})
-    root.train(was_training)
-    if not encoded:
-        raise ValueError(f"The batch holds no media, only {sorted(batch)}; pass pictures, videos, sound or speech.")
-    table = root.get_input_embeddings()
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    is_word = (ids < table.num_embeddings) & (True if mask is None else mask.bool())
-    for modality in MODALITIES:
-        is_word &= ids != getattr(root.config, f"{modality}_token_id")
-    words = ids[is_word]
-    text = table(words) if len(words) else table(torch.arange(table.num_embeddings, device=ids.device))
-    statistics = {"text": _statistics(text)}
-    statistics |= {modality: _statistics(outputs.pooler_output) for modality, outputs in encoded.items()}
-    report = ConnectorReport(statistics, max_ratio)
+    report = statistics_of(sequence_vectors(model, batch), max_ratio)
+    statistics = report.statistics
     for modality in report.off_scale:
         logger.warning(
             "The connector's outputs for %s have a median norm of %.3g, text embeddings one of %.3g (factor %.3g); "
@@ -134,9 +117,98 @@ def connector_statistics(model: nn.Module, batch: Mapping[str, Any], max_ratio: 
     return report
 
 
+def statistics_of(vectors: Mapping[str, torch.Tensor], max_ratio: float = 10.0) -> ConnectorReport:
+    """
+    Args:
+        vectors (`dict[str, torch.Tensor]`): Of [`sequence_vectors`].
+        max_ratio (`float`, *optional*, defaults to 10.0): As in [`connector_statistics`].
+
+    Returns:
+        [`ConnectorReport`].
+    """
+    return ConnectorReport({name: _statistics(each) for name, each in vectors.items()}, max_ratio)
+
+
+@torch.no_grad()
+def sequence_vectors(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """
+    Args:
+        model, batch: As in [`connector_statistics`].
+
+    Returns:
+        `dict[str, torch.Tensor]`: "text" -> embeddings of the batch's words, or of the whole vocabulary where there
+        are none; modality -> what its connector gives; each `(n, H)` in float32.
+
+    Raises:
+        ValueError: the model has no Uni-MoE inside, or the batch holds no media.
+    """
+    root = _root_of(model)
+    names = (
+        "pixel_values", "pixel_values_videos", "pixel_values_videos_mask", "input_values", "input_values_mask",
+        "input_features", "input_features_mask", "tower_states",
+    )  # fmt: skip
+    accepted = inspect.signature(root.encode_media).parameters
+    was_training = root.training
+    root.eval()  # dropout would blur the numbers
+    encoded = root.encode_media(**{n: batch[n] for n in names if n in accepted and batch.get(n) is not None})
+    root.train(was_training)
+    if not encoded:
+        raise ValueError(f"The batch holds no media, only {sorted(batch)}; pass pictures, videos, sound or speech.")
+    table = root.get_input_embeddings()
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    is_word = (ids < table.num_embeddings) & (True if mask is None else mask.bool())
+    for modality in MODALITIES:
+        is_word &= ids != getattr(root.config, f"{modality}_token_id")
+    words = ids[is_word]
+    text = table(words) if len(words) else table(torch.arange(table.num_embeddings, device=ids.device))
+    vectors = {"text": text} | {modality: outputs.pooler_output for modality, outputs in encoded.items()}
+    return {name: each.detach().float().flatten(0, -2) for name, each in vectors.items()}
+
+
+@torch.no_grad()
+def nearest_words(
+    model: nn.Module, tokenizer: Any, vectors: Mapping[str, torch.Tensor], count: int = 10
+) -> dict[str, list[tuple[str, float]]]:
+    """
+    Which words a modality's tokens are closest to, by the cosine with text embeddings.
+
+    Args:
+        model (`nn.Module`): A Uni-MoE, bare or inside PEFT.
+        tokenizer: Of its LLM.
+        vectors (`dict[str, torch.Tensor]`): Of [`sequence_vectors`]; "text" is passed over.
+        count (`int`, *optional*, defaults to 10): How many words.
+
+    Returns:
+        `dict[str, list[tuple[str, float]]]`: modality -> words, the commonest first, and the share of the modality's
+        tokens that have each for their nearest.
+    """
+    table = _root_of(model).get_input_embeddings().weight.detach().float()
+    table = table[: min(len(table), len(tokenizer))]
+    table = table / table.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+    found = {}
+    for modality, rows in vectors.items():
+        if modality == "text":
+            continue
+        nearest = torch.cat([(part.to(table.device) @ table.T).argmax(dim=-1) for part in rows.split(1024)])
+        ids, times = nearest.unique(return_counts=True)
+        order = times.argsort(descending=True)[:count].tolist()
+        words = [
+            (tokenizer.decode([int(ids[place])]).strip() or repr(tokenizer.decode([int(ids[place])])))
+            for place in order
+        ]
+        found[modality] = [(word, int(times[at]) / len(nearest)) for word, at in zip(words, order, strict=True)]
+    return found
+
+
+def _root_of(model: nn.Module) -> nn.Module:
+    root = next((module for module in model.modules() if type(module).__name__ == "UniMoEModel"), None)
+    if root is None:
+        raise ValueError(f"A {type(model).__name__} holds no Uni-MoE, so there are no connectors to look at.")
+    return root
+
+
 def _statistics(vectors: torch.Tensor) -> VectorStatistics:
-    """Of `(..., H)` vectors."""
-    vectors = vectors.detach().float().flatten(0, -2)  # (n, H)
+    """Of vectors `(n, H)`."""
     norms = vectors.norm(dim=-1)
     points = torch.tensor([0.0, 0.05, 0.5, 0.95, 1.0], device=norms.device)
     return VectorStatistics(
@@ -149,4 +221,4 @@ def _statistics(vectors: torch.Tensor) -> VectorStatistics:
     )
 
 
-__all__ = ["ConnectorReport", "connector_statistics"]
+__all__ = ["ConnectorReport", "connector_statistics", "nearest_words", "sequence_vectors", "statistics_of"]

@@ -1,10 +1,10 @@
 """
 What routers do with rows, counted row by row: the tables from which every figure about routing is made.
 
-Letters: R rows, L sparse layers, M token types with text first, E experts, K experts per token, N tokens.
+Letters: B batch, T sequence, R rows, L sparse layers, M token types with text first, E experts, K experts per token,
+N tokens.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +26,9 @@ class RoutingTables:
         counts (`np.ndarray` of shape `(R, L, M, E)`): Choices of an expert by the tokens of a type, K for each token.
         weights (`np.ndarray` of shape `(R, L, M, E)`): The same by the routers' weights, 1 for each token.
         together (`np.ndarray` of shape `(L, E, E)`): Tokens that went to both of two experts; on the diagonal choices.
-        paths (`dict[str, Counter]`): Token type -> how many tokens had a path, the heaviest expert of each layer.
+        tokens (`np.ndarray` of shape `(N,)`): Vocabulary ids of all real tokens, row after row.
+        types (`np.ndarray` of shape `(N,)`): Their types, numbers in `TOKEN_TYPES`.
+        heaviest (`np.ndarray` of shape `(L, N)`): The expert with the largest weight for each token.
         kinds (`list[str]`): Of each row its modalities, such as "image+speech", or "text".
         losses (`np.ndarray` of shape `(R,)`): Mean loss of each row's answer in nats; NaN without an answer.
         is_right (`np.ndarray` of shape `(R,)`): Whether each token of the answer is the likeliest one.
@@ -38,7 +40,9 @@ class RoutingTables:
     counts: np.ndarray
     weights: np.ndarray
     together: np.ndarray
-    paths: dict[str, Counter]
+    tokens: np.ndarray
+    types: np.ndarray
+    heaviest: np.ndarray
     kinds: list[str]
     losses: np.ndarray
     is_right: np.ndarray
@@ -49,31 +53,31 @@ class RoutingTables:
     @property
     def num_tokens(self) -> dict[str, int]:
         """Token type -> real tokens; types without any are left out."""
-        counts = self.counts[:, 0].sum(axis=(0, 2)) // self.num_experts_per_tok  # (M,)
-        return {name: int(count) for name, count in zip(TOKEN_TYPES, counts, strict=True) if count}
+        found = {name: int((self.types == number).sum()) for number, name in enumerate(TOKEN_TYPES)}
+        return {name: count for name, count in found.items() if count}
 
     @property
-    def types(self) -> list[int]:
+    def present(self) -> list[int]:
         """`list[int]`: numbers of the token types that occur."""
         return [number for number, name in enumerate(TOKEN_TYPES) if name in self.num_tokens]
 
+    def paths(self, count: int = 10) -> list[tuple[tuple[int, ...], dict[str, int]]]:
+        """
+        Args:
+            count (`int`, *optional*, defaults to 10): How many.
 
-@dataclass
-class TokenRoutes:
-    """
-    One row's tokens.
-
-    Args:
-        input_ids (`np.ndarray` of shape `(N,)`): Placeholders expanded, without padding.
-        types (`np.ndarray` of shape `(N,)`): In `TOKEN_TYPES`.
-        experts (`np.ndarray` of shape `(L, N)`): The heaviest expert of each token.
-        weights (`np.ndarray` of shape `(L, N)`): Its weight.
-    """
-
-    input_ids: np.ndarray
-    types: np.ndarray
-    experts: np.ndarray
-    weights: np.ndarray
+        Returns:
+            `list[tuple]`: the commonest paths of tokens through the layers, as the heaviest expert of each, and how
+            many tokens of each type took them.
+        """
+        found, inverse, times = np.unique(self.heaviest.T, axis=0, return_inverse=True, return_counts=True)
+        inverse = inverse.reshape(-1)
+        made = []
+        for place in np.argsort(-times, kind="stable")[:count]:
+            of_path = np.bincount(self.types[inverse == place], minlength=len(TOKEN_TYPES))
+            by_type = {TOKEN_TYPES[number]: int(of_path[number]) for number in self.present if of_path[number]}
+            made.append((tuple(found[place].tolist()), by_type))
+        return made
 
 
 @dataclass
@@ -103,20 +107,16 @@ def _watching(routers: list[tuple[int, nn.Module]]) -> Iterator[_Pass]:
 
 
 @torch.no_grad()
-def trace_routing(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], keep: int = 0
-) -> tuple[RoutingTables, list[TokenRoutes]]:
+def trace_routing(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> RoutingTables:
     r"""
     Runs a model over batches and counts what its routers choose.
 
     Args:
         model (`nn.Module`): A Uni-MoE with sparse layers, bare or inside PEFT, quantised or not.
         batches (`Iterable[dict]`): Model inputs on its device; with `labels`, losses are kept as well.
-        keep (`int`, *optional*, defaults to 0): Rows whose single tokens are returned: the first of each kind, then
-            the next of each, until so many are found.
 
     Returns:
-        `tuple`: the tables, and the routes of the tokens of up to `keep` rows in the order of the rows' kinds.
+        [`RoutingTables`].
 
     Raises:
         ValueError: the model has no Uni-MoE inside or no router, or there are no batches.
@@ -124,77 +124,56 @@ def trace_routing(
     root, routers = routers_of(model)
     layers = tuple(dict.fromkeys(layer for layer, _ in routers))
     config = root.config.get_text_config()
-    experts, top_k = config.num_experts, config.num_experts_per_tok
-    names = tuple(config.expert_names or map(str, range(experts)))
-    counts, weights, losses, is_right, kinds = [], [], [], [], []
+    experts = config.num_experts
     together = np.zeros((len(layers), experts, experts), dtype=np.int64)
-    paths: dict[str, Counter] = {name: Counter() for name in TOKEN_TYPES}
-    kept: dict[str, list[TokenRoutes]] = {}
+    found: dict[str, list[np.ndarray]] = {}
+    kinds: list[str] = []
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         for batch in batches:
             with _watching(routers) as seen:
-                if batch.get("labels") is not None:
-                    means, right = answer_losses(model, dict(batch))
-                else:
-                    model(**batch, logits_to_keep=1)
-                    means, right = [float("nan")] * len(batch["input_ids"]), [False] * len(batch["input_ids"])
-            ids = batch["input_ids"].cpu()
+                losses, is_right = _answers(model, batch)
+            ids = batch["input_ids"].cpu()  # (B, T)
             mask = batch.get("attention_mask", torch.ones_like(ids)).cpu().bool()
-            types = token_types(root.config, ids)  # (B, T)
-            rows = len(ids)
-            has_label = [True] * rows if batch.get("labels") is None else (batch["labels"] != -100).any(1).tolist()
-            losses += [mean if known else float("nan") for mean, known in zip(means, has_label, strict=True)]
-            is_right += right
+            types = token_types(root.config, ids)
             chosen = torch.stack([seen.chosen[layer].cpu() for layer in layers])  # (L, B * T, K)
-            shares = torch.stack([seen.weights[layer].cpu() for layer in layers])  # (L, B * T, K)
-            batch_counts, batch_weights = _tables(chosen, shares, types, mask, experts)
-            counts.append(batch_counts)
-            weights.append(batch_weights)
-            together += _together(chosen[:, mask.flatten()], experts)
+            shares = torch.stack([seen.weights[layer].cpu() for layer in layers])
             heaviest = chosen.gather(2, shares.argmax(dim=2, keepdim=True)).squeeze(2)  # (L, B * T)
-            for number, name in enumerate(TOKEN_TYPES):
-                of_type = heaviest[:, (mask & (types == number)).flatten()]
-                if of_type.shape[1]:
-                    found, times = np.unique(of_type.T.numpy(), axis=0, return_counts=True)
-                    paths[name].update(
-                        {tuple(path): int(n) for path, n in zip(found.tolist(), times.tolist(), strict=True)}
-                    )
-            top = shares.max(dim=2).values
-            for row in range(rows):
-                kind = kind_of_row(types[row][mask[row]].numpy())
-                kinds.append(kind)
-                if len(kept.setdefault(kind, [])) < keep:
-                    span = slice(row * ids.shape[1], (row + 1) * ids.shape[1])
-                    here = mask[row]
-                    kept[kind].append(
-                        TokenRoutes(
-                            ids[row][here].numpy(),
-                            types[row][here].numpy(),
-                            heaviest[:, span][:, here].numpy(),
-                            top[:, span][:, here].numpy(),
-                        )
-                    )
+            real = mask.flatten()
+            counts, weights = _tables(chosen, shares, types, mask, experts)
+            made = {"counts": counts, "weights": weights, "losses": losses, "is_right": is_right}
+            made |= {"tokens": ids[mask].numpy(), "types": types[mask].numpy()}
+            made["heaviest"] = heaviest[:, real].short().numpy()
+            for name, values in made.items():
+                found.setdefault(name, []).append(values)
+            together += _together(chosen[:, real], experts)
+            kinds += [kind_of_row(types[row][mask[row]].numpy()) for row in range(len(ids))]
     finally:
         for module, training in modes.items():
             module.training = training
-    if not counts:
+    if not kinds:
         raise ValueError("There are no rows, so there is no routing to look at.")
-    tables = RoutingTables(
-        np.concatenate(counts),
-        np.concatenate(weights),
-        together,
-        paths,
-        kinds,
-        np.array(losses),
-        np.array(is_right),
-        layers,
-        names,
-        top_k,
+    joined = {name: np.concatenate(parts, axis=1 if name == "heaviest" else 0) for name, parts in found.items()}
+    return RoutingTables(
+        **joined,
+        together=together,
+        kinds=kinds,
+        layers=layers,
+        expert_names=tuple(config.expert_names or map(str, range(experts))),
+        num_experts_per_tok=config.num_experts_per_tok,
     )
-    in_turn = [routes[place] for place in range(keep) for routes in kept.values() if place < len(routes)]
-    return tables, in_turn[:keep]
+
+
+def _answers(model: nn.Module, batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Runs a batch; losses `(B,)`, NaN for rows without an answer, and whether answers are the likeliest."""
+    labels = batch.get("labels")
+    if labels is None:
+        model(**batch, logits_to_keep=1)
+        return np.full(len(batch["input_ids"]), np.nan), np.zeros(len(batch["input_ids"]), dtype=bool)
+    losses, is_right = answer_losses(model, dict(batch))
+    has_answer = (labels != -100).any(dim=1).cpu().numpy()
+    return np.where(has_answer, losses, np.nan), np.array(is_right) & has_answer
 
 
 def kind_of_row(types: np.ndarray) -> str:
@@ -231,4 +210,4 @@ def _together(chosen: torch.Tensor, experts: int) -> np.ndarray:
     return torch.stack(made).numpy()
 
 
-__all__ = ["RoutingTables", "TokenRoutes", "kind_of_row", "trace_routing"]
+__all__ = ["RoutingTables", "kind_of_row", "trace_routing"]

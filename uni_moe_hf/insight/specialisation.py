@@ -89,7 +89,7 @@ def information_of_types(tables: RoutingTables, seed: int = 0) -> list[Informati
         ValueError: there are too few rows for an interval.
     """
     _check_rows(tables)
-    per_row = tables.counts[:, :, tables.types].astype(float)  # (R, L, M, E)
+    per_row = tables.counts[:, :, tables.present].astype(float)  # (R, L, M, E)
 
     def shuffled(generator: np.random.Generator) -> np.ndarray:
         return np.stack([_shuffled_table(table, generator) for table in per_row.sum(axis=0)])
