@@ -12,11 +12,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from . import beats, connectors, convert, data, evaluate, generate, info, merge_modalities, report, routing
+from . import beats, connectors, convert, data, doctor, evaluate, generate, info, merge_modalities, report, routing
 
 
 # In the order of `uni-moe --help`. Each has `add_command(commands)`, which says what to run.
-COMMANDS = (generate, info, evaluate, report, routing, connectors, convert, data, merge_modalities, beats)
+COMMANDS = (generate, info, doctor, evaluate, report, routing, connectors, convert, data, merge_modalities, beats)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -165,7 +165,7 @@ def routing_report(
     >>> routing_report(model, processor, "data/test.jsonl").save("outputs/report")
     ```
     """
-    chosen = _chosen_rows(rows, processor, modalities, limit)
+    chosen = chosen_rows(rows, processor, modalities, limit)
     notes: list[str] = []
     collator = UniMoEDataCollator(processor, skip_bad_rows=True, describe_rows=True)
     sides = [_look(model, processor, collator, chosen, batch_size, without, names[0], notes)]
@@ -185,7 +185,7 @@ def routing_report(
     return MixtureReport(data, list(dict.fromkeys(notes)), sides, examples)
 
 
-def _chosen_rows(rows: Any, processor: Any, modalities: Sequence[str] | None, limit: int | None) -> list[Any]:
+def chosen_rows(rows: Any, processor: Any, modalities: Sequence[str] | None, limit: int | None) -> list[Any]:
     """Rows with the modalities asked for, spread over the data, those of a kind together."""
     if isinstance(rows, str | Path):
         rows = load_rows(rows)
