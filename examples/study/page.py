@@ -181,8 +181,8 @@ def write_page(path: Path, claims: Sequence[Claim], seeds: int, lines: Sequence[
         "",
         f"{len(wanted)} arms x {seeds} seeds, {done} of {len(wanted) * seeds} runs done, {hours:.1f} hours of one "
         "core. All arms with a seed share its training rows, and start from the same connectors and experts where "
-        "their recipes agree; held-out rows are the same for all. Differences are paired by seed, intervals are "
-        "Student's t over seeds at 95 %. `right`: the likeliest answer is the whole right one, 96 rows of each kind. "
+        "their recipes agree; held-out rows are the same for all. Differences are paired by seed, intervals "
+        "are Student's t over seeds at 95 %. `right`: the likeliest answer is the whole right one, 96 rows of each kind. "
         "`MI`: mutual information of the expert and the token's modality or the row's media, chance taken off, in % of "
         "its bound, in the layer where it is largest. With dozens of comparisons at 95 %, one or two are expected to "
         "look certain by chance.",

@@ -295,7 +295,7 @@ def check_adapters(model: nn.Module) -> Check:
         if not same:
             return Check("adapters", OK, f"{len(names)} experts, no two alike")
     if len(same or ()) == len(names) * (len(names) - 1) // 2:
-        text = f"all {len(names)} experts are the same network: no adapter was applied; grow them from adapters, or train."
+        text = f"all {len(names)} experts are the same network: no adapter was applied; grow them from adapters."
         return Check("adapters", WRONG, text)
     listed = ", ".join(f"{names[i]} and {names[j]}" for i, j in sorted(same)[:3])
     return Check("adapters", LOOK, f"{listed} are the same network; fine before training, a lost adapter after it.")
@@ -323,7 +323,7 @@ def check_routers(model: nn.Module) -> Check:
         if 0.9 * low <= values.min() and values.max() <= 1.1 * high:
             fresh.append(number)
     if len(fresh) == layers:
-        text = "they are as they were initialised and know nothing of their experts; train stage 3, or start them informed."
+        text = "they are as they were initialised and know nothing of their experts; train them (stage 3)."
         return Check("routers", LOOK if model.config.stage != "moe" else WRONG, text)
     return Check("routers", OK, f"trained in {layers - len(fresh)} of {layers} layers")
 
