@@ -29,6 +29,8 @@ _PUBLIC = {
     "hub.pipeline_uni_moe": ["AnyToTextPipeline"],
     "hub.processing_uni_moe": ["UniMoEProcessor"],
     "insight.connectors": ["connector_statistics"],
+    "insight.live": ["RoutingFiguresCallback"],
+    "insight.report": ["routing_report"],
     "mixtures.composition": ["from_pretrained_parts"],
     "mixtures.elastic_experts": ["add_expert", "clone_expert", "drop_expert", "merge_experts"],
     "mixtures.expert_adapters": ["export_expert", "export_expert_stack"],

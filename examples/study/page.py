@@ -181,9 +181,9 @@ def write_page(path: Path, claims: Sequence[Claim], seeds: int, lines: Sequence[
         "",
         f"{len(wanted)} arms x {seeds} seeds, {done} of {len(wanted) * seeds} runs done, {hours:.1f} hours of one "
         "core. All arms with a seed share its training rows, and start from the same connectors and experts where "
-        "their recipes agree; held-out rows are the same for all. Differences are paired by seed, intervals "
-        "are Student's t over seeds at 95 %. `right`: the likeliest answer is the whole right one, 96 rows of each kind. "
-        "`MI`: mutual information of the expert and the token's modality or the row's media, chance taken off, in % of "
+        "their recipes agree; held-out rows are the same for all. Differences are paired by seed, intervals are "
+        "Student's t over seeds at 95 %. `right`: the likeliest answer is the whole right one, 96 rows a kind. "
+        "`MI`: mutual information of expert and token's modality or row's media, chance taken off, in % of "
         "its bound, in the layer where it is largest. With dozens of comparisons at 95 %, one or two are expected to "
         "look certain by chance.",
     ]
@@ -198,7 +198,7 @@ def write_page(path: Path, claims: Sequence[Claim], seeds: int, lines: Sequence[
             figures.write_png(figure, folder / f"{claim.letter}.png")
             text += ["", f"![{claim.question}]({folder.name}/{claim.letter}.png)"]
         text += ["", *arm_table(claim, runs)]
-        if depth := depth_table(claim, runs):
+        if claim.letter in ("a", "start") and (depth := depth_table(claim, runs)):
             title = "g. Specialisation, stage by stage" if claim.letter == "a" else "Stage by stage"
             text += ["", f"### {title}", ""]
             text += [

@@ -369,6 +369,37 @@ def information(panels: Mapping[str, Sequence[Mapping[str, Any]]], layers: Seque
     return figure
 
 
+def over_steps(history: Sequence[Mapping[str, float]], experts: Sequence[str]) -> Any:
+    """
+    Args:
+        history (`Sequence[dict]`): Logs of the trainer with `step`, `load/<expert>` and `specialisation/...`.
+        experts (`Sequence[str]`): Names.
+
+    Returns:
+        `matplotlib.figure.Figure`: shares of the experts, and specialisation, over the steps.
+    """
+    steps = [each["step"] for each in history]
+    with style():
+        figure = _new(9.5, 3.0)
+        left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
+        shares = [[each[f"load/{name}"] for each in history] for name in experts]
+        left.stackplot(steps, shares, colors=colours(len(experts)), labels=experts)
+        left.set_ylim(0, 1)
+        left.set_title("share of all tokens")
+        if len(experts) <= FEW_EXPERTS:
+            left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=len(experts))
+        for name, colour in (("mean", PALETTE[0]), ("max", PALETTE[5])):
+            right.plot(
+                steps, [each[f"specialisation/{name}"] for each in history], color=colour, label=f"{name} of layers"
+            )
+        right.set_ylim(bottom=0)
+        right.set_title("what the expert tells of the modality, of 1")
+        right.legend()
+        for axis in (left, right):
+            axis.set_xlabel("step")
+    return figure
+
+
 def knock_out(rises: Mapping[str, Mapping[str, Mapping[str, float]]], note: str) -> Any:
     """
     Args:
@@ -528,6 +559,7 @@ __all__ = [
     "information",
     "knock_out",
     "lines",
+    "over_steps",
     "paths",
     "picture",
     "spectrogram",

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..evaluation.answering import answer_losses
 from ..evaluation.statistics import LEVEL, Figure, mean_of
-from ..mixtures.routing import routers_of
+from ..mixtures.routing import mutual_information, routers_of
 from .routing_tables import RoutingTables
 
 
@@ -57,21 +57,6 @@ class Information:
             "bound": self.bound,
             "share_of_bound": self.share,
         }
-
-
-def mutual_information(table: np.ndarray) -> np.ndarray:
-    """
-    Args:
-        table (`np.ndarray` of shape `(..., M, E)`): Counts.
-
-    Returns:
-        `np.ndarray` of shape `(...)`: in nats; 0 for an empty table.
-    """
-    total = table.sum(axis=(-2, -1), keepdims=True)
-    joint = table / np.maximum(total, 1)
-    product = joint.sum(axis=-1, keepdims=True) * joint.sum(axis=-2, keepdims=True)
-    ratio = np.divide(joint, product, out=np.ones_like(joint), where=joint > 0)
-    return np.maximum((joint * np.log(ratio)).sum(axis=(-2, -1)), 0.0)
 
 
 def information_of_types(tables: RoutingTables, seed: int = 0) -> list[Information]:
@@ -248,6 +233,5 @@ __all__ = [
     "information_of_rows",
     "information_of_types",
     "knock_out",
-    "mutual_information",
     "without_expert",
 ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from threading import Lock, local
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -65,6 +66,19 @@ class RoutingReport:
         return entropy.masked_fill(self.num_tokens == 0, math.nan)
 
     @property
+    def specialisation(self) -> torch.Tensor:
+        """
+        `torch.Tensor` of shape `(L,)`, float64: mutual information of expert and modality over its bound, 0 where the
+        expert tells nothing of the token's modality, 1 where it tells all. A few tokens lie above 0 by chance alone.
+        """
+        counts = self.counts.double().numpy()
+        shares = counts.sum(axis=-1) / np.maximum(counts.sum(axis=(-2, -1))[:, None], 1)  # (L, M)
+        entropy = -(shares * np.log(np.where(shares > 0, shares, 1))).sum(axis=-1)
+        bound = np.minimum(entropy, math.log(max(2, counts.shape[-1])))
+        found = mutual_information(counts)
+        return torch.from_numpy(np.divide(found, bound, out=np.zeros_like(found), where=bound > 1e-9))
+
+    @property
     def dead(self) -> torch.Tensor:
         """`torch.BoolTensor` of shape `(L, M, E)`: experts that no token of a modality that was there was sent to."""
         return (self.counts == 0) & (self.num_tokens > 0).unsqueeze(-1)
@@ -111,6 +125,21 @@ class RoutingReport:
                 tokens, entropy = int(self.num_tokens[row, i]), float(self.entropy[row, i])
                 lines.append(f"{layer:<7}{name:<10}{tokens:>9}{entropy:>9.3f}{load}   {', '.join(dead) or '-'}")
         return "\n".join(lines)
+
+
+def mutual_information(table: np.ndarray) -> np.ndarray:
+    """
+    Args:
+        table (`np.ndarray` of shape `(..., M, E)`): Counts.
+
+    Returns:
+        `np.ndarray` of shape `(...)`: in nats; 0 for an empty table.
+    """
+    total = table.sum(axis=(-2, -1), keepdims=True)
+    joint = table / np.maximum(total, 1)
+    product = joint.sum(axis=-1, keepdims=True) * joint.sum(axis=-2, keepdims=True)
+    ratio = np.divide(joint, product, out=np.ones_like(joint), where=joint > 0)
+    return np.maximum((joint * np.log(ratio)).sum(axis=(-2, -1)), 0.0)
 
 
 class RoutingRecorder:
@@ -295,4 +324,12 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
             handle.remove()
 
 
-__all__ = ["TOKEN_TYPES", "RoutingRecorder", "RoutingReport", "record_routing", "routers_of", "token_types"]
+__all__ = [
+    "TOKEN_TYPES",
+    "RoutingRecorder",
+    "RoutingReport",
+    "mutual_information",
+    "record_routing",
+    "routers_of",
+    "token_types",
+]

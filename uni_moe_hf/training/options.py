@@ -47,6 +47,8 @@ class StageArguments(ScriptArguments):
             seed; of a stream the first.
         eval_generate (`str`, *optional*): `task,every_n_steps`: a task's questions are asked of the rows to evaluate
             on, and its figures logged; see [`GenerationCallback`].
+        routing_figures (`int`, *optional*, defaults to 10): With TensorBoard or Trackio: figures of routing with every
+            so many logs; 0 for none.
         columns (`list[str]`, *optional*): Which column is what: `photo=image label=answer`.
         question (`list[str]`, *optional*): What is asked about plain media; of several each row draws one.
         dtype (`str`, *optional*): In which models are loaded; as saved by default.
@@ -68,6 +70,7 @@ class StageArguments(ScriptArguments):
 
     eval_rows: int | None = field(default=None, metadata={"help": "Rows of the training data to hold out."})
     eval_generate: str | None = field(default=None, metadata={"help": "task,every_n_steps: ask its questions."})
+    routing_figures: int = field(default=10, metadata={"help": "Figures of routing with every so many logs."})
     columns: list[str] | None = field(default=None, metadata={"help": "Which column is what: photo=image."})
     question: list[str] | None = field(default=None, metadata={"help": "What is asked about plain media."})
     dtype: str | None = field(default=None, metadata={"help": "Of loaded models: float32, bfloat16, float16."})

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..hub.compat_uni_moe import same_permissions
 from ..hub.configuration_uni_moe import is_sparse
-from ..mixtures.routing import record_routing
+from ..mixtures.routing import RoutingRecorder, RoutingReport, record_routing
 from .data import NO_ROW, UniMoEDataCollator
 from .feature_cache import FeatureCache, FeatureCacheError
 from .feature_keys import encoder_of
@@ -119,7 +120,8 @@ class UniMoESFTTrainer(SFTTrainer):
     `SFTTrainer` with learning rates by part, batches of one mixture of modalities, and logs of what a mixture does.
 
     Logged besides TRL's own: `loss/<modalities>` for rows with these media, and with experts `load/<expert>`, its
-    share of all tokens, and `load/max_over_min` of the most uneven layer; whatever the auxiliary loss; and
+    share of all tokens, and `load/max_over_min` of the most uneven layer, whatever the auxiliary loss;
+    `specialisation/mean` and `/max` over layers, as in [`RoutingReport`]; and
     `rows_skipped` so far, where bad rows may be. They are counted on the device and read when the trainer logs.
     Evaluations have `eval_loss/<modalities>`.
     With a [`FeatureCache`] that is being filled, what the towers give is stored.
@@ -205,7 +207,8 @@ class UniMoESFTTrainer(SFTTrainer):
             if self.feature_cache.fill:
                 self.add_callback(_WriteFeatures(self._flush))
         self._losses = ModalityLosses(self.model)
-        self._routing: Any = None
+        self._routing: RoutingRecorder | None = None
+        self.last_routing: RoutingReport | None = None  # what was counted between the last two logs
         self._skipped, self._batches, self._empty_batches = 0, 0, 0
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -326,7 +329,8 @@ class UniMoESFTTrainer(SFTTrainer):
         if "loss" in logs:
             logs |= self._losses.read(self.accelerator)
             if self._routing is not None:
-                logs |= _loads(self._routing, self.accelerator)
+                self.last_routing = _routing_since(self._routing, self.accelerator)
+                logs |= _loads(self.last_routing)
             if getattr(self.data_collator, "skip_bad_rows", False):
                 skipped = torch.tensor(float(self._skipped), device=self.accelerator.device)
                 logs["rows_skipped"] = self.accelerator.reduce(skipped).item()
@@ -458,16 +462,23 @@ class ModalityLosses:
         return logs
 
 
-def _loads(routing: Any, accelerator: Any) -> dict[str, float]:
-    """Shares of the experts since the last time, over all processes."""
+def _routing_since(routing: RoutingRecorder, accelerator: Any) -> RoutingReport:
+    """What was counted since the last time, over all processes."""
     report = routing.report()
     routing.reset()
-    counts = accelerator.reduce(report.counts.sum(dim=1).to(accelerator.device)).double().cpu()  # (L, E)
+    return replace(report, counts=accelerator.reduce(report.counts.to(accelerator.device)).cpu())
+
+
+def _loads(report: RoutingReport) -> dict[str, float]:
+    """Shares of the experts, and how much they tell of the modality."""
+    counts = report.counts.sum(dim=1).double()  # (L, E)
     if not counts.any():
         return {}
     share = (counts / counts.sum(dim=1, keepdim=True)).mean(dim=0)
     logs = {f"load/{name}": value for name, value in zip(report.expert_names, share.tolist(), strict=True)}
     logs["load/max_over_min"] = (counts.amax(dim=1) / counts.amin(dim=1).clamp(min=1)).max().item()
+    specialisation = report.specialisation
+    logs |= {"specialisation/mean": specialisation.mean().item(), "specialisation/max": specialisation.max().item()}
     return logs
 
 
