@@ -11,8 +11,9 @@ from tiny import DENSE, ROUNDING, make_inputs, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from uni_moe_hf import UniMoEForConditionalGeneration, grow_experts, prepare_stage
-from uni_moe_hf.mixtures.elastic_experts import add_expert, balance_routers, clone_expert, drop_expert, merge_experts
+from uni_moe_hf.mixtures.elastic_experts import add_expert, clone_expert, drop_expert, merge_experts
 from uni_moe_hf.mixtures.expert_adapters import expert_names, export_expert, export_expert_stack
+from uni_moe_hf.mixtures.router_starts import balance_routers
 from uni_moe_hf.mixtures.routing import record_routing
 
 

@@ -240,6 +240,8 @@ def check_stop_token(model: nn.Module, processor: Any) -> Check:
         return Check(
             name, WRONG, "the generation config has no `eos_token_id`, so answers run on; set it to the tokenizer's."
         )
+    if "ANSWER" not in text:
+        return Check(name, WRONG, "the chat template leaves out what the assistant says, so nothing is learned of it.")
     rest = text[text.rindex("ANSWER") + len("ANSWER") :]
     ids = processor.tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"]
     stops = [processor.tokenizer.decode([end]) for end in ends]
@@ -272,8 +274,17 @@ def check_adapters(model: nn.Module) -> Check:
     names = list(config.expert_names or map(str, range(config.num_experts)))
     if len(names) == 1:
         return Check("adapters", OK, "one expert")
+    blocks = [block for _, block in _experts(model)]
+    loras = [block.experts.lora for block in blocks if block.experts.lora is not None]
+    if (
+        model.config.stage == "moe"
+        and loras
+        and not any(b.any() for lora in loras for b in (lora.gate_up_b, lora.down_b))
+    ):
+        text = "the experts' LoRA adds nothing, though stage 3 trains it; load its adapter on its parent and merge it."
+        return Check("adapters", WRONG, text)
     same: set[tuple[int, int]] | None = None
-    for _, block in _experts(model):
+    for block in blocks:
         experts = block.experts
         stacks = []
         if experts.lora is not None:

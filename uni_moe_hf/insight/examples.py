@@ -96,7 +96,7 @@ def example_of(model: nn.Module, processor: Any, row: Mapping[str, Any]) -> Exam
     Raises:
         ValueError, OSError: the row cannot be read.
     """
-    batch = UniMoEDataCollator(processor)([row])
+    batch = UniMoEDataCollator(processor, needs_answers=False)([row])
     tables = trace_routing(model, [on_device(batch, model)])
     count = len(tables.layers)
     places = sorted({0, count // 2, count - 1})[:SHOWN_LAYERS]

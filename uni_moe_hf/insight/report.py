@@ -167,15 +167,15 @@ def routing_report(
     """
     chosen = chosen_rows(rows, processor, modalities, limit)
     notes: list[str] = []
-    collator = UniMoEDataCollator(processor, skip_bad_rows=True, describe_rows=True)
+    collator = UniMoEDataCollator(processor, skip_bad_rows=True, describe_rows=True, needs_answers=False)
     sides = [_look(model, processor, collator, chosen, batch_size, without, names[0], notes)]
     if compare is not None:
         sides.append(_look(compare, processor, collator, chosen, batch_size, without, names[1], notes))
     skipped = Counter(collator.skipped)
     if skipped:
         times = 1 if compare is None else 2
-        reasons = "; ".join(f"{count // times} x {why}" for why, count in skipped.most_common(3))
-        notes.append(f"{sum(skipped.values()) // times} of {len(chosen)} rows could not be read: {reasons}.")
+        count = sum(skipped.values()) // times
+        notes.append(f"{count} of {len(chosen)} rows could not be read; `uni-moe data check` says which, and why.")
     examples = []
     if sides[0].tables is not None:
         for row in _one_of_each(chosen, processor, num_examples):

@@ -45,6 +45,8 @@ class UniMoEDataCollator:
             which [`~row_files.load_rows`] read the row, else the working directory.
         describe_rows (`bool`, *optional*, defaults to `False`): Whether batches carry `rows`, a description of each,
             and `num_skipped`.
+        needs_answers (`bool`, *optional*, defaults to `True`): Whether rows without an answer are bad; else nothing of
+            them is learned, for whom looks at what a model makes of questions.
 
     A batch of which every row is skipped becomes one empty row without labels, so that training goes on.
 
@@ -62,6 +64,7 @@ class UniMoEDataCollator:
         voice: str = "speech",
         media_root: str | Path | None = None,
         describe_rows: bool = False,
+        needs_answers: bool = True,
     ):
         self.processor = processor
         self.max_length = max_length
@@ -69,6 +72,7 @@ class UniMoEDataCollator:
         self.voice = voice
         self.media_root = None if media_root is None else Path(media_root)
         self.describe_rows = describe_rows
+        self.needs_answers = needs_answers
         self.skipped: Counter[str] = Counter()
         self._barren = 0  # batches in succession of which nothing could be used
 
@@ -131,7 +135,10 @@ class UniMoEDataCollator:
         try:
             for name in unread_fields(row):
                 logger.warning_once(f"Rows have the field '{name}', of which nothing is made.")
-            return rooted(_learnable(row_to_messages(row, self.voice)), None if root is None else Path(root))
+            messages = row_to_messages(row, self.voice)
+            return rooted(
+                _learnable(messages) if self.needs_answers else messages, None if root is None else Path(root)
+            )
         except Exception as error:  # whatever a row can cause is counted for that row
             self._refuse(describe_row(row), error)
             return None
@@ -150,7 +157,7 @@ class UniMoEDataCollator:
             labels = labels.masked_fill(labels == token_id, -100)
         if not learned:
             labels = labels.fill_(-100)
-        elif not (labels != -100).any(dim=1).all():
+        elif self.needs_answers and not (labels != -100).any(dim=1).all():
             raise ValueError(
                 "there is no assistant text to learn; remove the row, or check that the chat template marks answers "
                 "with `generation`."
