@@ -167,11 +167,11 @@ def test_every_config_belongs_to_a_script_and_says_how_it_is_run():
 
 def test_the_demos_test_set_shares_no_attribute_pair_voice_or_nuisance_with_training(tmp_path):
     make_data, world = importlib.import_module("make_data"), importlib.import_module("world")
-    rows, jobs = make_data.plan(tmp_path, 0)
+    rows, jobs = make_data.plan(tmp_path, 0, make_data.DEMO)
 
     seen = {"train": set(), "test": set()}
     voices = {"train": set(), "test": set()}
-    for kind, split, facts, _, _ in jobs:
+    for kind, split, facts, *_ in jobs:
         if kind in ("image", "video"):
             seen[split].add((facts["colour"], facts["shape"]))
         if "voice" in facts:
@@ -182,14 +182,14 @@ def test_the_demos_test_set_shares_no_attribute_pair_voice_or_nuisance_with_trai
     assert not timbres["train"] & timbres["test"]
     assert not set(world.TRAIN_SPEEDS) & set(world.TEST_SPEEDS)
 
-    paths = {split: {path for _, at, _, path, _ in jobs if at == split} for split in seen}
+    paths = {split: {path for _, at, _, path, *_ in jobs if at == split} for split in seen}
     assert not paths["train"] & paths["test"]
     tasks = [row["task"] for row in rows["test"]]
     for task in ("image", "video", "audio", "speech", *make_data.MIXED):
         answers = {row["messages"][1]["content"][0]["text"] for row in rows["test"] if row["task"] == task}
         assert tasks.count(task) >= 200
         assert len(answers) >= 8
-    assert len({seed for *_, seed in jobs}) > 0.99 * len(jobs)
+    assert len({seed for *_, seed, _ in jobs}) > 0.99 * len(jobs)
 
 
 def test_the_demos_generators_keep_training_positions_and_levels_apart():
@@ -200,6 +200,35 @@ def test_the_demos_generators_keep_training_positions_and_levels_apart():
     bands = {split: {int(world.level(split, rng) * 9) for _ in range(500)} for split in ("train", "test")}
     assert bands["test"] == {2, 6}
     assert not bands["train"] & bands["test"]
+
+
+def test_noise_stays_in_range_and_none_changes_nothing():
+    world = importlib.import_module("world")
+    rng = np.random.default_rng(0)
+    pixels, wave = picture(), tone(0.1)
+    for values, low, high in ((pixels, 0, 255), (wave, -1, 1), ((wave * 30000).astype(np.int16), -32768, 32767)):
+        assert world.noisy(values, 0.0, rng) is values
+        made = world.noisy(values, 0.2, rng)
+        assert made.dtype == values.dtype and made.min() >= low and made.max() <= high
+        assert np.std(made.astype(float) - values) == pytest.approx(0.2 * high, rel=0.5)
+
+
+@pytest.mark.slow
+def test_the_study_in_small_runs_to_its_page_and_goes_on_where_it_was(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "study/run.py"), str(tmp_path), "--quick", "--workers", "2"]
+    first = subprocess.run(
+        [*command, "--seeds", "2", "--claims", "start"], capture_output=True, text=True, timeout=900
+    )
+    assert first.returncode == 0, first.stderr[-2000:]
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert len(lines) == 3 * 2
+    again = subprocess.run([*command, "--claims", "start", "control"], capture_output=True, text=True, timeout=900)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert (tmp_path / "results.jsonl").read_text().splitlines()[:6] == lines and "4 of 4 runs" in again.stdout
+    page = (tmp_path / "study.md").read_text()
+    assert "5 arms x 2 seeds, 10 of 10 runs done" in page and "not run yet" not in page
+    for letter in ("start", "control"):
+        assert (tmp_path / f"study/{letter}.png").stat().st_size > 10_000
 
 
 def packages(folder: Path) -> None:

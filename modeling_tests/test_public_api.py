@@ -22,9 +22,7 @@ PUBLIC = {
     "BeatsModel",
     "FeatureCache",
     "GenerationCallback",
-    "encode_rows",
-    "evaluate",
-    "spread",
+    "RoutingFiguresCallback",
     "StageArguments",
     "UniMoEConfig",
     "UniMoEDataCollator",
@@ -46,6 +44,8 @@ PUBLIC = {
     "connector_statistics",
     "convert_checkpoint",
     "drop_expert",
+    "encode_rows",
+    "evaluate",
     "export_expert",
     "export_expert_stack",
     "from_pretrained_parts",
@@ -59,8 +59,11 @@ PUBLIC = {
     "prepare_stage",
     "record_routing",
     "revert_checkpoint",
+    "routing_report",
     "row_to_messages",
     "sft_config",
+    "spread",
+    "start_routers",
 }
 
 

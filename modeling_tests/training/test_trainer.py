@@ -181,6 +181,7 @@ def test_losses_by_modality_and_loads_add_up_to_what_was_trained(trainer, media,
     for index, name in enumerate("abcd"):
         assert logs[f"load/{name}"] == pytest.approx(share[index].item(), rel=1e-5)
     assert logs["load/max_over_min"] == pytest.approx((counts.amax(1) / counts.amin(1).clamp(min=1)).max().item())
+    assert 0 < logs["specialisation/mean"] <= logs["specialisation/max"] <= 1
 
 
 @pytest.mark.parametrize("stage", ["connectors", "experts", "moe"])
