@@ -107,10 +107,10 @@ def main() -> None:
             cells.append(f"{np.mean(losses):.4f}{way}{ends}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     told = [
-        f"Losses of answers to held-out rows before any step of stage 3, by where routers start, {date.today()}: `python "
-        f"benchmarks/router_starts.py outputs/demo --layers {args.layers} --seeds {args.seeds}`. In brackets how far a "
-        f"start is from the dense model to each row's own expert, then the range over {args.seeds} random "
-        f"initialisations. Informing took {np.mean(seconds):.0f} s on one core.",
+        f"Losses of answers to held-out rows before any step of stage 3, by where routers start, {date.today()}: "
+        f"`python benchmarks/router_starts.py outputs/demo --layers {args.layers} --seeds {args.seeds}`. In brackets "
+        "how far a start is from the dense model to each row's own expert, then the range over "
+        f"{args.seeds} random initialisations. Informing took {np.mean(seconds):.0f} s on one core.",
         "",
     ]
     publish([*told, *lines], args.output)

@@ -254,7 +254,14 @@ def paths(
             share = sum(by_type.values()) / largest
             x = np.arange(len(layers)) if len(layers) > 1 else np.array([-0.2, 0.2])
             y = np.array(path if len(layers) > 1 else path * 2) + lane
-            left.plot(x, y, color=colour, lw=0.8 + 5 * share, alpha=0.85, solid_capstyle="round")
+            left.plot(
+                x,
+                y,
+                color=colour,
+                lw=0.8 + (5 if len(layers) <= 8 else 1.5) * share,
+                alpha=0.85,
+                solid_capstyle="round",
+            )
         for number in range(len(experts)):
             left.axhline(number + 0.5, color=LINE, lw=0.5)
         left.set_ylim(len(experts) - 0.5, -0.5)
