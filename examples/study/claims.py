@@ -90,7 +90,7 @@ CLAIMS = (
         ),
         f"All arms but the last take {STEPS} optimiser steps of 16 rows; those of a stage that is left out go to "
         "stage 3, which trains connectors whole where there was no stage 1. The last one leaves stage 2 out and has "
-        f"the {REFERENCE.stage3} steps of stage 3 that the three stages have, which is how the paper compares. Half of "
+        f"the {REFERENCE.stage3} steps of stage 3 that the three stages have, as the paper compares. Half of "
         "the kinds of held-out rows hold two media, and stage 3 alone sees such rows.",
     ),
     Claim(
