@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model, tiny_processor
+from tiny import labels_of, make_inputs, tiny_model, tiny_processor
 from tiny_training import rows, write_media
 
 from uni_moe_hf.cli import main as uni_moe
@@ -41,7 +41,7 @@ def load(folder):
 def test_a_healthy_model_is_ok_throughout(tmp_path, capsys):
     model, processor = healthy()
     checks = examined(model, processor, tmp_path)
-    assert [check.state for check in checks] == ["ok"] * 8, "\n".join(map(str, checks))
+    assert [check.state for check in checks] == ["ok"] * 9, "\n".join(map(str, checks))
     assert uni_moe(["doctor", str(tmp_path), "--json"]) == 0
     assert [each["name"] for each in json.loads(capsys.readouterr().out)] == [check.name for check in checks]
 
@@ -175,6 +175,37 @@ def test_copies_of_one_expert_and_a_missing_template_are_said():
     processor.chat_template = None
     assert doctor.check_processor(model, processor)[-1].text.startswith("there is none")
     assert doctor.check_stop_token(model, processor).state == "look"
+
+
+def test_bad_rows_are_findings_beside_the_others(tmp_path):
+    model, processor = healthy()
+    checks = examined(model, processor, tmp_path, str(tmp_path / "nowhere.jsonl"))
+    assert [check.name for check in checks if check.state == "wrong"] == ["rows"] and len(checks) > 6
+    (tmp_path / "config.json").write_text("[]")
+    checks = doctor.examine(str(tmp_path), lambda: load(tmp_path))
+    assert checks[-1].name == "loading" and checks[-1].state == "wrong"
+
+
+def test_a_connector_off_scale_is_found_without_rows_and_two_experts_are_no_reason_to_cry(tmp_path):
+    model, processor = healthy()
+    last = list(model.model.vision_connector.projector.modules())[-1]
+    with torch.no_grad():
+        last.weight.mul_(1e6)
+    checks = examined(model, processor, tmp_path)
+    assert [check.name for check in checks if check.state == "wrong"] == ["connectors"]
+    two = tiny_model({"num_experts": 2, "num_experts_per_tok": 1}, stage="moe")
+    assert doctor.check_routers(two).state == "ok"
+
+
+def test_the_same_clip_everywhere_is_judged_by_what_a_blank_one_costs(monkeypatch):
+    model, _ = healthy()
+    inputs = make_inputs(model.config, *[("image", 4)] * 8)
+    inputs["pixel_values"][:] = inputs["pixel_values"][:1]
+    batch = {**inputs, "labels": labels_of(model.config, inputs)}
+    losses = iter([[1.0] * 8, [1.0] * 8, [1.5] * 8])
+    monkeypatch.setattr(doctor, "answer_losses", lambda *_: (next(losses), [True] * 8))
+    check = doctor.check_use(model, {"image": [batch]}, "image")
+    assert check.state == "ok" and "1.500 blank" in check.text and "another row" not in check.text
 
 
 def tables_of(load: list[list[int]]) -> RoutingTables:

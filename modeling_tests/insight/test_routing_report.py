@@ -207,7 +207,7 @@ def test_two_mixtures_are_compared_on_the_same_rows(media):
     assert len(report.data["same_choice"]) == 2 and max(report.data["same_choice"]) < 1
     again = routing_report(model, processor, report_rows(media), compare=model, num_examples=0)
     assert again.data["same_choice"] == [1.0, 1.0]
-    assert "before-and-after" in report.figures()
+    assert "compared" in report.figures()
 
 
 def test_text_alone_many_experts_and_many_layers_are_drawn(tmp_path):
@@ -238,6 +238,7 @@ def test_an_example_gives_every_token_of_a_row_an_expert(media):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"limit": 0}, "`limit` is 0, and intervals need 8 rows or more; raise it"),
         ({"rows": 3}, "There are 3 rows, and intervals need 8 or more"),
         ({"modalities": ["smell"]}, "smell: no modality; there are text, image"),
         ({"modalities": ["video"], "only": 1}, "No row of 24 holds video; they hold speech"),
@@ -281,4 +282,30 @@ def test_the_command_writes_the_page_and_says_what_matters(media, tmp_path, caps
     said = capsys.readouterr().out
     assert "The busiest expert is" in said and f"The page is {tmp_path / 'out/report.html'}." in said
     assert uni_moe([*command[:-1], str(file)]) == 1
-    assert "is a file; name a folder" in capsys.readouterr().err
+    assert "cannot be made a folder (File exists); name another one" in capsys.readouterr().err
+
+
+def test_kinds_that_take_turns_are_all_looked_at_and_rows_of_no_use_are_counted(media):
+    model = tiny_model()
+    text, image = report_rows(media, 5)[4], report_rows(media, 1)[0]
+    data = [*[text, image] * 20, {"nothing": 1}, {"messages": 5}, {}]
+    report = routing_report(model, tiny_processor(model.config), data, limit=20, num_examples=1)
+    assert {"text", "image"} <= report.data["kinds"].keys()
+    assert min(report.data["kinds"]["text"], report.data["kinds"]["image"]) >= 4
+    with pytest.raises(ValueError, match="Row 2 is None; rows are dictionaries"):
+        routing_report(model, tiny_processor(model.config), [text, None] * 8)
+    whole = routing_report(model, tiny_processor(model.config), data, limit=43, num_examples=0)
+    assert whole.data["rows"] == 40 and any("3 of 43 rows could not be read" in note for note in whole.notes)
+
+
+def test_a_model_of_no_numbers_is_no_report_and_names_are_drawn_as_they_are(media, tmp_path):
+    model = tiny_model({"expert_names": ["$\\foo$", "a" * 60, "c", "d"]})
+    processor = tiny_processor(model.config)
+    report = routing_report(model, processor, report_rows(media), num_examples=1)
+    assert "$\\foo$" in report.save(tmp_path).read_text()
+    model.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="The loss of model on these rows is no number; `uni-moe doctor`"):
+        routing_report(model, processor, report_rows(media))
+    fine = tiny_model({"expert_names": ["$\\foo$", "a" * 60, "c", "d"]})
+    with pytest.raises(ValueError, match="'after' cannot be compared on the rows of 'before': The loss of after"):
+        routing_report(fine, processor, report_rows(media), compare=model, names=("before", "after"))

@@ -130,6 +130,38 @@ def test_what_cannot_inform_is_one_sentence_and_changes_nothing(spoil, message):
     assert model.config.text_config.num_experts_per_tok == 1
 
 
+def test_pictures_of_no_numbers_interruptions_and_broken_gradients_leave_routers_as_they_were(monkeypatch):
+    model, batches = experts_that_differ()
+    before = routers_of_state(model)
+    broken = [{**batch, "pixel_values": batch["pixel_values"] * float("nan")} for batch in batches[:4]]
+    with pytest.raises(ValueError, match="The tokens at a router are no numbers"):
+        start_routers(model, broken)
+    layers = list(model.model.language_model.layers)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        balance_routers(model, batches)
+    hook.remove()
+    layers[0].mlp.gate.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(ValueError, match="Routers became no numbers"):
+        inform_routers(model, batches, steps=1)
+    with pytest.raises(ValueError, match="`steps` is 0"):
+        inform_routers(model, batches, steps=0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in routers_of_state(model).items())
+
+
+def test_each_module_is_in_its_own_mode_afterwards():
+    model, batches = experts_that_differ()
+    model.train()
+    model.model.language_model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    start_routers(model, batches)
+    assert [module.training for module in model.modules()] == modes and True in modes and False in modes
+
+
 def test_an_unknown_start_and_a_dense_model_are_refused():
     model, batches = experts_that_differ()
     with pytest.raises(ValueError, match="`router_start` is 'best'; it must be one of informed, balanced, random"):

@@ -161,10 +161,10 @@ def batches(args: argparse.Namespace, batch_size: int, model: Any, processor: An
     from transformers import BatchFeature
 
     from ..training.data import UniMoEDataCollator
-    from ..training.row_files import load_rows
+    from ..training.row_files import load_rows, spread_over
 
     rows = load_rows(args.data)
-    rows = rows.select(range(0, len(rows), -(-len(rows) // args.limit)))  # spread over the file, which may be sorted
+    rows = rows.select(spread_over(len(rows), args.limit))
     collate = UniMoEDataCollator(processor)
     for start in range(0, len(rows), batch_size):
         batch = collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])

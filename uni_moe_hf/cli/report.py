@@ -1,6 +1,7 @@
 """`uni-moe report`: what a mixture does with rows, as one page with figures."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,7 @@ def add_command(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the report and prints what is worth knowing first."""
-    if args.output.is_file():
-        raise ValueError(f"--output '{args.output}' is a file; name a folder.")
+    check_folder(args.output)
     from ..insight.figures import figure_module
     from ..insight.report import routing_report
     from ..insight.report_page import findings
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         args.data,
         compare=other,
         modalities=args.modality,
-        without=args.without,
+        without=None if args.without is None else [name for name in args.without if name],
         limit=args.limit,
         batch_size=args.batch_size,
         num_examples=args.examples,
@@ -56,6 +56,21 @@ def run(args: argparse.Namespace) -> None:
     written = report.save(args.output)
     for line in [*findings(report.data), *report.notes, f"The page is {written}."]:
         sys.stdout.write(line + "\n")
+
+
+def check_folder(folder: Path) -> None:
+    """
+    Before an hour is spent.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--output '{folder}' cannot be made a folder ({error.strerror}); name another one.") from error
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"--output '{folder}' cannot be written to; name another one.")
 
 
 __all__ = ["add_command", "run"]

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from ..hub.files_uni_moe import reason
+from ..mixtures.evaluating import evaluating
 from ..training.data import UniMoEDataCollator
 from ..training.rows import parts_of
 from .questions import Question
@@ -102,14 +103,8 @@ def _as_it_is(item: Any) -> Any:
 @contextmanager
 def _answering(model: Any) -> Iterator[None]:
     """In evaluation mode, without gradients; afterwards as it was."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), torch.no_grad():
+        yield
 
 
 @contextmanager

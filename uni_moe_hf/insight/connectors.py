@@ -15,6 +15,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..hub.configuration_uni_moe import MODALITIES
+from ..mixtures.evaluating import evaluating
 
 
 logger = logging.get_logger(__name__)
@@ -130,10 +131,13 @@ def statistics_of(vectors: Mapping[str, torch.Tensor], max_ratio: float = 10.0) 
 
 
 @torch.no_grad()
-def sequence_vectors(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def sequence_vectors(
+    model: nn.Module, batch: Mapping[str, Any], encoded: Mapping[str, Any] | None = None
+) -> dict[str, torch.Tensor]:
     """
     Args:
         model, batch: As in [`connector_statistics`].
+        encoded (`dict`, *optional*): What the model's `encode_media` gave for the batch, where it is at hand.
 
     Returns:
         `dict[str, torch.Tensor]`: "text" -> embeddings of the batch's words, or of the whole vocabulary where there
@@ -143,15 +147,10 @@ def sequence_vectors(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, to
         ValueError: the model has no Uni-MoE inside, or the batch holds no media.
     """
     root = _root_of(model)
-    names = (
-        "pixel_values", "pixel_values_videos", "pixel_values_videos_mask", "input_values", "input_values_mask",
-        "input_features", "input_features_mask", "tower_states",
-    )  # fmt: skip
-    accepted = inspect.signature(root.encode_media).parameters
-    was_training = root.training
-    root.eval()  # dropout would blur the numbers
-    encoded = root.encode_media(**{n: batch[n] for n in names if n in accepted and batch.get(n) is not None})
-    root.train(was_training)
+    if encoded is None:
+        accepted = inspect.signature(root.encode_media).parameters
+        with evaluating(root):  # dropout would blur the numbers
+            encoded = root.encode_media(**{n: batch[n] for n in accepted if batch.get(n) is not None})
     if not encoded:
         raise ValueError(f"The batch holds no media, only {sorted(batch)}; pass pictures, videos, sound or speech.")
     table = root.get_input_embeddings()

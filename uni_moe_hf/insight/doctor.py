@@ -20,8 +20,9 @@ from torch import nn
 
 from ..evaluation.answering import answer_losses, on_device
 from ..evaluation.statistics import mean_of
-from ..hub.configuration_uni_moe import MODALITIES, is_sparse
+from ..hub.configuration_uni_moe import is_sparse
 from ..hub.files_uni_moe import cause_of
+from ..mixtures.routing import token_types
 from ..training.data import UniMoEDataCollator
 from ..training.feature_cache import INPUTS
 from ..training.row_files import load_rows
@@ -33,6 +34,7 @@ from .routing_tables import RoutingTables, kind_of_row, trace_routing
 OK, LOOK, WRONG = "ok", "look", "wrong"
 # Median norm of a modality's vectors over that of words, either way. Trained connectors of the demo reach 100.
 MAX_RATIO = 1000.0
+NO_CHANGE = 1e-4  # nats: less is rounding
 MIN_SHARE = 0.05  # of the fair share: an expert below it has collapsed
 TESTED = ("5.16.1", "6")  # transformers, from and below
 
@@ -62,7 +64,7 @@ def examine(
         checkpoint (`str`): A folder or Hub id.
         load (`Callable`): Gives model and processor of it; what it raises is a finding.
         rows (*optional*): Rows with answers, or their source: checks of what the model does with media.
-        limit (`int`, *optional*, defaults to 64): How many of them, spread over the data.
+        limit (`int`, *optional*, defaults to 64): How many of them, from all over the data.
 
     Returns:
         `list[Check]`, in a fixed order.
@@ -73,21 +75,33 @@ def examine(
         merged = folder / "merged"
         remedy = f"look at '{merged}'" if merged.is_dir() else "load its parent and the adapter on it, and merge them"
         return [*checks, Check("weights", WRONG, f"'{checkpoint}' holds an adapter, no model; {remedy}.")]
+    if isinstance(rows, str | Path):
+        try:
+            rows = load_rows(rows)
+        except (ValueError, OSError) as error:
+            checks.append(Check("rows", WRONG, _said(error)))
+            rows = None
     try:
         model, processor = load()
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        text = " ".join(str(cause_of(error)).split())
-        return [*checks, Check("weights", WRONG, text)]
+    except Exception as error:  # whatever a damaged folder causes is a finding
+        return [*checks, Check("loading", WRONG, _said(error))]
     checks += [check_weights(model), *check_processor(model, processor), check_stop_token(model, processor)]
     if is_sparse(model.config.text_config):
         checks += [check_adapters(model), check_routers(model)]
     if WRONG in {check.state for check in checks}:
         return checks  # what a broken model does with media would only repeat it
     if model.config.modalities:
-        checks.append(check_media(model, processor))
-    if rows is not None:
-        checks += examine_rows(model, processor, rows, limit)
+        checks += check_media(model, processor)
+    if rows is not None and WRONG not in {check.state for check in checks}:
+        try:
+            checks += examine_rows(model, processor, rows, limit)
+        except (ValueError, OSError, RuntimeError) as error:
+            checks.append(Check("rows", WRONG, _said(error)))
     return checks
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(str(cause_of(error)).split()) or type(error).__name__
 
 
 def examine_rows(model: nn.Module, processor: Any, rows: Any, limit: int = 64) -> list[Check]:
@@ -97,7 +111,7 @@ def examine_rows(model: nn.Module, processor: Any, rows: Any, limit: int = 64) -
     Args:
         model, processor: That belong together.
         rows: In any form, or a source, as in [`~row_files.load_rows`].
-        limit (`int`, *optional*, defaults to 64): Rows of each kind, spread over the data.
+        limit (`int`, *optional*, defaults to 64): How many, from all over the data.
 
     Returns:
         `list[Check]`.
@@ -105,10 +119,9 @@ def examine_rows(model: nn.Module, processor: Any, rows: Any, limit: int = 64) -
     Raises:
         ValueError: there are too few rows.
     """
-    rows = load_rows(rows) if isinstance(rows, str | Path) else rows
     collator = UniMoEDataCollator(processor)
-    chosen = chosen_rows(rows, processor, None, len(MODALITIES) * limit)
-    batches: dict[str, list[dict[str, Any]]] = {}
+    chosen = chosen_rows(rows, processor, None, limit)
+    readable: dict[str, list[Any]] = {}
     unread = 0
     for row in chosen:
         try:
@@ -116,16 +129,18 @@ def examine_rows(model: nn.Module, processor: Any, rows: Any, limit: int = 64) -
         except (ValueError, OSError):
             unread += 1
             continue
-        kind = kind_of_row(_types(model, batch))
-        batches.setdefault(kind, []).append(row)
+        kind = kind_of_row(token_types(model.config, batch["input_ids"])[0].numpy())
+        readable.setdefault(kind, []).append(row)
     joined = {
         kind: [collator(alike[start : start + 8]) for start in range(0, len(alike), 8)]
-        for kind, alike in batches.items()
+        for kind, alike in readable.items()
     }
     checks = []
     if unread:
         remedy = "`uni-moe data check` says why"
-        checks.append(Check("rows", LOOK, f"{unread} of {len(chosen)} rows could not be read; {remedy}."))
+        checks.append(
+            Check("rows", LOOK, f"{unread} of {len(chosen)} rows cannot be read or have no answer; {remedy}.")
+        )
     if not joined:
         return checks
     everything = [on_device(batch, model) for alike in joined.values() for batch in alike]
@@ -148,7 +163,7 @@ def check_versions(checkpoint: str) -> Check:
             "versions", LOOK, f"transformers {here} is untested; install one from {TESTED[0]} to below {TESTED[1]}."
         )
     written = None
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, AttributeError):
         written = json.loads((Path(checkpoint) / "config.json").read_text()).get("transformers_version")
     by = f", written by {written}" if written else ""
     return Check("versions", OK, f"transformers {here}, torch {torch.__version__}{by}")
@@ -159,7 +174,7 @@ def check_weights(model: nn.Module) -> Check:
     tensors = 0
     for name, tensor in model.state_dict().items():
         tensors += 1
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not _is_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             return Check(
                 "weights",
@@ -169,6 +184,14 @@ def check_weights(model: nn.Module) -> Check:
         if re.search(r"_connector\.projector\.(.*\.)?weight$|mlp\.gate\.weight$", name) and not tensor.any():
             return Check("weights", WRONG, f"`{name}` is all zeros, so nothing comes through; it was never filled.")
     return Check("weights", OK, f"{tensors} tensors, all there and finite")
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Quantised tensors that cannot be asked are taken to be."""
+    try:
+        return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    except NotImplementedError:
+        return True
 
 
 def check_processor(model: nn.Module, processor: Any) -> list[Check]:
@@ -315,8 +338,8 @@ def check_adapters(model: nn.Module) -> Check:
 def check_routers(model: nn.Module) -> Check:
     """Whether routers still are what they were initialised with, up to a shift of all rows along one direction."""
     config = model.config.text_config
-    if config.num_experts == 1:
-        return Check("routers", OK, "one expert, nothing to route")
+    if config.num_experts <= 2:
+        return Check("routers", OK, f"of {config.num_experts}, too few to tell trained ones from fresh ones")
     fresh, layers = [], 0
     for number, block in _experts(model):
         layers += 1
@@ -328,8 +351,9 @@ def check_routers(model: nn.Module) -> Check:
                 WRONG,
                 f"all rows of the router in layer {number} are equal, so its choice is blind; train it.",
             )
-        # Singular values of a random matrix lie in a band; evening loads adds one direction, which the largest takes.
-        values = torch.linalg.svdvals(weight)[1:] / config.initializer_range
+        # Singular values of a random matrix lie in a band. What all rows share never changes a choice and is not
+        # trained; evening loads adds one direction, which the largest value takes; nothing is left of the last.
+        values = torch.linalg.svdvals(weight - weight.mean(dim=0))[1:-1] / config.initializer_range
         low, high = math.sqrt(width) - math.sqrt(experts), math.sqrt(width) + math.sqrt(experts)
         if 0.9 * low <= values.min() and values.max() <= 1.1 * high:
             fresh.append(number)
@@ -354,9 +378,9 @@ def _synthetic(modality: str) -> Any:
 
 
 @torch.no_grad()
-def check_media(model: nn.Module, processor: Any) -> Check:
-    """Placeholders and counts: a clip of noise of each modality through processor and model."""
-    counts = []
+def check_media(model: nn.Module, processor: Any) -> list[Check]:
+    """Placeholders, counts and scale: a clip of noise of each modality through processor and model."""
+    counts, batches = [], []
     for modality in model.config.modalities:
         part = {"type": modality, modality: _synthetic(modality)}
         chat = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]
@@ -364,16 +388,17 @@ def check_media(model: nn.Module, processor: Any) -> Check:
             inputs = processor.apply_chat_template(
                 chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
             )
-            logits = model(**on_device(dict(inputs), model), logits_to_keep=1).logits
+            batches.append(on_device(dict(inputs), model))
+            logits = model(**batches[-1], logits_to_keep=1).logits
         except (ValueError, RuntimeError, KeyError, IndexError, OSError) as error:
-            return Check("media", WRONG, f"a {modality} clip does not get through: {' '.join(str(error).split())}")
+            return [Check("media", WRONG, f"a {modality} clip does not get through: {_said(error)}")]
         if not torch.isfinite(logits).all():
-            return Check(
-                "media", WRONG, f"a {modality} clip gives logits that are no numbers; look at its tower and connector."
-            )
+            text = f"a {modality} clip gives logits that are no numbers; look at its tower and connector."
+            return [Check("media", WRONG, text)]
         held = int((inputs["input_ids"] == getattr(model.config, f"{modality}_token_id")).sum())
         counts.append(f"{modality} {held}")
-    return Check("media", OK, f"placeholders and features agree (tokens of a clip: {', '.join(counts)})")
+    text = f"placeholders and features agree (tokens of a clip: {', '.join(counts)})"
+    return [Check("media", OK, text), *check_connectors(model, batches)]
 
 
 def check_connectors(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[Check]:
@@ -422,42 +447,41 @@ def check_experts(tables: RoutingTables) -> Check:
 
 def check_use(model: nn.Module, batches: Mapping[str, list[dict[str, Any]]], modality: str) -> Check:
     """Whether answers are likelier with the right clips than with another row's, or with blank ones."""
-    rights, others, blanks, hits = [], [], [], []
+    found: dict[str, list[float]] = {"own": [], "other": [], "blank": [], "right": []}
     for kind, alike in batches.items():
         if modality not in kind.split("+"):
             continue
         for batch in alike:
-            right, is_right = answer_losses(model, on_device(batch, model))
-            changed = {name: batch[name] for name in INPUTS[modality] if torch.is_tensor(batch.get(name))}
-            other = answer_losses(model, on_device(batch | {n: v.roll(1, 0) for n, v in changed.items()}, model))[0]
-            blank = {n: v if n.endswith("_mask") else torch.zeros_like(v) for n, v in changed.items()}
-            silent = answer_losses(model, on_device(batch | blank, model))[0]
-            rights, others, blanks, hits = rights + right, others + other, blanks + silent, hits + is_right
-    mine, theirs, none = (np.array(each) for each in (rights, others, blanks))
-    rise = mean_of(theirs - mine, unit="").figure()
-    figures = f"loss {mine.mean():.3f} with its own, {theirs.mean():.3f} with another row's, {none.mean():.3f} blank"
-    figures += f"; {np.mean(hits):.0%} right, {len(mine)} rows"
-    if len(mine) < 2 or not (theirs - mine).any() and not (none - mine).any():
-        why = "one row" if len(mine) < 2 else "not used at all: no answer changes with the clip"
-        state = LOOK if len(mine) < 2 else WRONG
+            clips = {name: batch[name] for name in INPUTS[modality] if torch.is_tensor(batch.get(name))}
+            rolled = {name: value.roll(1, 0) for name, value in clips.items()}
+            blank = {n: v if n.endswith("_mask") else torch.zeros_like(v) for n, v in clips.items()}
+            own, is_right = answer_losses(model, on_device(batch, model))
+            other = answer_losses(model, on_device(batch | rolled, model))[0]
+            if all(torch.equal(rolled[name], clips[name]) for name in clips):
+                other = [math.nan] * len(own)  # the same clip everywhere
+            found["own"] += own
+            found["other"] += other
+            found["blank"] += answer_losses(model, on_device(batch | blank, model))[0]
+            found["right"] += is_right
+    own, other, blank = (np.array(found[name]) for name in ("own", "other", "blank"))
+    compared = ~np.isnan(other)
+    told = f"loss {own.mean():.3f} with its own"
+    told += f", {other[compared].mean():.3f} with another row's" if compared.any() else ""
+    told += f", {blank.mean():.3f} blank; {np.mean(found['right']):.0%} right, {len(own)} rows"
+    reach = max(np.abs(blank - own).max(), np.abs(other - own)[compared].max(initial=0.0))
+    if reach < NO_CHANGE:
         return Check(
-            modality, state, f"{why} ({figures}); {'give more' if len(mine) < 2 else 'look at its connector'}."
+            modality, WRONG, f"not used at all: no answer changes with the clip ({told}); look at its connector."
         )
-    if rise.low <= 0:
-        return Check(
-            modality, LOOK, f"no use of it can be told ({figures}); give more rows, or train its connector and expert."
-        )
-    return Check(modality, OK, figures)
+    rises = [mean_of(each, unit="").figure() for each in ((other - own)[compared], blank - own) if len(each)]
+    if rises[0].low <= 0 and not (rises[-1].low > 0 and not compared.any()):
+        text = f"no use of it can be told ({told}); give more rows, or train its connector and expert."
+        return Check(modality, LOOK, text)
+    return Check(modality, OK, told)
 
 
 def _has(batches: Mapping[str, Any], modality: str) -> bool:
     return any(modality in kind.split("+") for kind in batches)
-
-
-def _types(model: nn.Module, batch: Mapping[str, Any]) -> np.ndarray:
-    from ..mixtures.routing import token_types
-
-    return token_types(model.config, batch["input_ids"])[0].numpy()
 
 
 __all__ = ["Check", "examine", "examine_rows"]

@@ -108,7 +108,7 @@ def example_of(model: nn.Module, processor: Any, row: Mapping[str, Any]) -> Exam
             clips += _clips(modality, batch, of_modality)
     pieces, experts = _pieces(processor.tokenizer, tables.tokens, tables.types, heaviest)
     layers = tuple(tables.layers[place] for place in places)
-    return Example(tables.kinds[0], pieces, experts, layers, tables.expert_names, clips)
+    return Example(tables.kinds[0], pieces, experts, layers, tuple(map(figures.short, tables.expert_names)), clips)
 
 
 def _pieces(

@@ -16,6 +16,7 @@ import numpy as np
 INK, LINE = "#1c2330", "#c9ced8"
 # Okabe and Ito's colours, which most colour-blind readers tell apart, then more of the same lightness.
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800", "#7a6fbe")
+TYPE_COLOURS = {"text": "#7a6fbe", "image": "#b8a800", "video": "#d55e00", "audio": "#56b4e9", "speech": "#cc79a7"}
 FEW_EXPERTS = 8  # up to here experts have colours of their own and names beside them
 SPREAD = 4.0  # utilisation is coloured from one quarter to four times the fair share
 LABELS = 24  # ticks on an axis
@@ -59,12 +60,23 @@ def style() -> Iterator[None]:
         "legend.frameon": False,
         "legend.fontsize": 8,
         "svg.fonttype": "none",
+        "text.parse_math": False,  # names may hold a dollar sign
         "svg.hashsalt": "uni-moe",
         "figure.facecolor": "none",
         "axes.facecolor": "none",
     }
     with matplotlib.rc_context(settings):
         yield
+
+
+def short(name: str, length: int = 18) -> str:
+    """A name that fits beside a figure: the end of a long one, which tells paths apart."""
+    return name if len(name) <= length else f"\u2026{name[1 - length :]}"
+
+
+def type_colours(types: Sequence[str]) -> list[str]:
+    """Of token types, the same in every figure."""
+    return [TYPE_COLOURS.get(name, "#8a94a6") for name in types]
 
 
 def colours(count: int) -> list[Any]:
@@ -186,7 +198,7 @@ def spread(load: np.ndarray, types: Sequence[str], experts: Sequence[str], token
             image = left.imshow(over_experts * count, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
             figure.colorbar(image, ax=left, fraction=0.03, label="over fair share")
             bottom = np.zeros(count)
-            for row, (name, colour) in enumerate(zip(types, colours(len(types)), strict=True)):
+            for row, (name, colour) in enumerate(zip(types, type_colours(types), strict=True)):
                 right.bar(range(count), of_types[row], bottom=bottom, color=colour, label=name, width=0.85)
                 bottom += of_types[row]
             right.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
@@ -207,7 +219,7 @@ def spread(load: np.ndarray, types: Sequence[str], experts: Sequence[str], token
             for share in np.arange(1, count) / count:
                 left.axvline(share, color=INK, lw=0.8, ls=(0, (3, 3)))
             start = np.zeros(count)
-            for row, (name, colour) in enumerate(zip(types, colours(8)[::-1], strict=False)):
+            for row, (name, colour) in enumerate(zip(types, type_colours(types), strict=True)):
                 right.barh(range(count), of_types[row], left=start, color=colour, label=name, height=0.72)
                 start += of_types[row]
             for share in np.cumsum(fair)[:-1]:
@@ -270,7 +282,7 @@ def paths(
         left.set_xlabel("layer")
         left.set_title("heaviest expert, layer after layer")
         start = np.zeros(len(found))
-        for name, colour in zip(types, colours(8)[::-1], strict=False):
+        for name, colour in zip(types, type_colours(types), strict=True):
             shares = np.array([100 * by_type.get(name, 0) / max(total, 1) for _, by_type in found])
             right.barh(range(len(found)), shares, left=start, color=colour, label=name, height=0.7)
             start += shares
@@ -332,17 +344,15 @@ def lines(panels: Mapping[str, Mapping[str, Sequence[float]]], layers: Sequence[
         figure = _new(9.5, 2.6)
         for axis, (title, drawn) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
             for (name, values), colour in zip(drawn.items(), (*PALETTE, *PALETTE), strict=False):
-                dashed = {"ls": (0, (4, 2))} if name == "before" else {}
-                axis.plot(range(len(layers)), values, "o-", ms=3, lw=1.4, color=colour, label=name, **dashed)
+                axis.plot(range(len(layers)), values, marker="o", ms=3, lw=1.4, color=colour, label=name)
             _ticks(axis.xaxis, layers, rotate=len(layers) > FEW_EXPERTS)
             axis.set_title(title)
             axis.set_xlabel("layer")
-            axis.margins(y=0.08)
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.08 * max(1e-3, *(value for values in drawn.values() for value in values)))
             axis.grid(axis="y", color=LINE, lw=0.5)
-        handles, names = axis.get_legend_handles_labels()
-        if len(names) > 1:
-            figure.legend(handles, names, loc="outside right upper")
+        named = {n: h for axis in figure.axes for h, n in zip(*axis.get_legend_handles_labels(), strict=True)}
+        if len(named) > 1:
+            figure.legend(named.values(), named.keys(), loc="outside upper right", ncols=len(named))
         figure.supxlabel(note, size=8)
     return figure
 
@@ -466,7 +476,7 @@ def distributions(panels: Mapping[str, Mapping[str, np.ndarray]], note: str) -> 
         for axis, (title, drawn) in zip(
             figure.subplots(1, len(panels), squeeze=False, sharex=True)[0], panels.items(), strict=True
         ):
-            for name, colour in zip(names, colours(8)[::-1], strict=False):
+            for name, colour in zip(names, type_colours(names), strict=True):
                 if name in drawn:
                     shares = np.histogram(drawn[name], edges)[0] / len(drawn[name])
                     axis.stairs(
@@ -569,6 +579,7 @@ __all__ = [
     "over_steps",
     "paths",
     "picture",
+    "short",
     "spectrogram",
     "spread",
     "style",

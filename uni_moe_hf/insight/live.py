@@ -91,7 +91,9 @@ def _utilisation(report: RoutingReport, step: int) -> Any:
     panels |= {name: counts[:, m] for m, name in enumerate(report.modalities) if counts[:, m].any()}
     even = {name: load / np.maximum(load.mean(axis=1, keepdims=True), 1e-9) for name, load in panels.items()}
     tokens = int(report.num_tokens[0].sum())
-    return figures.utilisation(even, report.layers, report.expert_names, f"step {step}: {tokens:,} tokens", "choices")
+    return figures.utilisation(
+        even, report.layers, [*map(figures.short, report.expert_names)], f"step {step}: {tokens:,} tokens", "choices"
+    )
 
 
 def _pixels(figure: Any) -> np.ndarray:

@@ -19,9 +19,10 @@ from torch import nn
 from ..evaluation.answering import on_device
 from ..evaluation.predictions import write_whole
 from ..hub.configuration_uni_moe import MODALITIES, is_sparse
+from ..mixtures.evaluating import evaluating
 from ..mixtures.routing import TOKEN_TYPES
 from ..training.data import NO_ROW, UniMoEDataCollator
-from ..training.row_files import load_rows
+from ..training.row_files import load_rows, spread_over
 from ..training.rows import row_modalities
 from . import figures
 from .connectors import ConnectorReport, nearest_words, sequence_vectors, statistics_of
@@ -39,6 +40,7 @@ class Side:
     """What was found of one model."""
 
     name: str
+    rows: int = 0
     tables: RoutingTables | None = None
     knock_out: dict[str, dict[str, dict]] = field(default_factory=dict)
     vectors: dict[str, np.ndarray] = field(default_factory=dict)  # "text" or modality -> norms
@@ -76,19 +78,15 @@ class MixtureReport:
             ImportError: matplotlib is not installed.
         """
         drawn: dict[str, Any] = {}
-        titled = [("", self.sides[0])] + [("-before", side) for side in self.sides[1:]]
-        for suffix, side in titled:
-            drawn |= {f"{name}{suffix}": figure for name, figure in _routing_figures(side).items()}
+        titled = [("", self.sides[0], self.data)]
+        titled += [("-other", side, self.data["compared_with"]) for side in self.sides[1:]]
+        for suffix, side, data in titled:
+            drawn |= {f"{name}{suffix}": figure for name, figure in _routing_figures(side, data).items()}
         if "compared_with" in self.data and self.data["compared_with"].get("layers") == self.data.get("layers", 0):
-            drawn["before-and-after"] = _compared_lines(self.data)
-        panels = {"after" if len(self.sides) > 1 else "": self.sides[0].vectors}
-        if len(self.sides) > 1:
-            panels["before"] = self.sides[1].vectors
-        panels = {title: vectors for title, vectors in panels.items() if vectors}
+            drawn["compared"] = _compared_lines(self.data)
+        panels = {figures.short(side.name, 40): side.vectors for side in self.sides if side.vectors}
         if panels:
-            order = sorted(panels, key=lambda title: title != "before")
-            note = f"{self.data['rows']} rows"
-            drawn["connectors"] = figures.distributions({title: panels[title] for title in order}, note)
+            drawn["connectors"] = figures.distributions(panels, f"{self.data['rows']} rows")
         for number, example in enumerate(self.examples, start=1):
             for kind, figure in example.figures().items():
                 drawn[f"example-{number}-{kind}"] = figure
@@ -115,7 +113,7 @@ class MixtureReport:
             pictures[name] = figures.svg(figure)
             write_whole(folder / "figures" / f"{name}.svg", pictures[name])
             figures.write_png(figure, folder / "figures" / f"{name}.png")
-        write_whole(folder / "report.json", json.dumps(self.data, indent=1) + "\n")
+        write_whole(folder / "report.json", json.dumps(self.data, indent=1, allow_nan=False) + "\n")
         write_whole(folder / "report.html", page(self.data, self.notes, pictures, self.examples))
         return folder / "report.html"
 
@@ -165,12 +163,15 @@ def routing_report(
     >>> routing_report(model, processor, "data/test.jsonl").save("outputs/report")
     ```
     """
-    chosen = chosen_rows(rows, processor, modalities, limit)
+    chosen = chosen_rows(rows, processor, modalities, limit, FEW_ROWS)
     notes: list[str] = []
     collator = UniMoEDataCollator(processor, skip_bad_rows=True, describe_rows=True, needs_answers=False)
     sides = [_look(model, processor, collator, chosen, batch_size, without, names[0], notes)]
     if compare is not None:
-        sides.append(_look(compare, processor, collator, chosen, batch_size, without, names[1], notes))
+        try:
+            sides.append(_look(compare, processor, collator, chosen, batch_size, without, names[1], notes))
+        except ValueError as error:
+            raise ValueError(f"'{names[1]}' cannot be compared on the rows of '{names[0]}': {error}") from error
     skipped = Counter(collator.skipped)
     if skipped:
         times = 1 if compare is None else 2
@@ -185,14 +186,21 @@ def routing_report(
     return MixtureReport(data, list(dict.fromkeys(notes)), sides, examples)
 
 
-def chosen_rows(rows: Any, processor: Any, modalities: Sequence[str] | None, limit: int | None) -> list[Any]:
-    """Rows with the modalities asked for, spread over the data, those of a kind together."""
+def chosen_rows(
+    rows: Any, processor: Any, modalities: Sequence[str] | None, limit: int | None, at_least: int = 1
+) -> list[Any]:
+    """Rows with the modalities asked for, from all over the data, those of a kind together."""
+    if limit is not None and limit < at_least:
+        raise ValueError(f"`limit` is {limit}, and intervals need {at_least} rows or more; raise it.")
     if isinstance(rows, str | Path):
         rows = load_rows(rows)
+    modalities = [modalities] if isinstance(modalities, str) else modalities
     known: list[tuple[tuple[str, ...], Any]] = []
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"Row {number} is {row!r}; rows are dictionaries, as training takes them.")
         kinds: tuple[str, ...] = ("unreadable",)
-        with suppress(ValueError):  # the collator says why
+        with suppress(Exception):  # whatever it is, the collator says why
             kinds = tuple(dict.fromkeys(map(processor._ear, row_modalities(row)[0])))
         known.append((kinds, row))
     if modalities:
@@ -206,9 +214,9 @@ def chosen_rows(rows: Any, processor: Any, modalities: Sequence[str] | None, lim
             )
         known = [(kinds, row) for kinds, row in known if set(kinds or ("text",)) & set(modalities)]
     if limit is not None:
-        known = known[:: max(1, -(-len(known) // limit))]
-    if len(known) < FEW_ROWS:
-        raise ValueError(f"There are {len(known)} rows, and intervals need {FEW_ROWS} or more; give more rows.")
+        known = [known[index] for index in spread_over(len(known), limit)]
+    if len(known) < at_least:
+        raise ValueError(f"There are {len(known)} rows, and intervals need {at_least} or more; give more rows.")
     return [row for _, row in sorted(known, key=lambda pair: pair[0])]
 
 
@@ -216,7 +224,7 @@ def _one_of_each(rows: list[Any], processor: Any, count: int) -> list[Any]:
     """The first rows of each kind in turn."""
     by_kind: dict[tuple[str, ...], list[Any]] = {}
     for row in rows:
-        with suppress(ValueError):
+        with suppress(Exception):
             by_kind.setdefault(tuple(map(processor._ear, row_modalities(row)[0])), []).append(row)
     in_turn = [alike[place] for place in range(count) for alike in by_kind.values() if place < len(alike)]
     return in_turn[:count]
@@ -246,17 +254,18 @@ def _look(
         if unknown := [each for each in without if each not in named]:
             raise ValueError(f"There is no expert '{unknown[0]}'; the model has {', '.join(named)}.")
     side = Side(name)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         batches: list[Batch] = []
+        answered: list[np.ndarray] = []
         vectors: dict[str, list[torch.Tensor]] = {}
         for batch in _read(collator, rows, batch_size):
-            batch = on_device(batch, model)
-            with suppress(ValueError):  # rows without media
-                for kind, found in sequence_vectors(model, batch).items():
+            batch = _without_media(root, on_device(batch, model))
+            if "mm_encoder_outputs" in batch:
+                for kind, found in sequence_vectors(model, batch, batch["mm_encoder_outputs"]).items():
                     vectors.setdefault(kind, []).append(found.cpu())
-            batches.append(_without_media(root, batch))
+            batches.append(batch)
+            side.rows += len(batch["input_ids"])
+            answered.append((batch["labels"] != -100).any(dim=1).cpu().numpy())
         if not batches:
             raise ValueError(f"None of {len(rows)} rows could be read: {dict(collator.skipped)}.")
         if vectors:
@@ -271,16 +280,16 @@ def _look(
         if len(side.tables.kinds) < FEW_ROWS:
             raise ValueError(f"{len(side.tables.kinds)} rows could be read, and intervals need {FEW_ROWS} or more.")
         experts = side.tables.expert_names if without is None else without
-        if np.isnan(side.tables.losses).all():
+        has_answer = np.concatenate(answered)
+        if not np.isfinite(side.tables.losses[has_answer]).all():
+            raise ValueError(f"The loss of {name} on these rows is no number; `uni-moe doctor` looks for the cause.")
+        if not has_answer.any():
             notes.append("No row has an answer, so there is no loss, and no expert was taken out.")
         elif len(side.tables.expert_names) == 1:
             notes.append("There is one expert, so none can be taken out.")
         elif experts:
             rises = knock_out(model, batches, side.tables, experts)
             side.knock_out = {e: {k: f.to_dict() for k, f in kinds.items()} for e, kinds in rises.items()}
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return side
 
 
@@ -316,11 +325,10 @@ def _data(sides: list[Side], notes: list[str]) -> dict[str, Any]:
 
 
 def _described(side: Side) -> dict[str, Any]:
-    data: dict[str, Any] = {}
+    data: dict[str, Any] = {"rows": side.rows}
     tables = side.tables
     if side.connectors is not None:
         data["connectors"] = side.connectors.to_dict() | {"nearest_words": side.words}
-        data["rows"] = 0
     if tables is None:
         return data
     total = tables.counts.sum(axis=0)  # (L, M, E)
@@ -409,12 +417,12 @@ def _shares(counts: np.ndarray) -> list[float]:
     return (counts / max(counts.sum(), 1)).round(5).tolist()
 
 
-def _routing_figures(side: Side) -> dict[str, Any]:
+def _routing_figures(side: Side, data: Mapping[str, Any]) -> dict[str, Any]:
     """Of one model."""
     tables = side.tables
     if tables is None:
         return {}
-    experts, layers = tables.expert_names, tables.layers
+    experts, layers = [figures.short(name) for name in tables.expert_names], tables.layers
     tokens = sum(tables.num_tokens.values())
     note = (
         f"{side.name}: {len(tables.kinds)} rows, {tokens:,} tokens, top-{tables.num_experts_per_tok} of {len(experts)}"
@@ -435,7 +443,7 @@ def _routing_figures(side: Side) -> dict[str, Any]:
     }
     if tables.num_experts_per_tok > 1 and len(experts) > 1:
         drawn["together"] = figures.together(tables.together.sum(axis=0).astype(float), experts, note)
-    by_choice, by_weight = per_layer(tables.counts), per_layer(tables.weights)
+    by_choice, by_weight = data["per_layer"]["by choice"], data["per_layer"]["by router weight"]
     titles = {
         "entropy": "entropy, nats",
         "diversity": "diversity exp(H)/N",
@@ -447,39 +455,30 @@ def _routing_figures(side: Side) -> dict[str, Any]:
     )
     drawn["information"] = figures.information(
         {
-            "expert and token's modality": [each.to_dict() for each in information_of_types(tables)],
-            "expert and row's media": [each.to_dict() for each in information_of_rows(tables)],
+            "expert and token's modality": data["information"]["of token types"],
+            "expert and row's media": data["information"]["of rows"],
         },
         layers,
         note,
     )
     if side.knock_out:
-        drawn["knock-out"] = figures.knock_out(side.knock_out, note)
+        rises = {figures.short(name): kinds for name, kinds in side.knock_out.items()}
+        drawn["knock-out"] = figures.knock_out(rises, note)
     return drawn
 
 
 def _compared_lines(data: Mapping[str, Any]) -> Any:
     """Both models, layer by layer."""
     other = data["compared_with"]
-    panels = {
-        "diversity exp(H)/N": {
-            "after": data["per_layer"]["by choice"]["diversity"],
-            "before": other["per_layer"]["by choice"]["diversity"],
-        },
-        "information, token's modality": {
-            name: [each["value"]["value"] for each in side["information"]["of token types"]]
-            for name, side in (("after", data), ("before", other))
-        },
-        "information, row's media": {
-            name: [each["value"]["value"] for each in side["information"]["of rows"]]
-            for name, side in (("after", data), ("before", other))
-        },
+    sides = ((figures.short(data["model"], 40), data), (figures.short(other["model"], 40), other))
+    panels: dict[str, dict[str, list[float]]] = {
+        "diversity exp(H)/N": {name: side["per_layer"]["by choice"]["diversity"] for name, side in sides}
     }
+    for title, key in (("MI, token's modality", "of token types"), ("MI, row's media", "of rows")):
+        panels[title] = {name: [e["value"]["value"] for e in side["information"][key]] for name, side in sides}
     if "same_choice" in data:
-        panels["tokens with the same expert"] = {"after": data["same_choice"]}
-    return figures.lines(
-        panels, data["layers"], f"{data['model']} after, {other['model']} before; {data['rows']} rows"
-    )
+        panels["tokens with the same expert"] = {"both": data["same_choice"]}
+    return figures.lines(panels, data["layers"], f"{data['rows']} rows")
 
 
 __all__ = ["MixtureReport", "Side", "per_layer", "routing_report", "utilisation"]

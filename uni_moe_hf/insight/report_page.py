@@ -80,7 +80,7 @@ SECTIONS = {
         "How much the loss of the answers rises when an expert is taken out of all layers and the others share its "
         "weight.",
     ),
-    "before-and-after": ("Before and after", "Both models on the same rows."),
+    "compared": ("Both models, layer by layer", "On the same rows."),
     "connectors": (
         "Connectors among words",
         "Norms of what connectors put into the sequence, beside the text embeddings.",
@@ -102,6 +102,7 @@ def page(
         `str`: HTML.
     """
     parts, links = [], []
+    other = data.get("compared_with", {}).get("model", "")
     for name, (title, text) in SECTIONS.items():
         if name not in pictures:
             continue
@@ -109,10 +110,9 @@ def page(
         parts.append(f'<h2 id="{name}">{escape(title)}</h2><p class="soft">{escape(text)}</p>')
         small = " small" if name == "together" else ""
         parts.append(f'<div class="figure{small}">{_themed(pictures[name])}</div>')
-        if f"{name}-before" in pictures:
-            parts.append(
-                f'<p class="soft">Before:</p><div class="figure{small}">{_themed(pictures[f"{name}-before"])}</div>'
-            )
+        if f"{name}-other" in pictures:
+            drawn = _themed(pictures[f"{name}-other"])
+            parts.append(f'<p class="soft">{escape(other)}:</p><div class="figure{small}">{drawn}</div>')
         if name == "connectors":
             parts.append(_words(data))
         if name == "knock-out":
@@ -188,7 +188,7 @@ def findings(data: Mapping[str, Any]) -> list[str]:
             (each["share_of_bound"], layer) for layer, each in zip(layers, data["information"][key], strict=True)
         )
         found.append(
-            f"The chosen expert tells up to {best:.1%} of what there is to know of the {title} (layer {layer})."
+            f"Mutual information of the expert and the {title} is up to {best:.1%} of its bound (layer {layer})."
         )
     certain = [
         (each["value"], name, kind)
@@ -228,13 +228,15 @@ def _knock_out_table(rises: Mapping[str, Any]) -> str:
 def _words(data: Mapping[str, Any]) -> str:
     """What each modality's tokens are closest to, after and before."""
     rows = ""
-    sides = [("", data)] + ([("before", data["compared_with"])] if "compared_with" in data else [])
+    sides = [("", data)] + (
+        [(data["compared_with"]["model"], data["compared_with"])] if "compared_with" in data else []
+    )
     for when, side in sides:
         found = side.get("connectors", {})
         for modality, words in found.get("nearest_words", {}).items():
             listed = ", ".join(f"{escape(word)} {share:.0%}" for word, share in words[:8])
             ratio = found["ratios"].get(modality)
-            rows += f"<tr><th>{modality}</th><td>{when}</td><td>{ratio:.2f}</td><td>{listed}</td></tr>"
+            rows += f"<tr><th>{modality}</th><td>{escape(when)}</td><td>{ratio:.2f}</td><td>{listed}</td></tr>"
     head = "<tr><th></th><th></th><th>median norm / text</th><th>nearest words of its tokens</th></tr>"
     return f'<div class="scroll"><table>{head}{rows}</table></div>' if rows else ""
 

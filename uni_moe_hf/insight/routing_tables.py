@@ -16,6 +16,7 @@ from torch import nn
 
 from ..evaluation.answering import answer_losses
 from ..hub.configuration_uni_moe import MODALITIES
+from ..mixtures.evaluating import evaluating
 from ..mixtures.routing import TOKEN_TYPES, routers_of, token_types
 
 
@@ -128,9 +129,7 @@ def trace_routing(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Rou
     together = np.zeros((len(layers), experts, experts), dtype=np.int64)
     found: dict[str, list[np.ndarray]] = {}
     kinds: list[str] = []
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in batches:
             with _watching(routers) as seen:
                 losses, is_right = _answers(model, batch)
@@ -149,9 +148,6 @@ def trace_routing(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Rou
                 found.setdefault(name, []).append(values)
             together += _together(chosen[:, real], experts)
             kinds += [kind_of_row(types[row][mask[row]].numpy()) for row in range(len(ids))]
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if not kinds:
         raise ValueError("There are no rows, so there is no routing to look at.")
     joined = {name: np.concatenate(parts, axis=1 if name == "heaviest" else 0) for name, parts in found.items()}

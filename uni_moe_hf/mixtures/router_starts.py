@@ -4,7 +4,8 @@ Where routers start: at random, with even loads, or informed of what each expert
 Letters: E experts, H hidden, N tokens.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedConfig
 from ..hub.configuration_uni_moe import MODALITIES, is_sparse
 from ..hub.experts_uni_moe import UniMoESparseMoeBlock, load_balancing_loss
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
+from .evaluating import evaluating
 from .expert_adapters import check_is_ours
 
 
@@ -45,9 +47,10 @@ def start_routers(
     if router_start == "random":
         return
     batches = list(batches)
-    balance_routers(model, batches)
-    if router_start == "informed":
-        inform_routers(model, batches)
+    with _routers_kept_on_failure(model):
+        balance_routers(model, batches)
+        if router_start == "informed":
+            inform_routers(model, batches)
 
 
 def inform_routers(
@@ -75,32 +78,30 @@ def inform_routers(
         ValueError: the model is no mixture, there are no batches, or they have no labels. Nothing has changed then.
     """
     config = mixture_config(model)
+    if steps < 1:
+        raise ValueError(f"`steps` is {steps}; routers are informed in 1 or more.")
     kinds = _by_kind(model, batches)
     blocks = [block for _, block in sparse_blocks(model)]
-    before = [block.gate.weight.detach().clone() for block in blocks]
+    dtypes = [block.gate.weight.dtype for block in blocks]
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    was_training, chosen, coefficient = model.training, config.num_experts_per_tok, config.router_aux_loss_coef
-    model.eval().requires_grad_(False)
+    chosen, coefficient = config.num_experts_per_tok, config.router_aux_loss_coef
+    model.requires_grad_(False)
     # A single expert's weight is 1 whatever its logit: only a second one lets the loss speak to the router.
     config.num_experts_per_tok = min(max(2, chosen), config.num_experts)
     config.router_aux_loss_coef = 0.0
     try:
-        for block in blocks:
-            block.gate.weight.data = block.gate.weight.data.float()
-            block.gate.weight.requires_grad_(True)
-        losses = _learn(model, blocks, kinds, steps)
-    except BaseException:
-        for block, weight in zip(blocks, before, strict=True):
-            block.gate.weight.data = weight
-        raise
+        with evaluating(model), _routers_kept_on_failure(model):
+            for block in blocks:
+                block.gate.weight.data = block.gate.weight.data.float()
+                block.gate.weight.requires_grad_(True)
+            losses = _learn(model, blocks, kinds, steps)
     finally:
         config.num_experts_per_tok, config.router_aux_loss_coef = chosen, coefficient
-        for block, weight in zip(blocks, before, strict=True):
-            block.gate.weight.data = block.gate.weight.data.to(weight.dtype)
+        for block, dtype in zip(blocks, dtypes, strict=True):
+            block.gate.weight.data = block.gate.weight.data.to(dtype)
             block.gate.weight.grad = None
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])
-        model.train(was_training)
     return {kind: _ends(found) for kind, found in losses.items()}
 
 
@@ -131,14 +132,30 @@ def _learn(
             outputs = model(**batch, output_router_logits=True, use_cache=False)
             answers = outputs.loss  # without the balancing loss, whose coefficient is 0 meanwhile
             if not answers.isfinite():
-                raise ValueError(f"The loss of rows of {kind} is {answers.item()}; look at them with the data check.")
+                raise ValueError(
+                    f"The loss of rows of {kind} is {answers.item()}; `uni-moe doctor` looks for the cause."
+                )
             balance = load_balancing_loss(outputs.router_logits, top_k, batch.get("attention_mask"))
             loss = answers.clamp(min=1e-6).log() + BALANCE * balance.to(answers.device)
             (loss / per_step).backward()
             losses.setdefault(kind, []).append(answers.item())
         optimizer.step()
         schedule.step()
+    if not all(block.gate.weight.isfinite().all() for block in blocks):
+        raise ValueError("Routers became no numbers while they were informed; `uni-moe doctor` looks for the cause.")
     return losses
+
+
+@contextmanager
+def _routers_kept_on_failure(model: UniMoEForConditionalGeneration) -> Iterator[None]:
+    """Whatever goes wrong, an interruption too, leaves routers as they were."""
+    before = [(block.gate.weight, block.gate.weight.detach().clone()) for _, block in sparse_blocks(model)]
+    try:
+        yield
+    except BaseException:
+        for parameter, weight in before:
+            parameter.data = weight
+        raise
 
 
 def _ends(losses: list[float]) -> tuple[float, float]:
@@ -209,10 +226,8 @@ def balance_routers(
     batches = [{k: v for k, v in batch.items() if k not in ("labels", "logits_to_keep")} for batch in batches]
     if not batches:
         raise ValueError("Routers are balanced on batches, and there are none.")
-    was_training = model.training
-    model.eval()
     ratios, blocks = {}, dict(sparse_blocks(model))
-    try:
+    with evaluating(model), _routers_kept_on_failure(model):
         # From layer to layer with all batches, so that towers and layers run once for all routers.
         layers = model.model.language_model.layers
         calls = [_stopped_at(layers[0], model, **batch, use_cache=False) for batch in batches]
@@ -225,8 +240,6 @@ def balance_routers(
                     rows.append(hidden[mask.to(hidden.device)].float())
                 ratios[number] = _balance(blocks[number], torch.cat(rows), rounds)
             calls = [((layer(*args, **kwargs), *args[1:]), kwargs) for args, kwargs in calls]
-    finally:
-        model.train(was_training)
     return ratios
 
 
@@ -256,7 +269,9 @@ def _balance(block: UniMoESparseMoeBlock, hidden: torch.Tensor, rounds: int) -> 
     """Shifts a router for the tokens `(N, H)` that it sees; returns largest over smallest share."""
     weight, top_k = block.gate.weight.float(), block.gate.config.num_experts_per_tok
     gram = hidden.T @ hidden
-    ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+    if not gram.isfinite().all():
+        raise ValueError("The tokens at a router are no numbers; `uni-moe doctor` looks for the cause.")
+    ridge = (1e-3 * gram.diagonal().mean() + 1e-12) * torch.eye(len(gram), device=gram.device)
     direction = torch.linalg.solve(gram + ridge, hidden.sum(dim=0))  # (H,)
     logits, along = hidden @ weight.T, hidden @ direction  # (N, E), (N,)
 

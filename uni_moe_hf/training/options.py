@@ -24,7 +24,7 @@ from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 from ..hub.processing_uni_moe import UniMoEProcessor
 from .data import UniMoEDataCollator
 from .feature_cache import FeatureCache
-from .row_files import kind_of, load_rows
+from .row_files import kind_of, load_rows, spread_over
 from .rows import describe_row, row_modalities, row_to_messages
 
 
@@ -181,7 +181,7 @@ class StageArguments(ScriptArguments):
         if isinstance(rows, IterableDataset):
             sample = list(rows.take(SAMPLE))
         else:
-            sample = rows.select(range(0, len(rows), -(-len(rows) // SAMPLE)))
+            sample = rows.select(spread_over(len(rows), SAMPLE))
         if unknown := [name for name in modalities if name not in MODALITIES]:
             raise ValueError(f"{', '.join(unknown)}: no modality; there are {', '.join(MODALITIES)}.")
         found = set()
@@ -235,7 +235,7 @@ class StageArguments(ScriptArguments):
         if isinstance(rows, IterableDataset):
             rows = list(rows.take(SPREAD * count))
         else:
-            rows = rows.select(range(0, len(rows), -(-len(rows) // (SPREAD * count))))
+            rows = rows.select(spread_over(len(rows), SPREAD * count))
         kinds: dict[frozenset[str], list[Any]] = {}
         for row in rows:
             with suppress(ValueError):  # the collator will name it when it is trained on

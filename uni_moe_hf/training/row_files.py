@@ -29,6 +29,19 @@ SHARD_STEP = 39
 LISTS = ("messages", "conversations", "prompt", "completion", "images", "videos", "audios", "image", "video", "voice")
 
 
+def spread_over(total: int, count: int) -> list[int]:
+    """
+    Args:
+        total (`int`): Rows that there are.
+        count (`int`): How many are wanted.
+
+    Returns:
+        `list[int]`: numbers of so many rows in their order, or of all: always the same ones, drawn from everywhere, as
+        data may be sorted, and kinds of rows may take turns.
+    """
+    return sorted(random.Random(0).sample(range(total), min(count, total)))
+
+
 def load_rows(
     source: str | Path | list | Mapping[str, float],
     split: str = "train",
@@ -512,4 +525,4 @@ KINDS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", 
 READERS = {"json": _json_rows, "jsonl": _json_lines, "csv": _table_rows, "tsv": _table_rows, "parquet": _parquet_rows}
 
 
-__all__ = ["KINDS", "iter_rows", "kind_of", "load_rows", "numbered_rows", "row_changes"]
+__all__ = ["KINDS", "iter_rows", "kind_of", "load_rows", "numbered_rows", "row_changes", "spread_over"]
