@@ -161,15 +161,18 @@ CLAIMS = (
         "e",
         "Do mixtures lose less on unbalanced data?",
         "Adding speech costs the dense model 19 points on pictures (POPE 84.7 to 65.8) and the mixture none (85.4).",
-        {**unbalanced("mixture", REFERENCE), **unbalanced("dense", DENSE)},
+        {**unbalanced("mixture", REFERENCE), **unbalanced("identical", IDENTICAL), **unbalanced("dense", DENSE)},
         (
             Comparison("mixture, 50%", "dense, 50%", OTHERS, "rows without speech"),
             Comparison("mixture, 5%", "dense, 5%", ("speech",), "rows of speech, the rare medium"),
+            Comparison("identical, 50%", "dense, 50%", OTHERS, "rows without speech"),
+            Comparison("identical, 5%", "dense, 5%", ("speech",), "rows of speech"),
             Comparison("mixture, 5%", "mixture, 50%", OTHERS, "rows without speech", expected=False),
             Comparison("dense, 5%", "dense, 50%", OTHERS, "rows without speech"),
         ),
         "Rows of stage 3 are as many in all arms; speech is 5, 20 or 50 % of them, other media share the rest. The "
-        "dense model has as many trainable parameters and had stage 1 alone before, the mixture stage 2 as well.",
+        "dense model has as many trainable parameters; it had stage 1 alone before, as did the mixture of identical "
+        "experts, and `mixture` had stage 2 as well.",
     ),
     Claim(
         "f",
