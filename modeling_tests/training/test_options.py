@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny import tiny_processor
+from tiny import FEATURES, tiny_model, tiny_processor
 from tiny_training import rows, write_media
 from trl import SFTConfig
 
@@ -37,10 +37,14 @@ def test_rows_are_streamed_and_sampled_as_the_options_say(data, tmp_path):
     streamed, _ = parsed(tmp_path, *name, "--dataset_streaming", "--question", "a", "b")
     assert len(whole.rows()) == 8 and not hasattr(streamed.rows(), "__len__")
     assert streamed.question == ["a", "b"]
-    processor = tiny_processor()
+    model = tiny_model()
+    processor = tiny_processor(model.config)
     for args in (whole, parsed(tmp_path, *name, "--dataset_streaming")[0]):
-        sizes = [len(batch["input_ids"]) for batch in args.sample(args.rows(), None, processor, 4, batch_size=3)]
-        assert sizes == [3, 1]
+        for count, sizes in ((4, [1, 1, 1, 1, 2, 2]), (1, [1] * 6)):
+            batches = list(args.sample(args.rows(), model, processor, count, batch_size=3))
+            assert sorted(len(batch["input_ids"]) for batch in batches) == sizes
+            kinds = [frozenset(batch) & set(FEATURES.values()) for batch in batches]
+            assert len(set(kinds)) == len(kinds) == 6  # each batch is of rows with the same media
 
 
 def test_a_split_to_evaluate_on_is_read_or_refused(data, tmp_path):
