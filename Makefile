@@ -5,7 +5,6 @@ BIN := $(VENV)/bin
 # What the demo needs, and what tests need besides (quantisation and serving libraries among it).
 DEMO := $(VENV)/installed-demo
 DEV := $(VENV)/installed-dev
-STUDY := $(VENV)/installed-demo,plot
 # No network at run time: nothing may depend on a hub or phone home. torchao's GPU kernels do not load beside a CPU torch.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 HF_HUB_DISABLE_UPDATE_CHECK=1 TOKENIZERS_PARALLELISM=false \
 	TORCHAO_FORCE_SKIP_LOADING_SO_FILES=1
@@ -22,7 +21,7 @@ demo-control: $(DEMO)
 	$(OFFLINE) $(BIN)/python examples/demo/run.py outputs/demo --control
 
 # Hours; goes on where it was stopped.
-study: $(STUDY)
+study: $(DEMO)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python examples/study/run.py outputs/study
 
 test: lint

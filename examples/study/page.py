@@ -115,6 +115,24 @@ def depth_table(claim: Claim, runs: Runs) -> list[str]:
     return lines if len(lines) > 2 else []
 
 
+def depth_sentences(claim: Claim, runs: Runs) -> list[str]:
+    """Paired differences of what is lost without the rows' own expert, after stage 3."""
+    told = []
+    for each in dict.fromkeys((each.better, each.worse) for each in claim.comparisons if each.kinds == KINDS):
+        first, second = (runs.get(claim.arms[name].digest(), {}) for name in each)
+        seeds = [s for s in sorted(set(first) & set(second)) if "start" in first[s] and "start" in second[s]]
+        if not seeds:
+            continue
+        rises = [own_and_others(run[s]["end"]["knock_out"])[0] for s in seeds for run in (first, second)]
+        mean, low, high = interval([rises[at] - rises[at + 1] for at in range(0, len(rises), 2)])
+        verdict = "more" if low > 0 else "less" if high < 0 else "no difference that so many seeds can show"
+        told.append(
+            f"* Without the rows' own expert, `{each[0]}` loses what `{each[1]}` loses {mean:+.3f} nats ({low:+.3f} "
+            f"to {high:+.3f}): {verdict}."
+        )
+    return told
+
+
 def draw(claim: Claim, runs: Runs) -> Any | None:
     """Arms with every seed as a dot, beside the differences that the claim stands or falls with."""
     arms = [(name, runs[recipe.digest()]) for name, recipe in claim.arms.items() if runs.get(recipe.digest())]
@@ -206,6 +224,8 @@ def write_page(path: Path, claims: Sequence[Claim], seeds: int, lines: Sequence[
                 "medium, in nats.",
                 "",
                 *depth,
+                "",
+                *depth_sentences(claim, runs),
             ]
     path.write_text("\n".join(text) + "\n")
 
