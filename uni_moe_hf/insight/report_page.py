@@ -255,6 +255,11 @@ def _pale(colour: Any) -> str:
     return _css(colorsys.hls_to_rgb(hue, max(light, 0.72), depth))
 
 
+def _shown(piece: str) -> str:
+    """A token's text; a line's end as a sign, so that a row stays one line."""
+    return escape(piece.replace("\n", "\u21b5")) or "&nbsp;"
+
+
 def _example(number: int, example: Example, pictures: Mapping[str, str]) -> str:
     palette = figures.colours(len(example.expert_names))
     lines = []
@@ -263,7 +268,7 @@ def _example(number: int, example: Example, pictures: Mapping[str, str]) -> str:
             f"<i>{escape(piece)}</i>"
             if expert < 0
             else f'<b style="background:{_pale(palette[expert])}" title="{escape(example.expert_names[expert])}">'
-            f"{escape(piece) or '&nbsp;'}</b>"
+            f"{_shown(piece)}</b>"
             for piece, expert in zip(example.pieces, experts.tolist(), strict=True)
         )
         lines.append(f'<div class="tokens"><span class="soft">layer {layer}</span> {shown}</div>')
