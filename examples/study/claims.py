@@ -235,7 +235,7 @@ CLAIMS = (
             "shuffled, identical": replace(IDENTICAL, shuffled=True),
         },
         (Comparison("shuffled, specialised", "shuffled, identical", expected=False),),
-        "Where mutual information is as high here as in the other arms, it tells that the hidden states of media differ, "
+        "Where mutual information is as high here as in other arms, it tells that the hidden states of media differ, "
         "not that experts are specialised; what is lost without an expert tells that.",
     ),
 )
