@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from datasets import Dataset
 from tiny import FEATURES, tiny_model, tiny_processor
 from tiny_training import rows, write_media
 from trl import SFTConfig
@@ -45,6 +46,15 @@ def test_rows_are_streamed_and_sampled_as_the_options_say(data, tmp_path):
             assert sorted(len(batch["input_ids"]) for batch in batches) == sizes
             kinds = [frozenset(batch) & set(FEATURES.values()) for batch in batches]
             assert len(set(kinds)) == len(kinds) == 6  # each batch is of rows with the same media
+
+
+def test_a_sample_passes_over_rows_that_training_skips(data, tmp_path):
+    args, _ = parsed(tmp_path, "--dataset_name", str(data / "rows.jsonl"), "--skip_bad_rows")
+    broken = {**args.rows()[0], "_root": str(tmp_path / "nowhere")}
+    model = tiny_model()
+    processor = tiny_processor(model.config)
+    batches = list(args.sample(Dataset.from_list([broken, dict(args.rows()[4])]), model, processor, 4))
+    assert [len(batch["input_ids"]) for batch in batches] == [1]
 
 
 def test_a_split_to_evaluate_on_is_read_or_refused(data, tmp_path):

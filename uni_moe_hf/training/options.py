@@ -245,6 +245,8 @@ class StageArguments(ScriptArguments):
             for alike in kinds.values():
                 for start in range(0, min(count, len(alike)), batch_size):
                     batch = collator(alike[start : min(start + batch_size, count)])
+                    if not (batch["labels"] != -100).any():  # what stands where all rows were skipped
+                        continue
                     batch = batch if cache is None else cache.store(model, batch)
                     yield _on_device(batch, model.device)
         if cache is not None:
