@@ -146,7 +146,7 @@ def sequence_vectors(
     Raises:
         ValueError: the model has no Uni-MoE inside, or the batch holds no media.
     """
-    root = _root_of(model)
+    root = root_of(model)
     if encoded is None:
         accepted = inspect.signature(root.encode_media).parameters
         with evaluating(root):  # dropout would blur the numbers
@@ -181,7 +181,7 @@ def nearest_words(
         `dict[str, list[tuple[str, float]]]`: modality -> words, the commonest first, and the share of the modality's
         tokens that have each for their nearest.
     """
-    table = _root_of(model).get_input_embeddings().weight.detach().float()
+    table = root_of(model).get_input_embeddings().weight.detach().float()
     table = table[: min(len(table), len(tokenizer))]
     table = table / table.norm(dim=-1, keepdim=True).clamp(min=1e-6)
     found = {}
@@ -199,7 +199,8 @@ def nearest_words(
     return found
 
 
-def _root_of(model: nn.Module) -> nn.Module:
+def root_of(model: nn.Module) -> nn.Module:
+    """The module of a Uni-MoE, bare or inside PEFT, that has its towers, connectors and decoder."""
     root = next((module for module in model.modules() if type(module).__name__ == "UniMoEModel"), None)
     if root is None:
         raise ValueError(f"A {type(model).__name__} holds no Uni-MoE, so there are no connectors to look at.")
@@ -220,4 +221,4 @@ def _statistics(vectors: torch.Tensor) -> VectorStatistics:
     )
 
 
-__all__ = ["ConnectorReport", "connector_statistics", "nearest_words", "sequence_vectors", "statistics_of"]
+__all__ = ["ConnectorReport", "connector_statistics", "nearest_words", "root_of", "sequence_vectors", "statistics_of"]

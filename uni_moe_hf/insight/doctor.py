@@ -7,7 +7,7 @@ Each check returns a [`Check`]; those that need rows, or a model that loads, are
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,6 +22,8 @@ from ..evaluation.answering import answer_losses, on_device
 from ..evaluation.statistics import mean_of
 from ..hub.configuration_uni_moe import is_sparse
 from ..hub.files_uni_moe import cause_of
+from ..mixtures.expert_adapters import expert_names
+from ..mixtures.router_starts import sparse_blocks
 from ..mixtures.routing import token_types
 from ..training.data import UniMoEDataCollator
 from ..training.feature_cache import INPUTS
@@ -287,20 +289,13 @@ def check_stop_token(model: nn.Module, processor: Any) -> Check:
     return Check(name, OK, f"{processor.tokenizer.decode([ids[0]])!r}, in template and generation alike")
 
 
-def _experts(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
-    """Sparse layers: number and block."""
-    for number, layer in enumerate(model.model.language_model.layers):
-        if hasattr(layer.mlp, "experts"):
-            yield number, layer.mlp
-
-
 def check_adapters(model: nn.Module) -> Check:
     """Whether experts differ: LoRA that was never applied leaves copies of one network."""
     config = model.config.text_config
-    names = list(config.expert_names or map(str, range(config.num_experts)))
+    names = expert_names(config)
     if len(names) == 1:
         return Check("adapters", OK, "one expert")
-    blocks = [block for _, block in _experts(model)]
+    blocks = [block for _, block in sparse_blocks(model)]
     loras = [block.experts.lora for block in blocks if block.experts.lora is not None]
     if (
         model.config.stage == "moe"
@@ -344,7 +339,7 @@ def check_routers(model: nn.Module) -> Check:
     if config.num_experts <= 2:
         return Check("routers", OK, f"of {config.num_experts}, too few to tell trained ones from fresh ones")
     fresh, layers = [], 0
-    for number, block in _experts(model):
+    for number, block in sparse_blocks(model):
         layers += 1
         weight = block.gate.weight.detach().float()
         experts, width = weight.shape

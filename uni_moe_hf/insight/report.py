@@ -20,12 +20,13 @@ from ..evaluation.answering import on_device
 from ..evaluation.predictions import write_whole
 from ..hub.configuration_uni_moe import MODALITIES, is_sparse
 from ..mixtures.evaluating import evaluating
+from ..mixtures.expert_adapters import expert_names
 from ..mixtures.routing import TOKEN_TYPES
 from ..training.data import NO_ROW, UniMoEDataCollator
 from ..training.row_files import load_rows, spread_over
 from ..training.rows import row_modalities
 from . import figures
-from .connectors import ConnectorReport, nearest_words, sequence_vectors, statistics_of
+from .connectors import ConnectorReport, nearest_words, root_of, sequence_vectors, statistics_of
 from .examples import Example, example_of
 from .report_page import page
 from .routing_tables import RoutingTables, trace_routing
@@ -242,15 +243,13 @@ def _look(
     notes: list[str],
 ) -> Side:
     """Reads the rows once, runs towers and connectors once, and the decoder as often as it takes."""
-    root = next((module for module in model.modules() if type(module).__name__ == "UniMoEModel"), None)
-    if root is None:
-        raise ValueError(f"A {type(model).__name__} holds no Uni-MoE, so there is nothing to report.")
+    root = root_of(model)
     config = root.config.get_text_config()
     sparse = is_sparse(config)
     if not sparse and not root.config.modalities:
         raise ValueError("This model is dense and has no connectors, so there is nothing to report.")
     if sparse and without:
-        named = list(config.expert_names or map(str, range(config.num_experts)))
+        named = expert_names(config)
         if unknown := [each for each in without if each not in named]:
             raise ValueError(f"There is no expert '{unknown[0]}'; the model has {', '.join(named)}.")
     side = Side(name)

@@ -17,6 +17,7 @@ from torch import nn
 from ..evaluation.answering import answer_losses
 from ..hub.configuration_uni_moe import MODALITIES
 from ..mixtures.evaluating import evaluating
+from ..mixtures.expert_adapters import expert_names
 from ..mixtures.routing import TOKEN_TYPES, routers_of, token_types
 
 
@@ -156,7 +157,7 @@ def trace_routing(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Rou
         together=together,
         kinds=kinds,
         layers=layers,
-        expert_names=tuple(config.expert_names or map(str, range(experts))),
+        expert_names=tuple(expert_names(config)),
         num_experts_per_tok=config.num_experts_per_tok,
     )
 

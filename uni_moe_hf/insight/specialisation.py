@@ -16,6 +16,7 @@ from torch import nn
 
 from ..evaluation.answering import answer_losses
 from ..evaluation.statistics import LEVEL, Figure, mean_of
+from ..mixtures.expert_adapters import expert_names
 from ..mixtures.routing import mutual_information, routers_of
 from .routing_tables import RoutingTables
 
@@ -171,7 +172,7 @@ def without_expert(model: nn.Module, name: str) -> Iterator[None]:
     """
     root, routers = routers_of(model)
     config = root.config.get_text_config()
-    names = list(config.expert_names or map(str, range(config.num_experts)))
+    names = expert_names(config)
     if name not in names:
         raise ValueError(f"There is no expert '{name}'; the model has {', '.join(names)}.")
     if len(names) == 1:

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..hub.compat_uni_moe import cache_of
 from ..hub.configuration_uni_moe import MODALITIES
+from .expert_adapters import expert_names
 
 
 # In the order of `mm_token_type_ids`.
@@ -157,8 +158,7 @@ class RoutingRecorder:
         ends = [token_id for end in ends for token_id in (end if isinstance(end, list) else [end])]
         self._end_ids = torch.tensor(sorted({token_id for token_id in ends if token_id is not None}), dtype=torch.long)
         self.num_experts, self.top_k = text_config.num_experts, text_config.num_experts_per_tok
-        names = text_config.expert_names or [str(expert) for expert in range(self.num_experts)]
-        self.expert_names = tuple(names)
+        self.expert_names = tuple(expert_names(text_config))
         self._counts = dict.fromkeys(self.layers)  # layer -> (M, E) on its router's device
         # Of each thread: `types` (B * T,) of the tokens that are under way, M for those not counted; `waiting` layers.
         self._pass = local()
