@@ -21,12 +21,12 @@ _PUBLIC = {
     "hub.towers_uni_moe": ["BeatsModel", "YamnetModel"],
     "hub.configuration_uni_moe": ["BeatsConfig", "UniMoEConfig", "YamnetConfig"],
     "hub.feature_extraction_uni_moe": ["UniMoEFeatureExtractor", "YamnetFeatureExtractor"],
+    "hub.generation_uni_moe": ["AnyToTextPipeline"],
     "hub.modeling_uni_moe": [
         "UniMoEForConditionalGeneration",
         "UniMoEModel",
         "UniMoEPreTrainedModel",
     ],
-    "hub.pipeline_uni_moe": ["AnyToTextPipeline"],
     "hub.processing_uni_moe": ["UniMoEProcessor"],
     "insight.connectors": ["connector_statistics"],
     "insight.live": ["RoutingFiguresCallback"],
@@ -71,8 +71,8 @@ def register() -> None:
 
     from .hub.configuration_uni_moe import BeatsConfig, UniMoEConfig, YamnetConfig
     from .hub.feature_extraction_uni_moe import UniMoEFeatureExtractor, YamnetFeatureExtractor
+    from .hub.generation_uni_moe import AnyToTextPipeline
     from .hub.modeling_uni_moe import UniMoEForConditionalGeneration
-    from .hub.pipeline_uni_moe import AnyToTextPipeline
     from .hub.processing_uni_moe import UniMoEProcessor
     from .hub.towers_uni_moe import BeatsModel, YamnetModel
 

@@ -33,7 +33,7 @@ from transformers import (
 
 from uni_moe_hf import BeatsConfig, BeatsModel, UniMoEFeatureExtractor
 from uni_moe_hf.evaluation.speaking import speak
-from uni_moe_hf.hub.conversations_uni_moe import VICUNA_CHAT_TEMPLATE
+from uni_moe_hf.hub.templates_uni_moe import VICUNA_CHAT_TEMPLATE
 
 
 WIDTH = 96

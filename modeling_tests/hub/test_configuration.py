@@ -139,7 +139,7 @@ def test_saved_config_names_the_code_that_loads_it(tmp_path):
     tiny_config().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["auto_map"] == AUTO_MAP
-    assert saved["custom_pipelines"]["any-to-text"]["impl"] == "pipeline_uni_moe.AnyToTextPipeline"
+    assert saved["custom_pipelines"]["any-to-text"]["impl"] == "generation_uni_moe.AnyToTextPipeline"
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,9 @@ TABLE = {
     Use("imported", "transformers.utils.output_capturing.select_hidden_states"): "else all are kept: more memory",
     Use("imported", "transformers.utils.torch_compilable_check"): "else the same check with a graph break",
     Use("overridden", "_experts_implementation"): "keeps names of routes from towers, which refuse them",
+    Use(
+        "overridden", "_from_config"
+    ): "gives vLLM a model without its head; where it is gone, vLLM says what is amiss",
     Use("overridden", "_init_weights"): "the library's extension point for initialisation",
     Use("overridden", "get_correct_experts_implementation"): "takes names of routes; unread, loading refuses them",
     Use("overridden", "is_custom_code"): "weights that a file lacks are initialised as in the library's own models",
@@ -249,7 +252,7 @@ def test_without_the_pipelines_own_conversations_they_are_answered_one_by_one(ow
     chats = [user("what is this"), user({"type": "image", "image": picture()}, "what is this")]
     answers = {}
     for lost in (None, "transformers.utils.chat_template_utils.Chat"):
-        kind = without(lost).pipeline.AnyToTextPipeline
+        kind = without(lost).generation.AnyToTextPipeline
         pipe = pipeline("any-to-text", model=own_model, processor=processor, pipeline_class=kind)
         results = pipe(chats, batch_size=2, max_new_tokens=4, return_full_text=False)
         answers[lost] = [each["generated_text"] for each in itertools.chain.from_iterable(results)]

@@ -254,7 +254,7 @@ def test_a_saved_pipeline_is_a_whole_folder(pipe, chats, tmp_path):
     pipe.save_pretrained(tmp_path)
     names = {file.name for file in tmp_path.iterdir()}
     assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= names
-    assert {"pipeline_uni_moe.py", "modeling_uni_moe.py", "processing_uni_moe.py"} <= names
+    assert {"templates_uni_moe.py", "modeling_uni_moe.py", "processing_uni_moe.py"} <= names
     model, processor = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
     assert (type(model), type(processor)) == (UniMoEForConditionalGeneration, UniMoEProcessor)
     loaded = pipeline("any-to-text", model=model, processor=processor)

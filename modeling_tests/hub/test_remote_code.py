@@ -24,7 +24,6 @@ HUB_FILES = {
     "experts_uni_moe.py",
     "generation_uni_moe.py",
     "modeling_uni_moe.py",
-    "pipeline_uni_moe.py",
     "towers_uni_moe.py",
 }
 PROCESSOR_FILES = {
@@ -35,6 +34,7 @@ PROCESSOR_FILES = {
     "files_uni_moe.py",
     "media_uni_moe.py",
     "processing_uni_moe.py",
+    "templates_uni_moe.py",
 }
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -268,7 +268,7 @@ def test_a_saved_model_brings_all_its_code(child):
         "AutoModelForImageTextToText",
         "AutoModelForMultimodalLM",
     }
-    assert config["custom_pipelines"]["any-to-text"]["impl"] == "pipeline_uni_moe.AnyToTextPipeline"
+    assert config["custom_pipelines"]["any-to-text"]["impl"] == "generation_uni_moe.AnyToTextPipeline"
 
 
 def test_a_saved_processor_and_a_saved_pipeline_bring_all_their_code(child):

@@ -25,7 +25,7 @@ AUTO_MAP = {
 }
 CUSTOM_PIPELINES = {
     "any-to-text": {
-        "impl": "pipeline_uni_moe.AnyToTextPipeline",
+        "impl": "generation_uni_moe.AnyToTextPipeline",
         "pt": ["AutoModelForMultimodalLM"],
         "type": "multimodal",
     }
@@ -221,6 +221,11 @@ WORDS = {
 def is_sparse(text_config: PreTrainedConfig) -> bool:
     """Whether any layer of a decoder is a mixture of experts."""
     return "sparse" in text_config.mlp_layer_types
+
+
+def is_in_vllm(config: PreTrainedConfig) -> bool:
+    """Whether a `text_config` is that of a model which vLLM's Transformers back end builds."""
+    return getattr(config, "_attn_implementation", None) == "vllm"
 
 
 def check_mixture(text_config: PreTrainedConfig, **changes: Any) -> None:
@@ -442,6 +447,9 @@ class UniMoEConfig(PreTrainedConfig):
             self.image_seq_length = patches + self.vision_prefix_length * is_full
         # The library reads it from the outermost config, checkpoints of LLMs carry it on the inner one.
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        if self.audio_config is not None and not hasattr(self.audio_config, "max_source_positions"):
+            # Where vLLM looks how many tokens a clip may become; sound has no limit but the decoder's.
+            self.audio_config.max_source_positions = getattr(self.text_config, "max_position_embeddings", None)
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
         self.custom_pipelines = self.custom_pipelines or CUSTOM_PIPELINES
 
@@ -473,6 +481,8 @@ class UniMoEConfig(PreTrainedConfig):
                 if isinstance(output.get(name), dict):
                     output[name].pop(key, None)
         # They follow from the rest.
+        if isinstance(output.get("audio_config"), dict) and output["audio_config"]["model_type"] != "whisper":
+            output["audio_config"].pop("max_source_positions", None)
         for key in [key for key in output.get("text_config") or () if key.endswith("_plan")]:
             del output["text_config"][key]
         return output

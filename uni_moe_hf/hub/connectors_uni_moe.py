@@ -19,7 +19,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .compat_uni_moe import WhisperDecoder, can_return_tuple, select_hidden_states
-from .configuration_uni_moe import MODALITIES, UniMoEConfig, width_of
+from .configuration_uni_moe import MODALITIES, UniMoEConfig, is_in_vllm, width_of
 from .towers_uni_moe import by_length, learns, run_tower
 
 
@@ -282,7 +282,8 @@ class MediaEncoderMixin:
         Raises:
             ValueError: the model has no speech tower.
         """
-        outputs, states, mask = self._speech_states(input_features, input_features_mask, **kwargs)
+        given = self._windows(input_features, input_features_mask)
+        outputs, states, mask = self._speech_states(*given, **kwargs)
         return BaseModelOutputWithPooling(**outputs, pooler_output=self._connected("speech", states, mask))
 
     @can_return_tuple
@@ -302,8 +303,14 @@ class MediaEncoderMixin:
         Raises:
             ValueError: the model has no audio tower.
         """
-        outputs, states, mask = self._audio_states(input_values, input_values_mask, **kwargs)
+        outputs, states, mask = self._audio_states(*self._windows(input_values, input_values_mask), **kwargs)
         return BaseModelOutputWithPooling(**outputs, pooler_output=self._connected("audio", states, mask))
+
+    def _windows(self, *tensors: torch.Tensor | list[torch.Tensor] | None) -> list[torch.Tensor | None]:
+        """Windows of all clips in one row. vLLM keeps them by clip, `(clips, windows, ...)` or a list of clips."""
+        if not is_in_vllm(self.config.text_config):
+            return list(tensors)
+        return [None if clips is None else torch.cat(list(clips)) for clips in tensors]
 
     def encode_media(
         self,

@@ -6,16 +6,12 @@ Whatever stands in somebody's text stays text, `<image>` and `</s>` too; media g
 
 import dataclasses
 import os
-import re
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from functools import partial
-from itertools import chain, product
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 
-from .compat_uni_moe import answers_requests, render_jinja_template  # isort: skip  a library that is too old is refused there
+from .compat_uni_moe import answers_requests  # isort: skip  a library that is too old is refused there
 
 from transformers import BatchFeature
 from transformers.utils import logging
@@ -23,6 +19,16 @@ from transformers.utils import logging
 from .configuration_uni_moe import MODALITIES
 from .files_uni_moe import from_base64
 from .media_uni_moe import MEDIA_NAMES, Clip
+from .templates_uni_moe import (
+    LITERAL_MARK,
+    TemplateMixin,
+    assistant_masks,
+    for_us,
+    joined_text,
+    learned_spans,
+    leaves_beginning,
+    reads,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -58,55 +64,8 @@ OTHER_TYPES = {
 # Fields of messages that say something, and would be lost with a template that does not read them.
 SAYING = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking", "reasoning", "documents")
 
-# A private-use character that the tokenizer's normaliser removes. Inside "<image>" it hides the placeholder from every
-# search for it, so that the word can be written in a conversation as ordinary text.
-LITERAL_MARK = "\uf8ee"
-# Stands for a message's text while it is looked for in what a template makes of it.
-SENTINEL = "\uf8e0\uf8e1\uf8e0"
 
-# Vicuna v1.1 as `*/conversation.py@f5e82dd` renders it: `{system} USER: {question} ASSISTANT: {answer}</s>`.
-# Media and neighbouring parts are separated by a line break, as in the original's prompts ("<image>\n{question}").
-VICUNA_CHAT_TEMPLATE = """\
-{%- macro render(content) -%}
-    {%- if content is string -%}{{ content }}
-    {%- else -%}
-        {%- for part in content -%}
-            {%- set after_text = not loop.first and content[loop.index0 - 1]['type'] == 'text' -%}
-            {%- if not loop.first and not (after_text and part['type'] == 'text') -%}{{ '\\n' }}{%- endif -%}
-            {%- if part['type'] == 'text' -%}{{ part['text'] }}{%- else -%}{{ '<' + part['type'] + '>' }}{%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-{%- if messages and messages[0]['role'] == 'system' -%}
-    {{- render(messages[0]['content']) + ' ' -}}
-    {%- set turns = messages[1:] -%}
-{%- else -%}
-    {{- "A chat between a curious user and an artificial intelligence assistant. " -}}
-    {{- "The assistant gives helpful, detailed, and polite answers to the user's questions. " -}}
-    {%- set turns = messages -%}
-{%- endif -%}
-{%- for message in turns -%}
-    {%- set is_known = message['role'] in ('user', 'assistant') -%}
-    {%- if not is_known or (not loop.first and message['role'] == turns[loop.index0 - 1]['role']) -%}
-        {%- set order = "Roles must alternate user, assistant, user, ... after an optional system message" -%}
-        {{- raise_exception(order + ", but message " + loop.index|string + " is by '" + message['role'] + "'.") -}}
-    {%- endif -%}
-    {%- if message['role'] == 'user' -%}
-        {{- 'USER: ' + render(message['content']) -}}
-    {%- else -%}
-        {{- 'ASSISTANT:' if loop.first else ' ASSISTANT:' -}}
-        {%- generation -%}{{- ' ' + render(message['content']) + eos_token -}}{%- endgeneration -%}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- ' ASSISTANT:' -}}{%- endif -%}
-"""
-
-
-# By which that template is known, in this form or an earlier one.
-VICUNA_SYSTEM = "A chat between a curious user and an artificial intelligence assistant. "
-
-
-class ConversationMixin:
+class ConversationMixin(TemplateMixin):
     """
     `apply_chat_template` for a processor with a `tokenizer`, a `chat_template`, `_placeholders`, an `_ear` for each
     modality and `_call_settings`, what its `__call__` takes.
@@ -164,7 +123,7 @@ class ConversationMixin:
         kwargs.pop("sanitize_control_tokens", None)  # done in any case
         template = self._template(chat_template)
         for name, value in (("tools", tools), ("documents", documents)):
-            if value and not _reads(template, name):
+            if value and not reads(template, name):
                 raise ValueError(
                     f"The chat template does not read `{name}`; leave them out, or pass a template that does."
                 )
@@ -176,7 +135,7 @@ class ConversationMixin:
         for name in [*kwargs]:
             if name in call_settings:
                 processor_kwargs[name] = kwargs.pop(name)
-            elif not _reads(template, name):
+            elif not reads(template, name):
                 logger.warning_once(
                     f"Neither the chat template nor the processor knows `{name}`, so it is ignored; settings of "
                     "`generate` go to `generate`, those of a pipeline into its `generate_kwargs`."
@@ -187,20 +146,14 @@ class ConversationMixin:
         rendering |= {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
 
         def render(messages: list[dict], **changes: Any) -> str:
-            try:
-                settings = {"chat_template": template, "tokenize": False, **rendering, **changes}
-                return self.tokenizer.apply_chat_template(messages, **settings)
-            except Exception as error:
-                if not type(error).__module__.startswith("jinja2"):
-                    raise
-                raise ValueError(f"The chat template refuses this conversation: {error}") from error
+            return self._render(messages, template, **{**rendering, **changes})
 
-        words = [self._words(messages, template, render) for messages in conversations]
+        words = [self._words(messages, template) for messages in conversations]
         prompts = [render(messages) for messages in words]
         if not tokenize:
             return prompts if is_batched else prompts[0]
         clips = self._clips(conversations, load_audio_from_video)
-        if VICUNA_SYSTEM not in template:  # which leaves `<s>` to the tokenizer; others write it themselves
+        if not leaves_beginning(template):
             processor_kwargs["add_special_tokens"] = False
         if return_assistant_tokens_mask:
             if continue_final_message:
@@ -210,12 +163,12 @@ class ConversationMixin:
                     f"A {type(self.tokenizer).__name__} does not tell where its tokens stand in the text, so there is "
                     "no `return_assistant_tokens_mask`; use a fast tokenizer."
                 )
-            processor_kwargs |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
+            processor_kwargs |= {"return_offsets_mapping": True, "return_replacements": True}
         inputs = self(text=prompts if is_batched else prompts[0], **clips, **processor_kwargs)
         if return_assistant_tokens_mask:
             spans = self._assistant_spans(words, prompts, template, rendering, render)
-            spans = [_learned_spans(*row) for row in zip(conversations, spans, prompts, strict=True)]
-            masks = _assistant_masks(spans, inputs.pop("text_replacement_offsets"), inputs.pop("offset_mapping"))
+            spans = [learned_spans(*row) for row in zip(conversations, spans, prompts, strict=True)]
+            masks = assistant_masks(spans, inputs.pop("text_replacement_offsets"), inputs.pop("offset_mapping"))
             tensor_type = self._grouped_kwargs(processor_kwargs)["common_kwargs"]["return_tensors"]
             inputs.update(BatchFeature({"assistant_masks": masks}, tensor_type=tensor_type))
         return inputs if return_dict else inputs["input_ids"]
@@ -226,125 +179,27 @@ class ConversationMixin:
         if isinstance(templates, dict):
             name = name_or_template or "default"
             if name in templates:
-                return templates[name]
+                return for_us(templates[name])
             if name_or_template is None:
                 raise ValueError(
                     f"The processor has the templates {sorted(templates)}, none of them named 'default'; name one in "
                     "`chat_template`."
                 )
-        return name_or_template or templates
+        template = name_or_template or templates
+        return for_us(template) if isinstance(template, str) else template
 
-    def _words(self, messages: list[dict], template: str, render: Callable) -> list[dict]:
+    def _words(self, messages: list[dict], template: str) -> list[dict]:
         """
         Messages as a template reads them: their text with a placeholder for each clip, media and what stands beside
         them separated by a line break as in the original's prompts; parts for a template that wants nothing else.
         """
-        takes_text = self._takes_text(template, render)
+        takes_text = self._takes_text(template)
         words = []
         for message in messages:
             message = {key: value for key, value in message.items() if key not in ("learned", "unlearned")}
             parts = [{key: value for key, value in part.items() if key != "source"} for part in message["content"]]
-            words.append({**message, "content": _joined_text(parts) if takes_text else parts})
+            words.append({**message, "content": joined_text(parts) if takes_text else parts})
         return words
-
-    def _takes_text(self, template: str, render: Callable) -> bool:
-        """Whether a template reads messages whose content is text, as nearly all do; some read parts alone."""
-        known = self.__dict__.setdefault("_templates_of_text", {})
-        for before, after in product(([], ["system"]), ([], ["assistant"])):
-            if template in known:
-                break
-            for content in (SENTINEL, [{"type": "text", "text": SENTINEL}]):
-                roles = [*before, "user", *after]
-                probe = [{"role": role, "content": content} for role in roles]
-                with suppress(ValueError, TypeError):
-                    text = render(probe, add_generation_prompt=False, continue_final_message=False)
-                    if text.count(SENTINEL) >= len(roles) and "'type'" not in text:
-                        known[template] = content is SENTINEL
-                        break
-        return known.get(template, True)
-
-    def _assistant_spans(
-        self, words: list[list[dict]], prompts: list[str], template: str, rendering: dict, render: Callable
-    ) -> list[list[tuple[int, int]]]:
-        """Characters of each prompt that the assistant says, message by message."""
-        if render_jinja_template is not None and re.search(r"\{%-?\s*generation\s*-?%\}", template):
-            variables = {**self.tokenizer.special_tokens_map, **rendering, "chat_template": template}
-            return render_jinja_template(conversations=words, return_assistant_tokens_mask=True, **variables)[1]
-        render_plain = partial(render, add_generation_prompt=False, continue_final_message=False)
-        opening = ""
-        with suppress(ValueError):  # of a template that does not take a question alone
-            question = [{"role": "user", "content": _as_content(SENTINEL, words[0])}]
-            before, after = (
-                render_plain(question),
-                render(question, continue_final_message=False, add_generation_prompt=True),
-            )
-            opening = after[len(before) :] if after.startswith(before) else ""
-        return [
-            list(self._spans_by_rendering(messages, prompt, opening, render, render_plain))
-            for messages, prompt in zip(words, prompts, strict=True)
-        ]
-
-    def _spans_by_rendering(
-        self, messages: list[dict], prompt: str, opening: str, render: Callable, render_plain: Callable
-    ) -> Iterator[tuple[int, int]]:
-        """
-        Where a message stands is seen by rendering another text in its place. It begins behind what opens the
-        assistant's turn, and ends behind what is written after it whether or not others follow.
-        """
-
-        def behind(rendered: list[dict]) -> str | None:
-            with suppress(ValueError):
-                return render_plain(rendered).rpartition(SENTINEL)[2]
-            return None  # the template refuses it
-
-        sentinel = _as_content(SENTINEL, messages)
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            until, rest = [*messages[:index], {**message, "content": sentinel}], messages[index + 1 :]
-            before, found, after = render([*until, *rest]).partition(SENTINEL)
-            # What the template writes between this message and the one before.
-            gap = before
-            if index:
-                others = [*messages[: index - 1], {**messages[index - 1], "content": sentinel}, *until[index:], *rest]
-                with suppress(ValueError):
-                    pieces = render(others).split(SENTINEL)
-                    gap = pieces[-2] if len(pieces) == 3 else ""
-            start = len(before) - len(gap) + gap.rfind(opening) + len(opening)
-            if not opening or opening not in gap:
-                start = len(before.rstrip(" "))
-            stop = len(prompt) - len(after)
-            if not found or stop < start or not (prompt.startswith(before[:start]) and prompt.endswith(after)):
-                raise ValueError(
-                    f"The chat template writes around message {index + 1} what depends on its text, and does not mark "
-                    "with `{% generation %}` what the assistant says; add these marks to the template."
-                )
-            alone = behind(until)
-            alone = after if alone is None else alone
-            question = {"role": "user", "content": _as_content("x", messages)}
-            followed = after if rest else behind([*until, question])
-            ending = alone if followed is None else os.path.commonprefix([alone, followed])
-            ending = self._without_half_token(ending, alone)
-            yield start, stop + len(ending.rstrip() or ending)
-
-    def _without_half_token(self, ending: str, whole: str) -> str:
-        """`ending`, the beginning of `whole`, up to the special token that it cuts through."""
-        for match in self._control_tokens.finditer(whole):
-            if match.start() < len(ending) < match.end():
-                return ending[: match.start()]
-        return ending
-
-    @property
-    def _control_tokens(self) -> re.Pattern:
-        """What the tokenizer reads as one special token, wherever it stands."""
-        known = self.__dict__.get("_known_control_tokens")
-        if known is None or known[0] != len(self.tokenizer):
-            added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
-            tokens = {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-            longest = sorted((token for token in tokens if len(token) > 1), key=lambda token: (-len(token), token))
-            known = (len(self.tokenizer), re.compile("|".join(map(re.escape, longest)) or r"(?!)"))
-            self._known_control_tokens = known
-        return known[1]
 
     def _conversations(self, conversation: Any, template: str) -> tuple[list[list[dict]], bool]:
         """Copies of conversations in which every part is checked, sent to its ear and cleared of special tokens."""
@@ -385,7 +240,7 @@ class ConversationMixin:
         for name in [*message.keys() - {"role", "content", "name", *LEARNED_KEYS}]:
             if not message[name]:
                 del message[name]
-            elif _reads(template, name):
+            elif reads(template, name):
                 continue
             elif name in SAYING or name in MEDIA_NAMES:
                 where = "put media into the parts of `content`" if name in MEDIA_NAMES else "leave it out"
@@ -408,7 +263,7 @@ class ConversationMixin:
         message["unlearned"] = []  # where in the message's text
         for index, flag in enumerate(learned):
             if flag is False:
-                end = len(_joined_text(self._joined_parts(parts[: index + 1])))
+                end = len(joined_text(self._joined_parts(parts[: index + 1])))
                 message["unlearned"].append((end - len(self._as_text(parts[index]["text"])), end))
         message["content"] = self._joined_parts(parts)
         return message
@@ -435,6 +290,10 @@ class ConversationMixin:
             held = held.get("url") or held.get("data") if isinstance(held, Mapping) else held
             source = {"text": held} if kind == "text" else {"base64" if key == "input_audio" else "url": held or None}
             part = {"type": kind, **{k: v for k, v in part.items() if k not in ("type", key)}, **source}
+        if kind == "audio" and (ear := part.pop("ear", None)):  # for requests, whose parts cannot be of type "speech"
+            if ear not in ("audio", "speech"):
+                raise ValueError(f"The `ear` of a message part is {ear!r}; it must be 'audio' or 'speech'.")
+            part, kind = {**part, "type": ear}, ear
         if kind not in ("text", *MODALITIES):
             raise ValueError(f"A message part has the type {kind!r}; known are text, {', '.join(MODALITIES)}.")
         sources = {key: part[key] for key in (*MODALITIES, *SOURCE_KEYS) if not _is_nothing(part.get(key))}
@@ -516,22 +375,6 @@ def _as_dict(item: Any, what: str) -> dict:
     return {key: value for key, value in item.items() if value is not None}
 
 
-def _as_content(text: str, messages: list[dict]) -> str | list[dict]:
-    """A text in the form that the template of these messages reads."""
-    return [{"type": "text", "text": text}] if isinstance(messages[0]["content"], list) else text
-
-
-def _joined_text(parts: list[dict]) -> str:
-    """The text of a message, a placeholder for each clip."""
-    pieces = [part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in parts]
-    return "\n".join(pieces)
-
-
-def _reads(template: str, name: str) -> bool:
-    """Whether a template speaks of a field or variable."""
-    return re.search(rf"\b{re.escape(name)}\b", template) is not None
-
-
 def _is_nothing(value: Any) -> bool:
     return value is None or (isinstance(value, str | dict) and not value)
 
@@ -548,48 +391,4 @@ def _is_learned(item: dict) -> bool:
     return all(given.values())
 
 
-def _learned_spans(messages: list[dict], spans: list[tuple[int, int]], prompt: str) -> list[tuple[int, int]]:
-    """Spans of what the assistant says, without messages and texts that are not to be learned."""
-    said = [message for message in messages if message["role"] == "assistant"]
-    if all(message["learned"] and not message["unlearned"] for message in said):
-        return spans
-    if len(said) != len(spans):
-        raise ValueError(
-            f"The chat template marks {len(spans)} pieces as said by the assistant in {len(said)} messages, so it is "
-            "unknown which of them are not to be learned."
-        )
-    learned = []
-    for message, (start, stop) in zip(said, spans, strict=True):
-        if not message["learned"]:
-            continue
-        text = _joined_text(message["content"])
-        whole, shift = text.strip(), len(text) - len(text.lstrip())
-        place = prompt.find(whole, start, stop)
-        if message["unlearned"] and place < 0:
-            raise ValueError("The chat template changes a text of which a part is not to be learned; mark all of it.")
-        for begin, end in message["unlearned"]:
-            begin, end = (place + max(0, min(each - shift, len(whole))) for each in (begin, end))
-            # A space before a word is part of the word's token.
-            learned.append((start, start + len(prompt[start:begin].rstrip())))
-            start = end - len(prompt[begin:end]) + len(prompt[begin:end].rstrip())
-        learned.append((start, stop))
-    return learned
-
-
-def _assistant_masks(spans: list, replaced: list[list[dict]], offsets: Any) -> list[list[int]]:
-    """
-    `(B, T)` 1 for tokens inside the spans of their row. Spans count characters before placeholders were repeated,
-    tokens' offsets those behind.
-    """
-    masks = []
-    for row_spans, row_replaced, row in zip(
-        spans, replaced, offsets.tolist() if hasattr(offsets, "tolist") else offsets, strict=True
-    ):
-        ends = [each["span"][1] for each in row_replaced]
-        gained = [0, *(each["new_span"][1] - each["span"][1] for each in row_replaced)]
-        moved = [[place + gained[bisect_right(ends, place)] for place in span] for span in row_spans]
-        masks.append([int(any(start < last and end > first for first, last in moved)) for start, end in row])
-    return masks
-
-
-__all__ = ["LITERAL_MARK", "VICUNA_CHAT_TEMPLATE", "ConversationMixin"]
+__all__ = ["ConversationMixin"]

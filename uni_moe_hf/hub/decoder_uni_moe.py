@@ -6,6 +6,7 @@ masks are the library's. Added are the blocks, their initialisation, recorded ro
 """
 
 import copy
+from collections.abc import Callable
 from functools import cache
 from itertools import product
 from typing import Any
@@ -18,13 +19,14 @@ from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 
 from .compat_uni_moe import OutputRecorder
-from .configuration_uni_moe import is_sparse
+from .configuration_uni_moe import is_in_vllm, is_sparse
 from .expert_kernels_uni_moe import ExpertsRouteMixin
 from .experts_uni_moe import (
     UniMoEExpertLora,
     UniMoELoraExperts,
     UniMoESparseMoeBlock,
     UniMoETopKRouter,
+    activation_name,
     read_feed_forward,
 )
 
@@ -102,10 +104,12 @@ class SparseDecoderMixin(ExpertsRouteMixin, QuantizationMixin):
         super().__init__(config)
         check_decoder(config, self)
         is_fused = read_feed_forward(self.layers[0].mlp).is_fused
+        if is_in_vllm(config):
+            fit_into_vllm(config, self)
         for layer, kind in zip(self.layers, config.mlp_layer_types, strict=True):
             if kind == "sparse":
                 layer.mlp = UniMoESparseMoeBlock(config, layer.mlp)
-        config.base_model_tp_plan = tensor_plan(config, is_fused)
+        config.base_model_tp_plan = tensor_plan(config, is_fused or is_in_vllm(config))
         config.base_model_ep_plan = expert_plan(config)
         self.post_init()  # once more: for the blocks, and with their plans
 
@@ -223,6 +227,52 @@ def adjust_logits(logits: torch.Tensor, config: PreTrainedConfig) -> torch.Tenso
     return logits
 
 
+# vLLM
+
+
+def fit_into_vllm(config: PreTrainedConfig, decoder: PreTrainedModel) -> None:
+    """
+    vLLM puts layers of its own in place of those it recognises. What it would get wrong is hidden from it or refused;
+    our plug-in (`uni_moe_hf.serving`), which does more, has changed the config by then.
+
+    Args:
+        config ([`PreTrainedConfig`]): Of the decoder.
+        decoder ([`PreTrainedModel`]): The library's, before its layers get experts.
+
+    Raises:
+        ValueError: the engine would give other answers than the model.
+    """
+    if is_sparse(config) and not getattr(config, "engine_runs_experts", False):
+        remedy = "install uni-moe-hf beside vLLM, whose plug-in serves it"
+        if config.expert_lora_rank and not config.shared_expert_base:
+            raise ValueError(
+                f"vLLM alone would leave out the LoRA of these experts with bases of their own; {remedy}, or save the "
+                "model after `merge_expert_lora`."
+            )
+        name = activation_name(read_feed_forward(decoder.layers[0].mlp).act_fn)
+        if not config.expert_lora_rank and name != "silu":
+            raise ValueError(f"vLLM alone would compute experts with SiLU, these have '{name}'; {remedy}.")
+    decoder.embed_tokens.__class__ = _changed(type(decoder.embed_tokens), _look_up)
+    for layer, kind in zip(decoder.layers, config.mlp_layer_types, strict=True):
+        if kind == "sparse" and config.shared_expert_base:
+            layer.mlp.__class__ = _changed(type(layer.mlp), _called_one_by_one)
+
+
+@cache
+def _changed(kind: type[nn.Module], forward: Callable) -> type[nn.Module]:
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__, "plain": kind})
+
+
+def _look_up(self, input_ids: torch.Tensor) -> torch.Tensor:
+    """Placeholders lie behind the table. vLLM overwrites those of clips; one that somebody typed is padding."""
+    return self.plain.forward(self, input_ids.masked_fill(input_ids >= self.num_embeddings, 0))
+
+
+def _called_one_by_one(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Hides from vLLM that gate and up can be one layer: experts call both, and put their LoRA between."""
+    raise NotImplementedError("Experts call the layers of their base one by one.")
+
+
 # Parallel plans
 
 
@@ -282,6 +332,7 @@ __all__ = [
     "build_decoder",
     "check_decoder",
     "expert_plan",
+    "fit_into_vllm",
     "sparse_decoder",
     "tensor_plan",
 ]

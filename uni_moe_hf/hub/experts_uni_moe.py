@@ -130,6 +130,30 @@ class ExpertLoraTensors(NamedTuple):
     down_b: torch.Tensor
 
 
+def merged_weights(
+    gate_up: torch.Tensor, down: torch.Tensor, lora: ExpertLoraTensors, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Args:
+        gate_up (`torch.Tensor` of shape `(E, 2I, H)`, or `(2I, H)` of a shared base): Frozen weights, gate rows first.
+        down (`torch.Tensor` of shape `(E, H, I)` or `(H, I)`): Likewise.
+        lora ([`ExpertLoraTensors`]): Of all experts.
+        scaling (`float`): What LoRA's products are multiplied by.
+
+    Returns:
+        `tuple(torch.Tensor)`: each expert's weights with its LoRA, `(E, 2I, H)` and `(E, H, I)`, in the dtypes of the
+        frozen ones; the sums are made in float32 and rounded once.
+    """
+    gate_up_a, gate_up_b, down_a, down_b = (factor.float() for factor in lora)
+    pairs = zip(gate_up_b.chunk(2, dim=1), gate_up_a.chunk(2, dim=1), strict=True)
+    gate_up_difference = scaling * torch.cat([b @ a for b, a in pairs], dim=1)
+    down_difference = scaling * (down_b @ down_a)
+    return (
+        (gate_up.float() + gate_up_difference).to(gate_up.dtype),
+        (down.float() + down_difference).to(down.dtype),
+    )
+
+
 class UniMoEExpertLora(nn.Module):
     """
     Holds the LoRA factors of all experts of a layer, apart from the frozen weights.
@@ -261,14 +285,6 @@ class UniMoELoraExperts(nn.Module):
         return output  # (n, H)
 
     @torch.no_grad()
-    def _lora_difference(self, lora: UniMoEExpertLora) -> tuple[torch.Tensor, torch.Tensor]:
-        """What LoRA adds to each expert's weights, in float32: `(E, 2I, H)` and `(E, H, I)`."""
-        factors = lora(torch.empty(0, dtype=torch.float32))
-        pairs = zip(factors.gate_up_b.chunk(2, dim=1), factors.gate_up_a.chunk(2, dim=1), strict=True)
-        gate_up = torch.cat([b @ a for b, a in pairs], dim=1)
-        return self.lora_scaling * gate_up, self.lora_scaling * (factors.down_b @ factors.down_a)
-
-    @torch.no_grad()
     def merge_lora(self) -> None:
         """
         Folds each expert's LoRA into its frozen weights; afterwards these are plain experts with their own bases.
@@ -284,16 +300,13 @@ class UniMoELoraExperts(nn.Module):
         frozen = self.base.down_proj.weight if self.shared_base else self.down_proj
         if is_quantised(frozen):
             raise ValueError("Quantised experts cannot be merged; load the model without `quantization_config`.")
-        gate_up_difference, down_difference = self._lora_difference(self.lora)
         if self.shared_base:
             gate, up, down = self.base_weights()
-            gate_up = torch.cat([gate, up]).expand_as(gate_up_difference)
-            down = down.expand_as(down_difference)
+            gate_up = torch.cat([gate, up])
         else:
             gate_up, down = self.gate_up_proj, self.down_proj
-        trains = frozen.requires_grad
-        self.gate_up_proj = nn.Parameter((gate_up.float() + gate_up_difference).to(gate_up.dtype), trains)
-        self.down_proj = nn.Parameter((down.float() + down_difference).to(down.dtype), trains)
+        merged = merged_weights(gate_up, down, self.lora(None), self.lora_scaling)
+        self.gate_up_proj, self.down_proj = (nn.Parameter(weights, frozen.requires_grad) for weights in merged)
         # Kept for `unmerge_lora`, outside the module tree so that saving does not see them.
         base = self.base if self.shared_base else None
         self.__dict__["_unmerged"] = {"lora": self.lora, "base": base, "dtype": gate_up.dtype}
@@ -320,10 +333,8 @@ class UniMoELoraExperts(nn.Module):
             self.base, self.shared_base = unmerged["base"].to(gate_up.device, gate_up.dtype), True
             del self.gate_up_proj, self.down_proj
             return
-        gate_up_difference, down_difference = self._lora_difference(self.lora)
-        trains = gate_up.requires_grad
-        self.gate_up_proj = nn.Parameter((gate_up.float() - gate_up_difference).to(gate_up.dtype), trains)
-        self.down_proj = nn.Parameter((down.float() - down_difference).to(down.dtype), trains)
+        plain = merged_weights(gate_up, down, self.lora(None), -self.lora_scaling)
+        self.gate_up_proj, self.down_proj = (nn.Parameter(weights, gate_up.requires_grad) for weights in plain)
 
 
 class UniMoESparseMoeBlock(nn.Module):
@@ -390,5 +401,6 @@ __all__ = [
     "activation_name",
     "gated_weights",
     "load_balancing_loss",
+    "merged_weights",
     "read_feed_forward",
 ]

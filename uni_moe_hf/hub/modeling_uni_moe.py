@@ -27,7 +27,7 @@ from .compat_uni_moe import (
     same_permissions,
     torch_compilable_check,
 )
-from .configuration_uni_moe import MODALITIES, UniMoEConfig, is_sparse
+from .configuration_uni_moe import MODALITIES, UniMoEConfig, is_in_vllm, is_sparse
 from .connectors_uni_moe import (
     TOWERS,
     MediaEncoderMixin,
@@ -48,7 +48,6 @@ from .generation_uni_moe import (
     scored_positions,
     warn_of_positions,
 )
-from .pipeline_uni_moe import AnyToTextPipeline  # noqa: F401  saving a model ships every file imported here
 from .towers_uni_moe import learns, tower_class
 
 
@@ -333,6 +332,12 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __new__(cls, config: UniMoEConfig | None = None, *args, **kwargs) -> UniMoEPreTrainedModel:
+        """vLLM asks `AutoModel` for the model without its head, and brings its own."""
+        if config is not None and is_in_vllm(config.text_config):
+            return UniMoEModel(config)
+        return super().__new__(cls)
 
     def __init__(self, config: UniMoEConfig):
         super().__init__(config)

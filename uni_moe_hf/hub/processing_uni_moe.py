@@ -8,9 +8,9 @@ and repeats every placeholder as often as its clip has tokens.
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 from threading import RLock
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -21,8 +21,15 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 from transformers.utils import logging
 
-from .conversations_uni_moe import LITERAL_MARK, VICUNA_CHAT_TEMPLATE, ConversationMixin
+from .conversations_uni_moe import ConversationMixin
 from .media_uni_moe import check_num_frames, is_waveform_with_rate, iter_frames, load_image, load_waveform
+from .templates_uni_moe import (
+    VICUNA_CHAT_TEMPLATE,
+    left_as_it_was,
+    remove_literal_marks,
+    set_tokenizer_state,
+    tokenizer_state,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -33,7 +40,8 @@ OWN_KWARGS = {
     "num_frames": "videos_kwargs",
     "sampling_rate": "audio_kwargs",
     "return_mm_token_type_ids": "text_kwargs",
-    "return_text_replacement_offsets": "text_kwargs",
+    "return_text_replacement_offsets": "text_kwargs",  # by servers, which cache what belongs to a clip
+    "return_replacements": "text_kwargs",
 }
 
 # Pictures longer or larger than this lose what they would lose anyway before they are resized.
@@ -142,12 +150,13 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
             setattr(self, f"{modality}_token", token)
             setattr(self, f"{modality}_token_id", token_id)
         remove_literal_marks(tokenizer)
-        self._tokenizer_as_made = _tokenizer_state(tokenizer)
+        self._tokenizer_as_made = tokenizer_state(tokenizer)
         if hasattr(tokenizer, "legacy"):
             tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # the library forgets it when saving
-        super().__init__(
-            image_processor, feature_extractor, tokenizer, chat_template=chat_template or VICUNA_CHAT_TEMPLATE
-        )
+        super().__init__(image_processor, feature_extractor, tokenizer)
+        named = chat_template if isinstance(chat_template, dict) else {"": chat_template or VICUNA_CHAT_TEMPLATE}
+        named = {name: self.for_servers(template) for name, template in named.items()}
+        self.chat_template = named if isinstance(chat_template, dict) else named[""]
 
     def __call__(
         self,
@@ -207,12 +216,15 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
         text_kwargs = grouped["text_kwargs"]
         return_tensors = grouped["common_kwargs"]["return_tensors"]
         return_type_ids = text_kwargs.pop("return_mm_token_type_ids", False)
-        return_offsets = text_kwargs.pop("return_text_replacement_offsets", False)
+        is_server = text_kwargs.pop("return_text_replacement_offsets", False)
+        return_offsets = text_kwargs.pop("return_replacements", is_server)
 
         data, num_tokens = self._features(clips, grouped)
+        if is_server:
+            data = self._by_clip(data, num_tokens)
         if prompts is not None:
             prompts, offsets = self._expand(prompts, num_tokens)
-            with TOKENIZING, _left_as_it_was(self.tokenizer):
+            with TOKENIZING, left_as_it_was(self.tokenizer):
                 encoded = self.tokenizer(
                     prompts, return_tensors=return_tensors, **{"padding_side": "left", **text_kwargs}
                 )
@@ -296,13 +308,40 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
         As in the library; the tokenizer is saved as the processor was made with it, whatever calls, collators or
         trainers have set since.
         """
-        state = _tokenizer_state(self.tokenizer)
-        _set_tokenizer_state(self.tokenizer, self._tokenizer_as_made)
+        state = tokenizer_state(self.tokenizer)
+        set_tokenizer_state(self.tokenizer, self._tokenizer_as_made)
         try:
             return super().save_pretrained(*args, **kwargs)
         finally:
-            _set_tokenizer_state(self.tokenizer, state)
+            set_tokenizer_state(self.tokenizer, state)
             self.__dict__.pop("auto_map", None)  # the library leaves it behind
+
+    # ---- what vLLM's Transformers back end asks ----
+
+    @property
+    def video_processor(self) -> SimpleNamespace:
+        """What takes videos: the image processor, frame by frame."""
+        pictures = self.image_processor
+        about = {"size": getattr(pictures, "size", None), "valid_kwargs": getattr(pictures, "valid_kwargs", None)}
+        return SimpleNamespace(model_input_names=["pixel_values_videos"], do_sample_frames=False, **about)
+
+    @property
+    def audio_processor(self) -> Any:
+        """What takes `audio`: the feature extractor, or `None` where no tower for sound hears it."""
+        return self.feature_extractor if "audio" in self.modalities and self._ear("audio") == "audio" else None
+
+    def _by_clip(self, data: dict[str, Any], num_tokens: dict[str, list[int]]) -> dict[str, Any]:
+        """Windows of sound by clip, `(clips, windows, ...)`, with empty ones behind those of shorter clips."""
+        if "pixel_values_videos_mask" in data:
+            raise ValueError(
+                "vLLM alone takes videos with the same number of frames in one request; install uni-moe-hf beside it, "
+                "whose plug-in takes all."
+            )
+        counts = [number // self.num_audio_query_tokens for number in num_tokens.get("audio", ())]
+        for name in {"input_values", "input_values_mask"} & data.keys() if counts else ():
+            clips = np.split(data[name], np.cumsum(counts)[:-1])
+            data[name] = np.stack([np.resize(clip, (max(counts), *clip.shape[1:])) for clip in clips])
+        return data
 
     def _get_num_multimodal_tokens(
         self,
@@ -535,45 +574,6 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
         return [[types.get(token, 0) for token in row] for row in rows]
 
 
-def remove_literal_marks(tokenizer) -> None:
-    """Teaches a fast tokenizer's normaliser to drop [`LITERAL_MARK`]; saved with it, done once."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or (
-        backend.normalizer is not None and backend.normalizer.normalize_str(LITERAL_MARK) in ("", "▁")
-    ):
-        return
-    from tokenizers import normalizers
-
-    rule = normalizers.Replace(LITERAL_MARK, "")
-    backend.normalizer = rule if backend.normalizer is None else normalizers.Sequence([rule, backend.normalizer])
-
-
-def _tokenizer_state(tokenizer) -> tuple:
-    """What calls change in a tokenizer and saving writes: its sides, and the backend's padding and truncation."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    sides = (getattr(tokenizer, "padding_side", None), getattr(tokenizer, "truncation_side", None))
-    return (*sides, backend and backend.padding, backend and backend.truncation)
-
-
-def _set_tokenizer_state(tokenizer, state: tuple) -> None:
-    padding_side, truncation_side, padding, truncation = state
-    if padding_side is not None:
-        tokenizer.padding_side, tokenizer.truncation_side = padding_side, truncation_side
-    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-        backend.no_padding() if padding is None else backend.enable_padding(**padding)
-        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
-
-
-@contextmanager
-def _left_as_it_was(tokenizer) -> Iterator[None]:
-    """A call leaves no trace in the tokenizer."""
-    state = _tokenizer_state(tokenizer)
-    try:
-        yield
-    finally:
-        _set_tokenizer_state(tokenizer, state)
-
-
 def _listed(value: Any, modality: str) -> list:
     """One clip, a list of clips, or a list of rows of clips, as a list."""
     if not isinstance(value, list | tuple) or (modality in ("audio", "speech") and is_waveform_with_rate(value)):
@@ -593,4 +593,4 @@ def _flat(rows: list) -> Iterator[Any]:
             yield row
 
 
-__all__ = ["UniMoEProcessor", "remove_literal_marks"]
+__all__ = ["UniMoEProcessor"]

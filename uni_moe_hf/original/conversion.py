@@ -24,8 +24,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from ..hub.configuration_uni_moe import UniMoEConfig, check_mixture
-from ..hub.conversations_uni_moe import VICUNA_CHAT_TEMPLATE
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
+from ..hub.templates_uni_moe import VICUNA_CHAT_TEMPLATE
 from ..mixtures.processors import build_processor
 from .checkpoints import (
     TensorFiles,

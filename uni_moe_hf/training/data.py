@@ -13,10 +13,11 @@ from typing import Any
 from transformers.utils import logging
 
 from ..hub.configuration_uni_moe import MODALITIES
-from ..hub.conversations_uni_moe import VICUNA_CHAT_TEMPLATE, ConversationMixin
+from ..hub.conversations_uni_moe import ConversationMixin
 from ..hub.files_uni_moe import reason, resolved
 from ..hub.media_uni_moe import MAX_VIDEO_FRAMES, Clip, iter_frames, load_image, load_waveform
 from ..hub.processing_uni_moe import UniMoEProcessor
+from ..hub.templates_uni_moe import VICUNA_CHAT_TEMPLATE
 from .feature_cache import FeatureCacheError
 from .row_files import iter_rows
 from .rows import describe_row, parts_of, rooted, row_to_messages, unread_fields
@@ -125,7 +126,7 @@ class UniMoEDataCollator:
         """
         if not (messages := self._messages(row)):
             return []
-        conversations, _ = self.processor._conversations([messages], self.processor.chat_template)
+        conversations, _ = self.processor._conversations([messages], self.processor._template(None))
         parts = [part for message in conversations[0] for part in message["content"] if part["type"] != "text"]
         return [(self.processor._ear(part["type"]), part["source"]) for part in parts]
 

@@ -1,0 +1,162 @@
+"""
+The model as vLLM runs it: towers, connectors and decoder are our own modules, in which vLLM's Transformers back end
+has put its attention, its linear layers and, where they are faster, its experts.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedConfig
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.models.transformers.causal import CausalMixin
+from vllm.model_executor.models.transformers.moe import MoEMixin
+from vllm.model_executor.models.transformers.multimodal import MultiModalMixin
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.platforms import current_platform
+
+from ..hub.configuration_uni_moe import MODALITIES, is_sparse
+from ..hub.decoder_uni_moe import adjust_logits
+from ..hub.experts_uni_moe import ExpertLoraTensors, merged_weights
+from .vllm_processing import DOORS, EARS, UniMoEDummyInputsBuilder, UniMoEMultiModalProcessor, UniMoEProcessingInfo
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    UniMoEMultiModalProcessor, info=UniMoEProcessingInfo, dummy_inputs=UniMoEDummyInputsBuilder
+)
+class UniMoEForVLLM(MoEMixin, MultiModalMixin, CausalMixin):
+    """
+    Serves every checkpoint of ours. Experts run as they are stored, or merged through vLLM's fused kernel:
+    `additional_config={"fuse_experts": True | False}` says which. By default experts with weights of their own are
+    fused on a GPU, and run as they are on a CPU, where that is faster (`benchmarks/results/serving.md`).
+
+    Raises:
+        ValueError: `fuse_experts` is asked of experts that vLLM's kernel does not compute.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        text_config = vllm_config.model_config.hf_config.text_config
+        text_config.engine_runs_experts = True
+        self_fuses = _fuses_experts(vllm_config, text_config)
+        merged_lora = (text_config.expert_lora_alpha, text_config.expert_lora_rank) if self_fuses else (0, 0)
+        if self_fuses:
+            text_config.expert_lora_rank, text_config.shared_expert_base = 0, False
+        # The back end replaces layers while it is made, so before there is a module to keep these in.
+        object.__setattr__(self, "_fuses", self_fuses)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        alpha, rank = merged_lora
+        self.lora_scaling = alpha / rank if rank else 0.0
+        ids = [getattr(self.config, f"{modality}_token_id") for modality in MODALITIES]
+        self.num_placeholders = max(0, max(ids) + 1 - text_config.vocab_size)
+        if hasattr(self, "logits_processor"):
+            self.logits_processor = LogitsProcessor(text_config.vocab_size)  # scales and caps are ours
+
+    def recursive_replace(self) -> None:
+        """As in vLLM; experts stay ours where they are not to be fused."""
+        if self._fuses:
+            super().recursive_replace()
+        else:
+            super(MoEMixin, self).recursive_replace()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """As in vLLM; LoRA is folded into the experts that are fused."""
+        return super().load_weights(merged_experts(weights, self.lora_scaling) if self.lora_scaling else weights)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """
+        `(tokens, vocab_size)`, as the LLM scales and caps them; -inf for placeholders, which lie behind the vocabulary
+        and are asked for with `prompt_logprobs`.
+        """
+        logits = super().compute_logits(hidden_states)
+        if logits is None:
+            return None
+        return F.pad(adjust_logits(logits, self.text_config), (0, self.num_placeholders), value=float("-inf"))
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        """What stands for a clip in a prompt."""
+        return f"<{modality}>"
+
+    def embed_multimodal(self, **kwargs: Any) -> list[torch.Tensor]:
+        """`(tokens, H)` of each clip, in the order in which they are given."""
+        embeddings = []
+        for modality, door in DOORS.items():
+            features = [kwargs[name] for name in door.features if kwargs.get(name) is not None]
+            if features:
+                embeddings += self._embed(modality, list(zip(*features, strict=True)))
+        return embeddings
+
+    def _embed(self, modality: str, clips: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+        """Clips of one modality, those of one shape together."""
+        is_sound = modality in EARS
+        groups = defaultdict(list)
+        for index, clip in enumerate(clips):
+            groups[tuple(part.shape[is_sound:] for part in clip)].append(index)
+        embedded: list[Any] = [None] * len(clips)
+        for indices in groups.values():
+            parts = [list(part) for part in zip(*(clips[index] for index in indices), strict=True)]
+            given = parts if is_sound else [torch.stack(part) for part in parts]
+            rows = getattr(self.model, f"get_{modality}_features")(*given, return_dict=True).pooler_output
+            counts = [len(clip) for clip in parts[0]] if is_sound else [1] * len(indices)
+            for index, tokens in zip(indices, rows.split(counts), strict=True):
+                embedded[index] = tokens.flatten(0, 1)
+        return embedded
+
+
+def _fuses_experts(vllm_config: VllmConfig, text_config: PreTrainedConfig) -> bool:
+    """Whether vLLM's kernel computes the experts."""
+    wanted = (vllm_config.additional_config or {}).get("fuse_experts")
+    wanted = True if vllm_config.parallel_config.enable_expert_parallel else wanted
+    if not is_sparse(text_config):
+        return False
+    activation = getattr(text_config, "hidden_act", None) or getattr(text_config, "hidden_activation", None)
+    if activation not in ("silu", "swish"):
+        if wanted:
+            raise ValueError(f"vLLM's kernel computes experts with SiLU, these have '{activation}'; do not fuse them.")
+        return False
+    if wanted is None:
+        return not current_platform.is_cpu() and not text_config.shared_expert_base
+    return bool(wanted)
+
+
+def merged_experts(weights: Iterable[tuple[str, torch.Tensor]], scaling: float) -> Iterator[tuple[str, torch.Tensor]]:
+    """
+    Args:
+        weights (`Iterable[tuple[str, torch.Tensor]]`): Names and tensors of a checkpoint whose experts have LoRA.
+        scaling (`float`): What LoRA's products are multiplied by.
+
+    Yields:
+        `tuple[str, torch.Tensor]`: the same with plain experts, layer by layer, as `merge_expert_lora` makes them.
+
+    Raises:
+        ValueError: a tensor of some experts is missing.
+    """
+    layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in weights:
+        layer, is_expert, rest = name.partition(".experts.")
+        if not is_expert:
+            yield name, tensor
+            continue
+        layers[layer][rest] = tensor
+        if (made := _merged_layer(layers[layer], scaling)) is not None:
+            del layers[layer]
+            for projection, merged in zip(("gate_up_proj", "down_proj"), made, strict=True):
+                yield f"{layer}.experts.{projection}", merged
+    if layers:
+        layer, held = next(iter(layers.items()))
+        raise ValueError(f"The experts of '{layer}' are incomplete in this checkpoint: there is only {sorted(held)}.")
+
+
+def _merged_layer(held: dict[str, torch.Tensor], scaling: float) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Merged weights of a layer's experts, once all their tensors are there."""
+    held = {name.removeprefix("base.").removesuffix(".weight"): tensor for name, tensor in held.items()}
+    if {"gate_proj", "up_proj"} <= held.keys():
+        held["gate_up_proj"] = torch.cat([held["gate_proj"], held["up_proj"]])
+    lora = [held.get(f"lora.{field}") for field in ExpertLoraTensors._fields]
+    frozen = [held.get(name) for name in ("gate_up_proj", "down_proj")]
+    if any(tensor is None for tensor in (*lora, *frozen)):
+        return None
+    return merged_weights(*frozen, ExpertLoraTensors(*lora), scaling)
