@@ -62,9 +62,6 @@ TABLE = {
     Use("imported", "transformers.utils.output_capturing.select_hidden_states"): "else all are kept: more memory",
     Use("imported", "transformers.utils.torch_compilable_check"): "else the same check with a graph break",
     Use("overridden", "_experts_implementation"): "keeps names of routes from towers, which refuse them",
-    Use(
-        "overridden", "_from_config"
-    ): "gives vLLM a model without its head; where it is gone, vLLM says what is amiss",
     Use("overridden", "_init_weights"): "the library's extension point for initialisation",
     Use("overridden", "get_correct_experts_implementation"): "takes names of routes; unread, loading refuses them",
     Use("overridden", "is_custom_code"): "weights that a file lacks are initialised as in the library's own models",

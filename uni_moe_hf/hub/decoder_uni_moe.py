@@ -6,7 +6,6 @@ masks are the library's. Added are the blocks, their initialisation, recorded ro
 """
 
 import copy
-from collections.abc import Callable
 from functools import cache
 from itertools import product
 from typing import Any
@@ -252,25 +251,32 @@ def fit_into_vllm(config: PreTrainedConfig, decoder: PreTrainedModel) -> None:
         name = activation_name(read_feed_forward(decoder.layers[0].mlp).act_fn)
         if not config.expert_lora_rank and name != "silu":
             raise ValueError(f"vLLM alone would compute experts with SiLU, these have '{name}'; {remedy}.")
-    decoder.embed_tokens.__class__ = _changed(type(decoder.embed_tokens), _look_up)
+    decoder.embed_tokens.__class__ = _bounded(type(decoder.embed_tokens))
     for layer, kind in zip(decoder.layers, config.mlp_layer_types, strict=True):
         if kind == "sparse" and config.shared_expert_base:
-            layer.mlp.__class__ = _changed(type(layer.mlp), _called_one_by_one)
+            layer.mlp.__class__ = _called_by_layer(type(layer.mlp))
 
 
 @cache
-def _changed(kind: type[nn.Module], forward: Callable) -> type[nn.Module]:
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__, "plain": kind})
+def _bounded(kind: type[nn.Embedding]) -> type[nn.Embedding]:
+    """A table in which placeholders, whose ids lie behind it, are padding; vLLM overwrites those of clips."""
+
+    class Bounded(kind):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(input_ids.masked_fill(input_ids >= self.num_embeddings, 0))
+
+    return Bounded
 
 
-def _look_up(self, input_ids: torch.Tensor) -> torch.Tensor:
-    """Placeholders lie behind the table. vLLM overwrites those of clips; one that somebody typed is padding."""
-    return self.plain.forward(self, input_ids.masked_fill(input_ids >= self.num_embeddings, 0))
+@cache
+def _called_by_layer(kind: type[nn.Module]) -> type[nn.Module]:
+    """A feed-forward network in which vLLM finds no gate and up to fuse: experts call each, with LoRA between."""
 
+    class CalledByLayer(kind):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            raise NotImplementedError("Experts call the layers of their base one by one.")
 
-def _called_one_by_one(self, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Hides from vLLM that gate and up can be one layer: experts call both, and put their LoRA between."""
-    raise NotImplementedError("Experts call the layers of their base one by one.")
+    return CalledByLayer
 
 
 # Parallel plans

@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedConfig
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.fused_moe import MoERunner
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.transformers.causal import CausalMixin
 from vllm.model_executor.models.transformers.moe import MoEMixin
 from vllm.model_executor.models.transformers.multimodal import MultiModalMixin
@@ -51,6 +54,11 @@ class UniMoEForVLLM(MoEMixin, MultiModalMixin, CausalMixin):
         self.lora_scaling = alpha / rank if rank else 0.0
         ids = [getattr(self.config, f"{modality}_token_id") for modality in MODALITIES]
         self.num_placeholders = max(0, max(ids) + 1 - text_config.vocab_size)
+        if (lora_config := vllm_config.lora_config) is not None and lora_config.target_modules is None:
+            # vLLM's adapters count on a row for each token; layers of a shared base see those that are routed to them.
+            layers = (LinearBase, MoERunner, VocabParallelEmbedding)
+            names = [name for name, module in self.named_modules() if isinstance(module, layers)]
+            lora_config.target_modules = [name for name in names if ".experts.base." not in name]
         if hasattr(self, "logits_processor"):
             self.logits_processor = LogitsProcessor(text_config.vocab_size)  # scales and caps are ours
 
@@ -79,6 +87,11 @@ class UniMoEForVLLM(MoEMixin, MultiModalMixin, CausalMixin):
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
         """What stands for a clip in a prompt."""
         return f"<{modality}>"
+
+    def embed_input_ids(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in vLLM, which puts embeddings of clips in; placeholders lie behind the table, so they become padding."""
+        is_word = input_ids < self.text_config.vocab_size
+        return super().embed_input_ids(input_ids.where(is_word, 0), *args, **kwargs)
 
     def embed_multimodal(self, **kwargs: Any) -> list[torch.Tensor]:
         """`(tokens, H)` of each clip, in the order in which they are given."""
@@ -117,6 +130,8 @@ def _fuses_experts(vllm_config: VllmConfig, text_config: PreTrainedConfig) -> bo
         if wanted:
             raise ValueError(f"vLLM's kernel computes experts with SiLU, these have '{activation}'; do not fuse them.")
         return False
+    if wanted and vllm_config.lora_config is not None and current_platform.is_cpu():
+        raise ValueError("vLLM's fused experts take adapters on GPUs only; leave out `fuse_experts`.")
     if wanted is None:
         return not current_platform.is_cpu() and not text_config.shared_expert_base
     return bool(wanted)

@@ -239,7 +239,10 @@ class UniMoEMultiModalProcessor(BaseMultiModalProcessor[UniMoEProcessingInfo]):
         for modality, door in DOORS.items():
             clips = hf_data.get(f"{modality}s", hf_data.get(modality))  # vLLM renames "audios"
             for clip in clips if clips is not None else ():
-                made = self.info.ctx.call_hf_processor(processor, {door.argument: [clip]}, kwargs)
+                try:
+                    made = self.info.ctx.call_hf_processor(processor, {door.argument: [clip]}, kwargs)
+                except ValueError as error:
+                    raise (error.__cause__ or error) from None  # the processor's sentence, not vLLM's list of the data
                 for name in door.features:
                     if name in made:
                         value = made[name][0] if modality in ("image", "video") else made[name]
