@@ -37,6 +37,11 @@ def add_conversation(parser: argparse.ArgumentParser) -> None:
     for kind in MEDIA:
         name = {"audio": "sound", "image": "picture"}.get(kind, kind)
         parser.add_argument(f"--{kind}", action=_Part, metavar="FILE", help=f"a {name}, file or URL; may be repeated")
+    add_loading(parser)
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """How a model is loaded."""
     parser.add_argument("--device", default="auto", help="default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", default="auto", choices=["auto", *BYTES], help="default: as saved")
 

@@ -12,11 +12,24 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from . import beats, connectors, convert, data, doctor, evaluate, generate, info, merge_modalities, report, routing
+from . import (
+    beats,
+    connectors,
+    convert,
+    data,
+    doctor,
+    evaluate,
+    generate,
+    info,
+    merge_modalities,
+    report,
+    routing,
+    web,
+)
 
 
 # In the order of `uni-moe --help`. Each has `add_command(commands)`, which says what to run.
-COMMANDS = (generate, info, doctor, evaluate, report, routing, connectors, convert, data, merge_modalities, beats)
+COMMANDS = (generate, web, info, doctor, evaluate, report, routing, connectors, convert, data, merge_modalities, beats)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

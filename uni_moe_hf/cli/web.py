@@ -1,0 +1,43 @@
+"""`uni-moe web`: a checkpoint, or two beside each other, on a page in the browser."""
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+from .common import add_checkpoint, add_loading, load_checkpoint, positive
+
+
+def add_command(commands: Any) -> None:
+    """Options of `uni-moe web`."""
+    text = "Open a page in the browser on which a checkpoint is asked, and its experts are seen at work."
+    parser = commands.add_parser("web", help=text, description=text)
+    parser.set_defaults(run=run)
+    add_checkpoint(parser)
+    parser.add_argument("--compare", metavar="CHECKPOINT", help="a second one, beside it")
+    parser.add_argument(
+        "--examples",
+        metavar="ROWS",
+        help="file of rows to try (default: data/test.jsonl beside the checkpoint, where there is one)",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens the page to others (default: 127.0.0.1)")
+    parser.add_argument("--port", type=positive, default=7860, help="default: 7860")
+    add_loading(parser)
+    parser.add_argument("--share", action="store_true", help="a public address by Gradio's servers")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serves the page until it is stopped."""
+    from ..serving.web import Served, examples_of, serve
+
+    names = [args.checkpoint, *([args.compare] if args.compare else [])]
+    served = []
+    for name in names:
+        one = copy.copy(args)
+        one.checkpoint = name
+        # "outputs/demo/model" is long, and "model" says nothing.
+        served.append(Served("/".join(Path(name).parts[-2:]), *load_checkpoint(one)))
+    usual = Path(args.checkpoint).resolve().parent / "data/test.jsonl"
+    rows = args.examples or (usual if usual.is_file() else None)
+    takes = [each for each in served[0].processor.modalities if all(each in s.processor.modalities for s in served)]
+    serve(served, examples_of(rows, takes) if rows else (), args.host, args.port, args.share)
