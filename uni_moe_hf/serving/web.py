@@ -109,7 +109,7 @@ def answers(
         `list[str]`: HTML of the answer and of the panel, model after model, whenever there is more to show.
     """
     shown = [web_page.answer(None, "Reading…"), web_page.panel(LiveAnswer(experts=("",)))] * len(served)
-    yield shown
+    yield list(shown)
     try:
         chat = conversation(clips, question)
     except ValueError as error:
@@ -232,12 +232,6 @@ def _experts(served: Served) -> list[str]:
 def _sources(gradio: Any, modalities: Sequence[str]) -> dict[str, Any]:
     """Where clips come from, by modality: a tab each. Files reach the processor as they are, broken ones too."""
 
-    class Picture(gradio.Image):
-        is_template = True
-
-        def preprocess(self, payload: Any) -> str | None:
-            return None if payload is None else payload.path
-
     made = {}
     with gradio.Tabs():
         for kind in modalities:
@@ -245,7 +239,9 @@ def _sources(gradio: Any, modalities: Sequence[str]) -> dict[str, Any]:
                 label = f"Add a {LABELS[kind].lower()}" if kind != "speech" else "Add speech"
                 settings = {"label": label, "elem_id": f"add-{kind}"}
                 if kind == "image":
-                    made[kind] = Picture(sources=["upload", "webcam", "clipboard"], height=170, **settings)
+                    made[kind] = gradio.Image(sources=["upload", "webcam", "clipboard"], height=170, **settings)
+                    # On the instance: Gradio writes a file beside a module in which a component is derived.
+                    made[kind].preprocess = lambda payload: None if payload is None else payload.path
                 elif kind == "video":
                     made[kind] = gradio.Video(sources=["upload", "webcam"], height=170, **settings)
                 else:
