@@ -41,6 +41,7 @@ PUBLIC = {
     "build_processor",
     "check_rows",
     "clone_expert",
+    "complete_card",
     "connector_statistics",
     "convert_checkpoint",
     "drop_expert",

@@ -28,6 +28,7 @@ _PUBLIC = {
         "UniMoEPreTrainedModel",
     ],
     "hub.processing_uni_moe": ["UniMoEProcessor"],
+    "insight.card": ["complete_card"],
     "insight.connectors": ["connector_statistics"],
     "insight.live": ["RoutingFiguresCallback"],
     "insight.report": ["routing_report"],

@@ -31,7 +31,9 @@ import train_stage1_connectors  # noqa: E402
 import train_stage2_experts  # noqa: E402
 import train_stage3_moe  # noqa: E402
 import transformers  # noqa: E402
+from transformers import AutoModel, AutoProcessor  # noqa: E402
 
+from uni_moe_hf import complete_card, routing_report  # noqa: E402
 from uni_moe_hf.cli import main as uni_moe  # noqa: E402
 
 
@@ -120,6 +122,7 @@ def demo(root: Path) -> None:
     clock.step("stage 3: mixture of experts", stage3, root)
     shutil.copytree(root / "stage3/merged", root / "model")
     clock.step("held-out questions", report, root, False)
+    clock.step("the model's page for the Hub: its scores, and who works on what", card, root)
     clock.step("a handful of questions, in a process without this package", ask, root)
     print(f"\nThe model is in {root / 'model'}. {os.cpu_count()} cores, {time.time() - clock.start:.0f} s.")
 
@@ -133,6 +136,13 @@ def report(root: Path, control: bool) -> None:
     print(f"$ uni-moe {shlex.join(command)}", flush=True)
     if code := uni_moe(command):
         sys.exit(code)
+
+
+def card(root: Path) -> None:
+    """The checkpoint's README.md; knock-outs are for `uni-moe report`, which takes longer."""
+    model, processor = (kind.from_pretrained(root / "model") for kind in (AutoModel, AutoProcessor))
+    looked_at = routing_report(model, processor, str(root / "data/test.jsonl"), without=[], limit=64, num_examples=0)
+    complete_card(root / "model", looked_at, root / "results.json")
 
 
 def ask(root: Path) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from . import (
     beats,
+    card,
     connectors,
     convert,
     data,
@@ -29,7 +30,21 @@ from . import (
 
 
 # In the order of `uni-moe --help`. Each has `add_command(commands)`, which says what to run.
-COMMANDS = (generate, web, info, doctor, evaluate, report, routing, connectors, convert, data, merge_modalities, beats)
+COMMANDS = (
+    generate,
+    web,
+    info,
+    doctor,
+    evaluate,
+    report,
+    card,
+    routing,
+    connectors,
+    convert,
+    data,
+    merge_modalities,
+    beats,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -451,7 +451,7 @@ class UniMoEConfig(PreTrainedConfig):
             # Where vLLM looks how many tokens a clip may become; sound has no limit but the decoder's.
             self.audio_config.max_source_positions = getattr(self.text_config, "max_position_embeddings", None)
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
-        self.custom_pipelines = {**(self.custom_pipelines or {}), **CUSTOM_PIPELINES}
+        self.custom_pipelines = {**(self.custom_pipelines or {}), **copy.deepcopy(CUSTOM_PIPELINES)}
 
     @property
     def _experts_implementation(self) -> str | None:
