@@ -83,6 +83,18 @@ def test_the_text_before_a_template_is_put_there_once_and_taken_away_by_us(tmp_p
     assert for_us(again.chat_template["other"]) == VICUNA_CHAT_TEMPLATE
 
 
+@pytest.mark.parametrize("space", ["", "\n", "  \n "])
+def test_a_template_keeps_the_space_at_its_beginning_and_many_special_tokens_are_borne(space):
+    processor = tiny_processor()
+    many = [f"<|reserved_special_token_{index}|>" for index in range(300)]
+    processor.tokenizer.add_tokens(many, special_tokens=True)
+    processor.chat_template = processor.for_servers(f"{space}{CHATML}")
+    chat = user('what is <|reserved_special_token_7|> it\'s "this"', {"type": "image"})
+    ours = processor.apply_chat_template(chat, tokenize=False)
+    settings = {"chat_template": processor.chat_template, "tokenize": False}
+    assert processor.tokenizer.apply_chat_template(chat, **settings) == ours
+
+
 @pytest.mark.parametrize("part", [{"type": "smell"}, {"type": "audio", "ear": "nose"}])
 def test_a_server_is_told_of_a_part_that_nobody_knows(part):
     processor = tiny_processor()

@@ -68,7 +68,11 @@ VICUNA_SYSTEM = "A chat between a curious user and an artificial intelligence as
 MEDIA_TEMPLATE = """\
 {#- For servers: media become placeholders, special tokens in somebody's text become text. -#}
 {%- macro as_text(text) -%}
-    {{- text | replace(MARK, '')ESCAPES -}}
+    {%- set shown = namespace(text=text | replace(MARK, '')) -%}
+    {%- for token, literal in TOKENS -%}
+        {%- set shown.text = shown.text | replace(token, literal) -%}
+    {%- endfor -%}
+    {{- shown.text -}}
 {%- endmacro -%}
 {%- set read = namespace(messages=[], parts=[], text='', before='') -%}
 {%- for message in messages -%}
@@ -99,8 +103,7 @@ MEDIA_TEMPLATE = """\
 {%- endfor -%}
 {%- set messages = read.messages -%}
 BEGINNING
-{#- What follows reads text. -#}
-"""
+{#- What follows reads text. +#}"""
 
 
 class TemplateMixin:
@@ -109,11 +112,9 @@ class TemplateMixin:
     def for_servers(self, template: str) -> str:
         """A template with [`MEDIA_TEMPLATE`] before it, for those who render it without this code."""
         template = for_us(template)
-        escapes = ""
-        for token in self._special_tokens:
-            escapes += f" | replace({token!a}, {token[0] + LITERAL_MARK + token[1:]!a})"
+        tokens = [(token, token[0] + LITERAL_MARK + token[1:]) for token in self._special_tokens]
         content = "read.text" if self._takes_text(template) else "read.parts"
-        filled = {"MARK": ascii(LITERAL_MARK), "ESCAPES": escapes, "CONTENT": content}
+        filled = {"MARK": ascii(LITERAL_MARK), "TOKENS": ascii(tokens), "CONTENT": content}
         filled["BEGINNING"] = self._beginning() if leaves_beginning(template) else ""
         before = re.sub("|".join(filled), lambda match: filled[match.group()], MEDIA_TEMPLATE)
         return before + template
@@ -259,8 +260,8 @@ class TemplateMixin:
 
 def for_us(template: str) -> str:
     """A template without [`MEDIA_TEMPLATE`]."""
-    end = MEDIA_TEMPLATE.strip().rpartition("\n")[2]
-    return template.rpartition(end)[2].removeprefix("\n") if end in template else template
+    end = MEDIA_TEMPLATE.rpartition("\n")[2]
+    return template.rpartition(end)[2]
 
 
 def remove_literal_marks(tokenizer) -> None:

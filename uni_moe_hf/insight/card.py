@@ -1,4 +1,4 @@
-"""What a model's page on the Hub shows: how to ask it, its scores, and what its experts do. Sections can be renewed."""
+"""A model's page on the Hub: how to ask it, its scores, and what its experts do. Sections can be renewed."""
 
 import json
 import re
