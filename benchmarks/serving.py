@@ -90,6 +90,8 @@ def serving(kind: str, folder: Path, log: Path, *options: str) -> Iterator[tuple
     command = [str(VLLM), "serve"] if kind == "vllm" else command
     command += [str(folder), "--trust-remote-code", "--dtype", "float32", "--port", port, *options]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    if "--tensor-parallel-size" in options:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"  # on one CPU they must be told where to run
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=log.parent)
         try:
@@ -141,8 +143,18 @@ def long_answer(kind: str, messages: list[dict]) -> dict[str, Any]:
     return {**body, "generation_config": json.dumps(settings)}
 
 
-def timed_server(kind: str, folder: Path, log: Path, chats: list[list[dict]], *options: str) -> list[tuple]:
-    """Twice: tokens per second, median seconds to the first word, median seconds of an answer."""
+class Timed(NamedTuple):
+    """
+    Of each of two runs: tokens per second, median seconds to the first word, median seconds of an answer. And what was
+    said, where it can be compared: a way that forbids the end of an answer says something else than one that ignores it.
+    """
+
+    runs: list[tuple[float, float, float]]
+    said: list[str] | None = None
+
+
+def timed_server(kind: str, folder: Path, log: Path, chats: list[list[dict]], *options: str) -> Timed:
+    """A server's times."""
     named = ["--served-model-name", "demo", "--max-num-seqs", str(AT_ONCE)] if kind == "vllm" else []
     with serving(kind, folder, log, *named, *options) as (address, _), ThreadPoolExecutor(AT_ONCE) as pool:
         bodies = [long_answer(kind, for_clients(chat)) for chat in chats]
@@ -156,10 +168,10 @@ def timed_server(kind: str, folder: Path, log: Path, chats: list[list[dict]], *o
                 raise SystemExit(f"{len(failed)} requests failed: {failed[0].text[:500]}")
             first = statistics.median(answer.first for answer in answers)
             results.append((len(answers) * TOKENS / seconds, first, statistics.median(a.seconds for a in answers)))
-        return results
+        return Timed(results, [answer.text for answer in answers] if kind == "vllm" else None)
 
 
-def timed_pipeline(folder: Path, chats: list[list[dict]], batch_size: int) -> list[tuple]:
+def timed_pipeline(folder: Path, chats: list[list[dict]], batch_size: int) -> Timed:
     """The same of `pipeline("any-to-text")`, whose words come when a batch is done."""
     pipe = pipeline("any-to-text", model=str(folder), trust_remote_code=True)
     kwargs = {"max_new_tokens": TOKENS, "return_full_text": False}
@@ -172,7 +184,7 @@ def timed_pipeline(folder: Path, chats: list[list[dict]], batch_size: int) -> li
             pipe(chats[first : first + batch_size], batch_size=batch_size, **kwargs)
             ends += [time.perf_counter() - start] * len(chats[first : first + batch_size])
         results.append((len(chats) * TOKENS / ends[-1], statistics.median(ends), statistics.median(ends)))
-    return results
+    return Timed(results)
 
 
 def throughput(demo: Path, output: Path | None) -> None:
@@ -191,6 +203,9 @@ def throughput(demo: Path, output: Path | None) -> None:
         "`vllm serve`, two processes by request": lambda: timed_server(
             "vllm", folder, log, chats, "--enforce-eager", "--data-parallel-size", "2"
         ),
+        "`vllm serve`, two processes by tensor": lambda: timed_server(
+            "vllm", folder, log, chats, "--enforce-eager", "--tensor-parallel-size", "2"
+        ),
     }
     release = subprocess.run([str(VLLM), "--version"], capture_output=True, text=True).stdout.split()[-1]
     lines = [
@@ -200,22 +215,23 @@ def throughput(demo: Path, output: Path | None) -> None:
         "`python benchmarks/serving.py throughput outputs/demo`, both runs of one start. A model this small is all "
         "overhead: what it says is how the ways compare, not how fast a 7B model is.",
         "",
-        "| | tokens/s | against the first | seconds to the first word | seconds to the last |",
-        "|---|--:|--:|--:|--:|",
+        "| | tokens/s | against the first | seconds to the first word | seconds to the last | words of `vllm serve` |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
-    base = None
+    base = words = None
     for name, run in ways.items():
         try:
-            runs = run()
+            runs, said = run()
         except SystemExit as error:
-            lines.append(f"| {name} | did not run: {str(error).splitlines()[-1][:120]} | | | |")
+            lines.append(f"| {name} | did not run: {str(error).splitlines()[-1][:120]} | | | | |")
             continue
-        base = base or runs
+        base, words = base or runs, words or said
+        same = "" if said is None else f"{sum(map(str.__eq__, words, said))} of {len(said)}"
         cells = [
             " / ".join(f"{each[column]:.{digits}f}" for each in runs) for column, digits in ((0, 0), (1, 2), (2, 2))
         ]
         gain = " / ".join(f"{each[0] / first[0]:.2f}" for each, first in zip(runs, base, strict=True))
-        lines.append(f"| {name} | {cells[0]} | {gain} | {cells[1]} | {cells[2]} |")
+        lines.append(f"| {name} | {cells[0]} | {gain} | {cells[1]} | {cells[2]} | {same} |")
         publish(lines, output)
 
 

@@ -161,7 +161,7 @@ def test_all_that_a_checkpoint_takes_is_answered_as_by_generate(tmp_path, media)
     assert result["prompts"] == [2, 2]
 
 
-FUSED = {"additional_config": {"fuse_experts": True}}
+FUSED, AS_THEY_ARE = ({"additional_config": {"fuse_experts": choice}} for choice in (True, False))
 GEMMA = {"model_type": "gemma2", "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 # A cap of attention that is not felt: vLLM obeys it, `sdpa` of the releases that vLLM works with does not.
 GEMMA |= {"final_logit_softcapping": 0.5, "attn_logit_softcapping": 50.0, "query_pre_attn_scalar": 16}
@@ -170,10 +170,10 @@ GRANITE = {"model_type": "granite", "embedding_multiplier": 12.0, "logits_scalin
 # What a checkpoint can be -> its decoder, how it is saved, options of the engine.
 CHECKPOINTS = {
     "experts with bases of their own": ({}, {}, {}),
-    "the same, fused": ({}, {}, FUSED),
+    "the same, as they are": ({}, {}, AS_THEY_ARE),
     "a shared base, fused": ({"shared_expert_base": True}, {}, FUSED),
     "merged experts": ({}, {"merged": True}, {}),
-    "merged experts, fused": ({}, {"merged": True}, FUSED),
+    "merged experts, as they are": ({}, {"merged": True}, AS_THEY_ARE),
     "a dense model": ({"mlp_layer_types": ["dense", "dense"]}, {}, {}),
     "every second layer sparse": ({"mlp_layer_types": ["dense", "sparse"], "shared_expert_base": True}, {}, {}),
     "speech alone": ({}, {"without": ("vision", "audio")}, {}),

@@ -34,7 +34,7 @@ class UniMoEForVLLM(MoEMixin, MultiModalMixin, CausalMixin):
     """
     Serves every checkpoint of ours. Experts run as they are stored, or merged through vLLM's fused kernel:
     `additional_config={"fuse_experts": True | False}` says which. By default experts with weights of their own are
-    fused on a GPU, and run as they are on a CPU, where that is faster (`benchmarks/results/serving.md`).
+    fused, which is faster and takes no more memory; fusing those of a shared base makes a copy of it for each.
 
     Raises:
         ValueError: `fuse_experts` is asked of experts that vLLM's kernel does not compute.
@@ -130,8 +130,7 @@ def _fuses_experts(vllm_config: VllmConfig, text_config: PreTrainedConfig) -> bo
         if wanted:
             raise ValueError(f"vLLM's kernel computes experts with SiLU, these have '{activation}'; do not fuse them.")
         return False
-    if wanted and vllm_config.lora_config is not None and current_platform.is_cpu():
+    takes_adapters = vllm_config.lora_config is None or not current_platform.is_cpu()
+    if wanted and not takes_adapters:
         raise ValueError("vLLM's fused experts take adapters on GPUs only; leave out `fuse_experts`.")
-    if wanted is None:
-        return not current_platform.is_cpu() and not text_config.shared_expert_base
-    return bool(wanted)
+    return takes_adapters and not text_config.shared_expert_base if wanted is None else bool(wanted)
