@@ -146,7 +146,7 @@ def long_answer(kind: str, messages: list[dict]) -> dict[str, Any]:
 class Timed(NamedTuple):
     """
     Of each of two runs: tokens per second, median seconds to the first word, median seconds of an answer. And what was
-    said, where it can be compared: a way that forbids the end of an answer says something else than one that ignores it.
+    said where it can be compared: ways that forbid the end of an answer say other words than those that ignore it.
     """
 
     runs: list[tuple[float, float, float]]
