@@ -11,6 +11,7 @@ from tiny import DENSE, ROUNDING, make_inputs, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from uni_moe_hf import UniMoEForConditionalGeneration, grow_experts, prepare_stage
+from uni_moe_hf.hub.experts_uni_moe import merged_weights
 from uni_moe_hf.mixtures.elastic_experts import add_expert, clone_expert, drop_expert, merge_experts
 from uni_moe_hf.mixtures.expert_adapters import expert_names, export_expert, export_expert_stack
 from uni_moe_hf.mixtures.router_starts import balance_routers
@@ -130,7 +131,13 @@ def test_a_dropped_expert_takes_its_own_row_along_and_no_other(adapters, shared)
 
 def dense_delta(model: UniMoEForConditionalGeneration, expert: int) -> list[torch.Tensor]:
     """What LoRA adds to an expert's weights in every layer, gate and up in one."""
-    return [part[expert] for experts in model._experts() for part in experts._lora_difference(experts.lora)]
+    deltas = []
+    for experts in model._experts():
+        gate_up = torch.zeros(2 * experts.intermediate_size, experts.hidden_size)
+        down = torch.zeros(experts.hidden_size, experts.intermediate_size)
+        added = merged_weights(gate_up, down, experts.lora(), experts.lora_scaling)
+        deltas += [part[expert] for part in added]
+    return deltas
 
 
 @pytest.mark.parametrize("weights", [{"image": 1.0, "speech": 1.0}, {"speech": 0.3, "image": 0.7}])

@@ -21,7 +21,7 @@ from originals import EIGHT_FILES, copy_fixture, read, save_base, small_tokenize
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import tiny_tokenizer
+from tiny import assert_pixels_equal, tiny_tokenizer
 from transformers import AutoModel, AutoProcessor
 
 from uni_moe_hf import convert_checkpoint, revert_checkpoint
@@ -151,7 +151,7 @@ def test_the_processor_is_converted_and_meets_the_originals_front_ends(variant, 
     )
     for picture in ("square", "wide", "tall"):
         pixels = processor(images=Image.fromarray(golden[f"{picture}/rgb"].numpy()), return_tensors="pt").pixel_values
-        torch.testing.assert_close(pixels[0], golden[f"{picture}/pixel_values"], atol=1e-5, rtol=0)
+        assert_pixels_equal(pixels[0], golden[f"{picture}/pixel_values"])
     model = AutoModel.from_pretrained(tmp_path / "out").eval()
     assert processor.image_token_id == model.config.image_token_id >= model.config.text_config.vocab_size
     assert model.get_input_embeddings().num_embeddings == model.config.text_config.vocab_size == 320  # not resized
