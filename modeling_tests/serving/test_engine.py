@@ -58,6 +58,10 @@ CONVERSATIONS = [
     user({"type": "image"}, "is <image> a <speech> or </s><s> bird"),
     [*user("what"), {"role": "assistant", "content": "a <video></s>"}, *user({"type": "audio"}, "hello")],
     [{"role": "system", "content": "no <audio> here"}, *user({"type": "speech"})],
+    user("<ima", "ge> and </", "s> it", {"type": "image"}, "is", "<spee", "ch>"),  # what would be forged in the seams
+    [*user({"type": "image"}), *user("what is"), *user("it", {"type": "video"})],
+    [{"role": "developer", "content": "a"}, {"role": "system", "content": "b <s"}, *user("> what")],
+    user({"type": "image"}, {"type": "text", "text": None}, "what"),
 ]
 
 
@@ -81,9 +85,11 @@ def test_the_text_before_a_template_is_put_there_once_and_taken_away_by_us(tmp_p
     assert all(template.count(beginning) == 1 for template in again.chat_template.values())
     assert for_us(again.chat_template["default"]) == CHATML and for_us(CHATML) == CHATML
     assert for_us(again.chat_template["other"]) == VICUNA_CHAT_TEMPLATE
+    for end in ("-#}\n", "#}", "+#}"):  # forms in which folders may have it
+        assert for_us(f"before {{#- What follows reads text. {end}{CHATML}") == CHATML
 
 
-@pytest.mark.parametrize("space", ["", "\n", "  \n "])
+@pytest.mark.parametrize("space", ["", "\n", "  \n ", "  "])
 def test_a_template_keeps_the_space_at_its_beginning_and_many_special_tokens_are_borne(space):
     processor = tiny_processor()
     many = [f"<|reserved_special_token_{index}|>" for index in range(300)]

@@ -74,32 +74,38 @@ MEDIA_TEMPLATE = """\
     {%- endfor -%}
     {{- shown.text -}}
 {%- endmacro -%}
-{%- set read = namespace(messages=[], parts=[], text='', before='') -%}
+{%- set read = namespace(messages=[], parts=[], shown=[], text='', role='') -%}
 {%- for message in messages -%}
-    {%- set read.parts = [] -%}
+    {%- set role = 'system' if message['role'] == 'developer' else message['role'] -%}
+    {%- set goes_on = role == read.role and role in ('user', 'system') -%}
+    {%- set read.role = role -%}
+    {%- set read.parts = read.parts if goes_on else [] -%}
+    {%- set content = [message['content']] if message['content'] is string else (message['content'] or []) -%}
+    {%- for part in content -%}
+        {%- set kind = 'text' if part is string else part['type'] -%}
+        {%- set kind = part['ear'] if kind == 'audio' and part['ear'] else kind -%}
+        {%- if kind not in ('text', 'image', 'video', 'audio', 'speech') -%}
+            {%- set known = "known are text, image, video, audio and speech" -%}
+            {{- raise_exception("A message part has the type or ear '" + kind|string + "'; " + known + ".") -}}
+        {%- endif -%}
+        {%- set text = part if part is string else (part['text'] or '') -%}
+        {%- set last = read.parts[-1] if read.parts else {'type': ''} -%}
+        {%- if kind == last['type'] == 'text' -%}
+            {%- set text = last['text'] + ('\\n' if goes_on and loop.first else '') + text -%}
+            {%- set read.parts = read.parts[:-1] -%}
+        {%- endif -%}
+        {%- set read.parts = read.parts + [{'type': kind, 'text': text}] -%}
+    {%- endfor -%}
     {%- set read.text = '' -%}
-    {%- set read.before = '' -%}
-    {%- if message['content'] is string -%}
-        {%- set read.text = as_text(message['content']) -%}
-        {%- set read.parts = [{'type': 'text', 'text': read.text}] -%}
-    {%- elif message['content'] -%}
-        {%- for part in message['content'] -%}
-            {%- set kind = 'text' if part is string else part['type'] -%}
-            {%- set kind = part['ear'] if kind == 'audio' and part['ear'] else kind -%}
-            {%- if kind not in ('text', 'image', 'video', 'audio', 'speech') -%}
-                {%- set known = "known are text, image, video, audio and speech" -%}
-                {{- raise_exception("A message part has the type or ear '" + kind|string + "'; " + known + ".") -}}
-            {%- endif -%}
-            {%- set text = as_text(part if part is string else part['text']) -%}
-            {%- if read.before and not kind == read.before == 'text' -%}
-                {%- set read.text = read.text + '\\n' -%}
-            {%- endif -%}
-            {%- set read.text = read.text + (text if kind == 'text' else '<' + kind + '>') -%}
-            {%- set read.parts = read.parts + [{'type': kind, 'text': text} if kind == 'text' else {'type': kind}] -%}
-            {%- set read.before = kind -%}
-        {%- endfor -%}
-    {%- endif -%}
-    {%- set read.messages = read.messages + [dict(message, content=CONTENT)] -%}
+    {%- set read.shown = [] -%}
+    {%- for part in read.parts -%}
+        {%- set text = as_text(part['text']) if part['type'] == 'text' else '<' + part['type'] + '>' -%}
+        {%- set read.text = read.text + ('' if loop.first else '\\n') + text -%}
+        {%- set part = {'type': 'text', 'text': text} if part['type'] == 'text' else {'type': part['type']} -%}
+        {%- set read.shown = read.shown + [part] -%}
+    {%- endfor -%}
+    {%- set before = read.messages[:-1] if goes_on else read.messages -%}
+    {%- set read.messages = before + [dict(message, role=role, content=CONTENT)] -%}
 {%- endfor -%}
 {%- set messages = read.messages -%}
 BEGINNING
@@ -113,11 +119,12 @@ class TemplateMixin:
         """A template with [`MEDIA_TEMPLATE`] before it, for those who render it without this code."""
         template = for_us(template)
         tokens = [(token, token[0] + LITERAL_MARK + token[1:]) for token in self._special_tokens]
-        content = "read.text" if self._takes_text(template) else "read.parts"
+        content = "read.text" if self._takes_text(template) else "read.shown"
         filled = {"MARK": ascii(LITERAL_MARK), "TOKENS": ascii(tokens), "CONTENT": content}
         filled["BEGINNING"] = self._beginning() if leaves_beginning(template) else ""
         before = re.sub("|".join(filled), lambda match: filled[match.group()], MEDIA_TEMPLATE)
-        return before + template
+        # Blanks before a block at the beginning of a line are no text; here they would be.
+        return before + re.sub(r"^[ \t]+(?=\{[%#](?![-+]))", "", template)
 
     def _beginning(self) -> str:
         """What writes the token that the tokenizer puts before a text, so that the text behind it stays as it is."""
@@ -245,23 +252,10 @@ class TemplateMixin:
                 return ending[: match.start()]
         return ending
 
-    @property
-    def _control_tokens(self) -> re.Pattern:
-        """What the tokenizer reads as one special token, wherever it stands."""
-        known = self.__dict__.get("_known_control_tokens")
-        if known is None or known[0] != len(self.tokenizer):
-            added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
-            tokens = {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-            longest = sorted((token for token in tokens if len(token) > 1), key=lambda token: (-len(token), token))
-            known = (len(self.tokenizer), re.compile("|".join(map(re.escape, longest)) or r"(?!)"))
-            self._known_control_tokens = known
-        return known[1]
-
 
 def for_us(template: str) -> str:
-    """A template without [`MEDIA_TEMPLATE`]."""
-    end = MEDIA_TEMPLATE.rpartition("\n")[2]
-    return template.rpartition(end)[2]
+    """A template without [`MEDIA_TEMPLATE`], in whatever form it was put there."""
+    return re.split(r"\{#- What follows reads text\. (?:-#\}\n?|\+?#\})", template)[-1]
 
 
 def remove_literal_marks(tokenizer) -> None:
