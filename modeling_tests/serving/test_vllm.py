@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import TESTS, film, picture, tiny_model, tiny_processor, tone, user
 
 from uni_moe_hf import UniMoEForConditionalGeneration
@@ -148,8 +148,8 @@ def test_all_that_a_checkpoint_takes_is_answered_as_by_generate(tmp_path, media)
         user({"type": "image", "path": str(media / "tale.txt")}),
         [*user("what"), {"role": "assistant", "content": [{"type": "text", "text": "a"}]}, {"role": "judge", "content": [{"type": "text", "text": "a"}]}],  # noqa: E501
     ]  # fmt: skip
-    prompts = ["USER: is <image> a <speech> ASSISTANT:", "<audio>"]
-    asks = ["batch", "single", "scores of prompts"]
+    prompts = ["USER: is <image> a <speech> ASSISTANT:", "<audio>"]  # without clips: read as padding
+    asks = ["batch", "single", "scores of prompts", "one name, two ears", "counts"]
     # Prompts are read in pieces, and what was read once is kept.
     options = {"max_num_batched_tokens": 96, "enable_chunked_prefill": True, "enable_prefix_caching": True}
     options |= {"max_model_len": 3300, "limit_mm_per_prompt": dict.fromkeys(("image", "video", "audio", "speech"), 4)}
@@ -159,6 +159,17 @@ def test_all_that_a_checkpoint_takes_is_answered_as_by_generate(tmp_path, media)
     assert [answer[:2] for answer in result["wanted"]] == result["scores"]
     assert all(refusal is not None for refusal in result["refusals"]), result["refusals"]
     assert result["prompts"] == [2, 2]
+    assert result["ears"][0] == result["ears"][2] != result["ears"][1]
+    assert all("placeholder" in sentence for sentence in result["counts"]), result["counts"]
+
+
+def test_a_checkpoint_that_lacks_experts_is_refused(tmp_path):
+    folder = saved(tmp_path / "model", {}, merged=True)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.language_model.layers.1.mlp.experts.down_proj"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    result = run(tmp_path, folder)
+    assert "lacks the experts' weights ['layers.1.mlp.experts.down_proj']" in result["refused"]
 
 
 FUSED, AS_THEY_ARE = ({"additional_config": {"fuse_experts": choice}} for choice in (True, False))

@@ -9,6 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
+
 
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -87,6 +89,24 @@ def main(task: dict) -> dict:
         result["single"] = [said([chat])[0] for chat in chats]
     if "scores of prompts" in task["asks"]:
         result["scores"] = said(chats, SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=1))
+    if "one name, two ears" in task["asks"]:  # the same clip under one name, heard as speech, sound and speech
+        clip = next(part for chat in chats for part in chat[0]["content"] if part["type"] == "speech")
+        heard = [[{"role": "user", "content": [{**clip, "type": ear}]}] for ear in ("speech", "audio", "speech")]
+        result["ears"] = []
+        for chat in heard:
+            message = for_engine(chat)
+            message[0]["content"][0]["uuid"] = "one"
+            output = llm.chat(message, greedy, use_tqdm=False)
+            result["ears"].append(list(output[0].outputs[0].token_ids))
+    if "counts" in task["asks"]:
+        wave = np.zeros(8000, dtype=np.float32)
+        result["counts"] = []
+        for prompt, clips in (("<audio>", [wave] * 2), ("<audio><audio>", [wave]), ("<audio><image>", [wave])):
+            try:
+                llm.generate({"prompt": prompt, "multi_modal_data": {"audio": clips}}, greedy, use_tqdm=False)
+                result["counts"].append("answered")
+            except ValueError as error:
+                result["counts"].append(str(error))
     result["refusals"] = []
     for chat in task.get("bad", []):
         try:

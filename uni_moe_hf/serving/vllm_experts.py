@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..hub.experts_uni_moe import ExpertLoraTensors, merged_weights
 
@@ -34,6 +35,29 @@ def merged_experts(weights: Iterable[tuple[str, torch.Tensor]], scaling: float) 
     if layers:
         layer, held = next(iter(layers.items()))
         raise ValueError(f"The experts of '{layer}' are incomplete in this checkpoint: there is only {sorted(held)}.")
+
+
+def whole_experts(
+    weights: Iterable[tuple[str, torch.Tensor]], text_config: PreTrainedConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """
+    Args:
+        weights (`Iterable[tuple[str, torch.Tensor]]`): Names and tensors of a checkpoint with plain experts.
+        text_config ([`PreTrainedConfig`]): Says which layers are sparse.
+
+    Yields:
+        `tuple[str, torch.Tensor]`: the same.
+
+    Raises:
+        ValueError: a sparse layer lacks one of its two stacks.
+    """
+    sparse = [layer for layer, kind in enumerate(text_config.mlp_layer_types) if kind == "sparse"]
+    missing = {f"layers.{layer}.mlp.experts.{stack}" for layer in sparse for stack in ("gate_up_proj", "down_proj")}
+    for name, tensor in weights:
+        missing.discard(name.partition("language_model.")[2])
+        yield name, tensor
+    if missing:
+        raise ValueError(f"The checkpoint lacks the experts' weights {sorted(missing)}; save it again.")
 
 
 def _merged_layer(held: dict[str, torch.Tensor], scaling: float) -> tuple[torch.Tensor, torch.Tensor] | None:

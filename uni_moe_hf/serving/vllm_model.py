@@ -23,7 +23,7 @@ from vllm.platforms import current_platform
 
 from ..hub.configuration_uni_moe import MODALITIES, is_sparse
 from ..hub.decoder_uni_moe import adjust_logits
-from .vllm_experts import merged_experts
+from .vllm_experts import merged_experts, whole_experts
 from .vllm_processing import DOORS, EARS, UniMoEDummyInputsBuilder, UniMoEMultiModalProcessor, UniMoEProcessingInfo
 
 
@@ -70,8 +70,14 @@ class UniMoEForVLLM(MoEMixin, MultiModalMixin, CausalMixin):
             super(MoEMixin, self).recursive_replace()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """As in vLLM; LoRA is folded into the experts that are fused."""
-        return super().load_weights(merged_experts(weights, self.lora_scaling) if self.lora_scaling else weights)
+        """
+        As in vLLM; LoRA is folded into the experts that are fused.
+
+        Raises:
+            ValueError: weights of fused experts are missing, which vLLM would leave as memory happens to be.
+        """
+        weights = merged_experts(weights, self.lora_scaling) if self.lora_scaling else weights
+        return super().load_weights(whole_experts(weights, self.text_config) if self._fuses else weights)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import BatchFeature
 from vllm.multimodal.inputs import MultiModalFieldConfig
@@ -91,17 +92,25 @@ class UniMoEDataParser(MultiModalDataParser):
     def _sounds(self, data: Any, ear: str) -> ProcessorBatchItems | None:
         if data is None:
             return None
-        if isinstance(data, dict) or self.is_embeddings(data):
+        if self.is_embeddings(data):
             raise ValueError(f"Ready embeddings of {ear} are not taken; send the sound.")
-        is_one = isinstance(data, tuple) or (isinstance(data, list) and data and isinstance(data[0], float))
-        is_one = is_one or getattr(data, "ndim", 0) == 1
-        clips = [data] if is_one else list(data)
-        return _Sounds([self._sound(clip) for clip in clips], ear)
+        is_one = isinstance(data, tuple | dict | str | bytes) or getattr(data, "ndim", 2) == 1
+        is_one = is_one or (isinstance(data, list) and bool(data) and isinstance(data[0], int | float | np.number))
+        return _Sounds([self._sound(clip, ear) for clip in ([data] if is_one else data)], ear)
 
-    def _sound(self, clip: Any) -> Any:
-        if clip is None:  # of a request that names a clip which vLLM has kept
-            return None
-        samples, rate = self._get_audio_with_sr(clip)
+    def _sound(self, clip: Any, ear: str) -> Any:
+        """A waveform, or one with its rate; `None` of a clip that vLLM has kept and a request names."""
+        if isinstance(clip, dict) and {"array", "sampling_rate"} <= clip.keys():
+            clip = (clip["array"], clip["sampling_rate"])
+        samples, rate = clip if isinstance(clip, tuple) and len(clip) == 2 else (clip, None)
+        if isinstance(samples, list):
+            samples = np.asarray(samples, dtype=np.float32)
+        if samples is not None and not isinstance(samples, np.ndarray | torch.Tensor):
+            raise ValueError(
+                f"{ear.capitalize()} is a {type(samples).__name__}; pass a waveform, or (waveform, sampling rate)."
+            )
+        if rate is not None and not (isinstance(rate, int | float | np.number) and 0 < rate < np.inf):
+            raise ValueError(f"The sampling rate of {ear} is {rate!r}; it must be a number of samples per second.")
         return samples if rate is None else (samples, rate)
 
     def _parse_image_data(self, data: Any) -> ProcessorBatchItems | None:
@@ -207,8 +216,27 @@ class UniMoEMultiModalProcessor(BaseMultiModalProcessor[UniMoEProcessingInfo]):
     """From a request's clips and token ids to features and repeated placeholders."""
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        """As in vLLM, once every sound is at the ear that its placeholder names."""
-        return super().apply(self._to_ears(inputs), timing_ctx)
+        """
+        As in vLLM, once every sound is at the ear that its placeholder names.
+
+        Raises:
+            ValueError: clips and placeholders differ in number.
+        """
+        inputs = self._to_ears(inputs)
+        if spoken := (inputs.mm_uuid_items or {}).get("speech"):
+            # By its name vLLM knows a clip again; one that both ears hear becomes two things.
+            named = {"speech": [name and f"speech {name}" for name in spoken]}
+            inputs = replace(inputs, mm_uuid_items={**inputs.mm_uuid_items, **named})
+        prompt, processor = list(inputs.prompt), self.info.get_hf_processor()
+        for modality in self.info.modalities:
+            wanted = prompt.count(getattr(processor, f"{modality}_token_id"))
+            given = inputs.mm_data_items.get_count(modality, strict=False)
+            if wanted != given:
+                raise ValueError(
+                    f"Found {wanted} `<{modality}>` placeholder{'s' * (wanted != 1)} in the prompt but {given} "
+                    f"{modality} clip{'s' * (given != 1)}; pass one clip per placeholder."
+                )
+        return super().apply(inputs, timing_ctx)
 
     def _to_ears(self, inputs: Any) -> Any:
         """
@@ -236,6 +264,9 @@ class UniMoEMultiModalProcessor(BaseMultiModalProcessor[UniMoEProcessingInfo]):
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         processor, features = self.info.get_hf_processor(), {}
         kwargs = {name: value for name, value in hf_kwargs.items() if name != "truncation"}  # there is no text
+        chosen = {*kwargs, *kwargs.get("videos_kwargs", {})} - {"videos_kwargs"}
+        if foreign := chosen - {"num_frames"}:  # other sizes would end in the towers, and the engine with them
+            raise ValueError(f"`mm_processor_kwargs` holds {sorted(foreign)}; only `num_frames` may be chosen.")
         for modality, door in DOORS.items():
             clips = hf_data.get(f"{modality}s", hf_data.get(modality))  # vLLM renames "audios"
             for clip in clips if clips is not None else ():
