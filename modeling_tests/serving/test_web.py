@@ -3,7 +3,10 @@
 import json
 import re
 import socket
+import time
+import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from uni_moe_hf import record_routing
 from uni_moe_hf.cli.main import main
 from uni_moe_hf.mixtures.routing import TOKEN_TYPES
 from uni_moe_hf.serving import web, web_page
-from uni_moe_hf.serving.live_answers import LiveAnswer, Word, answer_live
+from uni_moe_hf.serving.live_answers import LiveAnswer, Word, _word, answer_live
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,23 @@ def test_experts_of_every_token_are_those_that_record_routing_counts(served):
     assert live.from_answer == 4  # the last word is said, and not read
     np.testing.assert_allclose(live.weights.sum(axis=-1), 1, atol=1e-5)
     assert set(live.shares()) == {"text", "image", "audio", "answer"}
+
+
+def test_a_slow_reader_sees_no_more_experts_than_words(served):
+    for live in answer_live(served.model, served.processor, CHAT, 30, do_sample=False, min_new_tokens=30):
+        time.sleep(0.01)  # the model runs ahead
+        assert live.weights.shape[1] == len(live.types) == len(live.pieces)
+        assert live.shares().keys() >= {"text", "image", "audio"} and web_page.panel(live) and web_page.answer(live)
+
+
+def test_characters_of_several_tokens_are_shown_once_they_are_whole(served):
+    tokenizer = served.processor.tokenizer
+    wanted = "Zoë 日本 🙂 café"
+    said, words = [], []
+    for token in tokenizer(wanted, add_special_tokens=False)["input_ids"]:
+        words.append(_word(tokenizer, said, "".join(words), token, torch.zeros(len(tokenizer))).text)
+        said.append(token)
+    assert "".join(words).strip() == wanted and not any("\ufffd" in word for word in words)
 
 
 def test_an_answer_that_nobody_waits_for_ends(served):
@@ -159,8 +179,16 @@ def test_the_page_is_served_to_this_machine_alone_and_a_port_in_use_is_said(serv
         gradio.Blocks, "launch", lambda self, **settings: told.update(settings) or launch(self, **settings)
     )
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    secret = Path(clips[0]["path"]).with_name("secret.txt")
+    secret.write_text("mine")
     web.serve([served], [(clips, "what")], port=port, prevent_thread_lock=True, quiet=True)
     try:
+        for file, status in ((Path(clips[0]["path"]), 200), (secret, 403)):
+            try:
+                code = urllib.request.urlopen(f"http://127.0.0.1:{port}/gradio_api/file={file}", timeout=30).status
+            except urllib.error.HTTPError as error:
+                code = error.code
+            assert code == status, file
         assert told["server_name"] == "127.0.0.1" and told["share"] is False
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as answer:
             html = answer.read().decode()
@@ -172,9 +200,24 @@ def test_the_page_is_served_to_this_machine_alone_and_a_port_in_use_is_said(serv
         gradio.close_all()
 
 
-def test_the_command_says_what_is_missing(tmp_path, capsys):
-    assert main(["web", str(tmp_path / "nothing")]) == 1
-    assert "nothing" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "options, sentence",
+    [([], "nothing"), (["--port", "99999"], "There is no port 99999"), (["--host", "nonsense.invalid"], "no host")],
+)
+def test_the_command_says_what_is_wrong_before_a_model_is_loaded(options, sentence, tmp_path, capsys):
+    assert main(["web", str(tmp_path / "nothing"), *options]) == 1
+    error = capsys.readouterr().err
+    assert sentence in error and len(error.splitlines()) == 1
+
+
+def test_stop_and_start_over_end_every_answer_that_a_button_began(served, clips):
+    pytest.importorskip("gradio")
+    page = web.build([served], [(clips, "what"), ([], "hello")])
+    events = page.fns.values()
+    answering = {event._id for event in events if event.name == "run"}
+    assert len(answering) == 4  # Ask, Enter, two examples
+    cancelled = [set(event.cancels) for event in events if event.cancels]
+    assert sum(cancels >= answering for cancels in cancelled) == 2
 
 
 def test_random_answers_are_drawn_where_heat_is_asked_for(served):

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,25 @@ def add_command(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Serves the page until it is stopped."""
-    from ..serving.web import Served, examples_of, serve
+    from ..serving.web import Served, check_address, examples_of, serve
 
+    check_address(args.host, args.port)
     names = [args.checkpoint, *([args.compare] if args.compare else [])]
     served = []
     for name in names:
         one = copy.copy(args)
         one.checkpoint = name
         # "outputs/demo/model" is long, and "model" says nothing.
-        served.append(Served("/".join(Path(name).parts[-2:]), *load_checkpoint(one)))
+        parts = Path(name).resolve().parts if Path(name).is_dir() else Path(name).parts
+        served.append(Served("/".join(part for part in parts[-2:] if part != "/"), *load_checkpoint(one)))
     usual = Path(args.checkpoint).resolve().parent / "data/test.jsonl"
-    rows = args.examples or (usual if usual.is_file() else None)
     takes = [each for each in served[0].processor.modalities if all(each in s.processor.modalities for s in served)]
-    serve(served, examples_of(rows, takes) if rows else (), args.host, args.port, args.share)
+    examples: Any = ()
+    try:
+        if args.examples or usual.is_file():
+            examples = examples_of(args.examples or usual, takes)
+    except (ValueError, OSError) as error:
+        if args.examples:
+            raise
+        sys.stderr.write(f"uni-moe: there are no examples from '{usual}': {' '.join(str(error).split())}\n")
+    serve(served, examples, args.host, args.port, args.share)

@@ -6,7 +6,7 @@ Letters: L sparse layers, T tokens, M modalities with text first, E experts, K e
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import Queue
 from threading import Event, Thread
 from typing import Any
@@ -31,8 +31,8 @@ class Word:
     A token of the answer.
 
     Args:
-        text (`str`): What it adds to the answer.
-        probability (`float`): That the model gave it.
+        text (`str`): What it adds to the answer; a character of several tokens comes with the last of them.
+        probability (`float`): That the model gave it, whatever the temperature.
         alternatives (`list[tuple[str, float]]`): The likeliest tokens and their probabilities, itself among them.
     """
 
@@ -81,7 +81,7 @@ class LiveAnswer:
 
 
 class _Scores(LogitsProcessor):
-    """Keeps the scores from which the next token is drawn."""
+    """Keeps the model's scores of the next token, before any temperature."""
 
     def __init__(self):
         self.last: torch.Tensor | None = None
@@ -155,7 +155,7 @@ def answer_live(
         decoding: Further arguments of `generate`.
 
     Yields:
-        [`LiveAnswer`]: the same one again and again: once the prompt is read, then after every token.
+        [`LiveAnswer`]: the same one again and again, after every token. A model gives one answer at a time.
 
     Raises:
         ValueError, OSError: the conversation cannot be read; or whatever `generate` raises.
@@ -193,10 +193,12 @@ def answer_live(
         thread = Thread(target=generate, daemon=True)
         thread.start()
         said: list[int] = []
+        shown = ""
         try:
             while (made := queue.get()) is not done:
                 token, of_token = made
-                live.words.append(_word(tokenizer, said, token, of_token))
+                live.words.append(_word(tokenizer, said, shown, token, of_token))
+                shown += live.words[-1].text
                 said.append(token)
                 _take_in(live, passes, said, tokenizer)
                 yield live
@@ -206,29 +208,33 @@ def answer_live(
     if failure:
         raise failure[0]
     _take_in(live, passes, said, tokenizer)
+    if rest := tokenizer.decode(said, skip_special_tokens=True)[len(shown) :]:  # half a character to the end
+        live.words[-1] = replace(live.words[-1], text=live.words[-1].text + rest)
     live.is_done = True
     yield live
 
 
-def _word(tokenizer: Any, said: list[int], token: int, scores: torch.Tensor) -> Word:
-    """The next token: what it adds to the text, and what else was likely."""
-    before = tokenizer.decode(said, skip_special_tokens=True)
-    after = tokenizer.decode([*said, token], skip_special_tokens=True)
+def _word(tokenizer: Any, said: list[int], shown: str, token: int, scores: torch.Tensor) -> Word:
+    """The next token: what it adds to the text, nothing while a character is half there, and what else was likely."""
+    text = tokenizer.decode([*said, token], skip_special_tokens=True)
+    added = "" if text.endswith("\ufffd") else text[len(shown) :]
     probabilities = torch.softmax(scores, dim=-1)
     best = torch.topk(probabilities, min(ALTERNATIVES, len(probabilities)))
     others = [(tokenizer.decode([index]), value) for value, index in zip(*(t.tolist() for t in best), strict=True)]
-    return Word(after[len(before) :], float(probabilities[token]), others)
+    return Word(added, float(probabilities[token]), others)
 
 
 def _take_in(live: LiveAnswer, passes: list[np.ndarray], said: list[int], tokenizer: Any) -> None:
-    """What routers have answered since; a token's own is known once the next one is made."""
-    if passes:
-        live.weights = np.concatenate(passes, axis=1)
-    read = live.weights.shape[1] if passes else len(live.pieces)
+    """What routers have answered; a token's own is known once the next one is made, and they may be further ahead."""
+    if not passes:
+        return
     known = len(live.pieces) - live.from_answer
-    live.from_answer = max(0, min(read - known, len(said)))
-    live.pieces = [*live.pieces[:known], *(tokenizer.decode([token]) for token in said[: live.from_answer])]
-    live.types = [*live.types[:known], *[0] * live.from_answer]
+    weights = np.concatenate(passes, axis=1)
+    live.from_answer = max(0, min(weights.shape[1] - known, len(said)))
+    live.weights = weights[:, : known + live.from_answer]
+    fresh = said[len(live.pieces) - known : live.from_answer]
+    live.pieces += [tokenizer.decode([token]) for token in fresh]
+    live.types += [0] * len(fresh)
 
 
 __all__ = ["LiveAnswer", "Word", "answer_live"]

@@ -1,10 +1,11 @@
 """
 A page in the browser: media in any number, an answer as it is made, and the experts behind every token of it.
 
-[`build`] makes the page, [`serve`] opens it. Everything is computed here; nothing is sent elsewhere.
+[`build`] makes the page, [`serve`] opens it. Everything is computed here; unless it is shared, nothing goes elsewhere.
 """
 
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from .live_answers import LiveAnswer, answer_live
 
 
 MAX_EXAMPLES = 8
+PAUSE = 0.15  # seconds between two states of the page, at least
 LABELS = {"image": "Picture", "video": "Video", "speech": "Speech", "audio": "Sound"}
 
 
@@ -46,8 +48,8 @@ def examples_of(rows: str | Path, modalities: Sequence[str]) -> list[tuple[list[
         modalities (`Sequence[str]`): What the model takes.
 
     Returns:
-        `list[tuple]`: clips, `{"type", "path"}` each, and the question of the first row of every kind that can be
-        asked, [`MAX_EXAMPLES`] at most.
+        `list[tuple]`: clips, `{"type", "path"}` each, and what is asked of them, from the first user's message of the
+        first row of every kind, [`MAX_EXAMPLES`] at most.
 
     Raises:
         ValueError, OSError: there is no such file, or it holds no rows.
@@ -60,7 +62,9 @@ def examples_of(rows: str | Path, modalities: Sequence[str]) -> list[tuple[list[
         kinds = tuple(part["type"] for part in clips)
         if kinds in found or not set(kinds) <= set(modalities) or not all(_file(part) for part in clips):
             continue
-        text = " ".join(part.get("text", "") for part in parts if part.get("type", "text") == "text").strip()
+        text = " ".join(part.get("text") or "" for part in parts if part.get("type", "text") == "text").strip()
+        if not clips and not text:
+            continue
         found[kinds] = ([{"type": part["type"], "path": _file(part)} for part in clips], text)
         if len(found) == MAX_EXAMPLES:
             break
@@ -115,11 +119,12 @@ def answers(
     except ValueError as error:
         yield [web_page.problem(str(error)), web_page.panel(None)] * len(served)
         return
-    drawing = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    drawing = {"do_sample": True, "temperature": float(temperature)} if temperature > 0 else {"do_sample": False}
     streams = {
         index: answer_live(each.model, each.processor, chat, max_new_tokens, **drawing)
         for index, each in enumerate(served)
     }
+    sent = 0.0
     try:
         while streams:
             for index in [*streams]:  # in turn, so that two answers grow side by side
@@ -135,7 +140,9 @@ def answers(
                     for clip in clips:  # who uploaded it knows it by its name
                         sentence = sentence.replace(clip["path"], Path(clip["path"]).name)
                     shown[2 * index : 2 * index + 2] = [web_page.problem(sentence), web_page.panel(None)]
-            yield list(shown)
+            if not streams or time.monotonic() - sent >= PAUSE:  # a page need not be sent anew for every token
+                sent = time.monotonic()
+                yield list(shown)
     finally:
         for stream in streams.values():
             stream.close()
@@ -157,10 +164,8 @@ def build(served: Sequence[Served], examples: Sequence[tuple[list[dict[str, str]
     first = served[0]
     modalities = [each for each in LABELS if all(each in one.processor.modalities for one in served)]
     with gradio.Blocks(title=f"Uni-MoE: {first.name}", analytics_enabled=False, fill_width=True) as page:
-        if len(served) == 1:
-            gradio.HTML(web_page.title(first.name, modalities, _experts(first)))
-        else:
-            gradio.HTML(web_page.title(" and ".join(each.name for each in served), modalities, _experts(first)))
+        names, experts = " and ".join(each.name for each in served), _experts(first) if len(served) == 1 else None
+        gradio.HTML(web_page.title(names, modalities, experts))
         clips = gradio.State([])
         buttons = _example_buttons(gradio, examples)
         with gradio.Row(equal_height=False):
@@ -179,7 +184,7 @@ def build(served: Sequence[Served], examples: Sequence[tuple[list[dict[str, str]
             for each in served:
                 with gradio.Column(scale=3, min_width=320):
                     if len(served) > 1:
-                        gradio.Markdown(f"### {each.name}")
+                        gradio.HTML(web_page.title(each.name, (), _experts(each), level=3))
                     shown += [gradio.HTML(html) for html in _nothing()]
 
         for kind, source in sources.items():
@@ -195,15 +200,21 @@ def build(served: Sequence[Served], examples: Sequence[tuple[list[dict[str, str]
             yield from answers(served, held, asked or "", int(longest), float(heat))
 
         asking = [clips, question, length, temperature]
-        running = [ask.click(run, asking, shown, concurrency_id="model", show_progress="hidden")]
-        running.append(question.submit(run, asking, shown, concurrency_id="model", show_progress="hidden"))
-        stop.click(None, cancels=running)
-        clear.click(lambda: [[], "", *_nothing() * len(served)], None, [clips, question, *shown], cancels=running)
+        answering = {"fn": run, "inputs": asking, "outputs": shown, "concurrency_id": "model"}
+        answering |= {
+            "show_progress": "hidden",
+            "trigger_mode": "always_last",
+        }  # asked anew while it answers: once more
+        running = [ask.click(**answering), question.submit(**answering)]
         for button, (example, asked) in zip(buttons, examples, strict=True):
             filled = button.click(
                 lambda example=example, asked=asked: (example, asked), None, [clips, question], show_progress="hidden"
             )
-            running.append(filled.then(run, asking, shown, concurrency_id="model", show_progress="hidden"))
+            running.append(filled.then(**{**answering, "trigger_mode": None}))
+        stop.click(None, cancels=running)
+        clear.click(lambda: [[], "", *_nothing() * len(served)], None, [clips, question, *shown], cancels=running)
+        for button in buttons:
+            button.click(None, cancels=running[:2])  # what was asked before makes way
     page.queue(default_concurrency_limit=1)
     return page
 
@@ -284,6 +295,31 @@ def _example_buttons(gradio: Any, examples: Sequence[tuple[list[dict[str, str]],
     return buttons
 
 
+def check_address(host: str, port: int) -> None:
+    """
+    Before models are loaded in vain.
+
+    Raises:
+        ValueError: there is no such host or port here, or it is in use.
+        ImportError: Gradio is not installed.
+    """
+    _gradio()
+    if not 0 < port < 65536:
+        raise ValueError(f"There is no port {port}; choose one from 1 to 65535.")
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ValueError(
+            f"There is no host '{host}' here; 127.0.0.1 is this machine, 0.0.0.0 all who reach it."
+        ) from error
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise ValueError(f"Port {port} of {host} is in use, or not ours to open; choose another one.") from error
+
+
 def serve(
     served: Sequence[Served],
     examples: Sequence[tuple[list[dict[str, str]], str]] = (),
@@ -304,23 +340,18 @@ def serve(
         What `launch` returns, once the page is closed.
 
     Raises:
-        ValueError: the port is in use.
+        ValueError: there is no such host or port here, or it is in use.
         ImportError: Gradio is not installed.
     """
     gradio = _gradio()
+    check_address(host, port)
     page = build(served, examples)
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ValueError(f"Port {port} of {host} is in use, or not ours to open; choose another one.") from error
     font = ["system-ui", "DejaVu Sans", "sans-serif"]  # no fonts from elsewhere
     return page.launch(
         server_name=host,
         server_port=port,
         share=share,
-        allowed_paths=sorted({str(Path(clip["path"]).parent) for clips, _ in examples for clip in clips}),
+        allowed_paths=sorted({clip["path"] for clips, _ in examples for clip in clips}),  # and nothing beside them
         max_file_size="200mb",
         css=web_page.STYLE,
         theme=gradio.themes.Soft(primary_hue="blue", font=font, font_mono=["monospace"]),

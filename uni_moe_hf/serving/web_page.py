@@ -56,17 +56,19 @@ def colour(expert: int) -> str:
     return PALETTE[expert] if expert < len(PALETTE) else f"hsl({expert * 137 % 360} 45% 50%)"
 
 
-def title(name: str, modalities: Sequence[str], experts: Sequence[str]) -> str:
-    """What is served: its name, what it takes, its experts and their colours."""
+def title(name: str, modalities: Sequence[str], experts: Sequence[str] | None, level: int = 1) -> str:
+    """What is served: its name, what it takes where that is to be said, and, of one model, its experts' colours."""
     kinds = ["text", *({**NAMES, "image": "pictures"}.get(modality, modality) for modality in modalities)]
     takes = ", ".join(kinds[:-1]) + (f" and {kinds[-1]}" if len(kinds) > 1 else kinds[-1])
     chips = "".join(
         f'<span class="chip"><b style="background:{colour(index)}"></b>{escape(expert)}</span>'
-        for index, expert in enumerate(experts)
+        for index, expert in enumerate(experts or ())
     )
-    mixture = f"A mixture of {len(experts)} experts." if experts else "A dense model, without experts."
+    said = [f"Reads {escape(takes)} in any mix."] if modalities else []
+    if experts is not None:
+        said.append(f"A mixture of {len(experts)} experts." if experts else "A dense model, without experts.")
     return (
-        f'<div class="uni uni-title"><h1>{escape(name)}</h1><p>Reads {escape(takes)} in any mix. {mixture}</p>'
+        f'<div class="uni uni-title"><h{level}>{escape(name)}</h{level}><p>{" ".join(said)}</p>'
         f'<div class="chips">{chips}</div></div>'
     )
 
