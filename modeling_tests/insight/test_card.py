@@ -9,7 +9,7 @@ import sys
 import threading
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from tiny import DENSE, child_environment, picture, tiny_model, tiny_processor, tone, user
 
 from uni_moe_hf import complete_card, evaluate, routing_report
@@ -58,9 +58,19 @@ def test_a_card_has_snippets_scores_and_figures_and_renews_them(checkpoint, look
     (result,) = [each for each in card.data.eval_results if each.metric_type == "exact_match"]
     assert result.metric_value == round(exact.value, 4)
     path.write_text(path.read_text().replace("## Asking it", "## Changed by hand") + "\nA word of mine.\n")
-    again = complete_card(folder, report, evaluation, name="me/birds").read_text()
+    again = complete_card(folder, report, evaluation).read_text()
+    assert "vllm serve me/birds" in again and 'model="me/birds"' in again  # the name stays
     assert again.count("## Asking it") == again.count("## Scores") == again.count("## Who works on what") == 1
     assert "A word of mine." in again and "Changed by hand" not in again
+    other = EvalResult("any-to-any", "custom", "VQAv2", "accuracy", 0.7)
+    card = ModelCard.load(path)
+    card.data.eval_results = [*card.data.eval_results, other]
+    for ending, breaks in (("", "\n"), ("\n\n", "\r\n")):  # as editors leave files
+        text = f"---\n{card.data.to_yaml()}\n---\n{card.text.strip()}{ending}"
+        path.write_bytes(text.replace("\n", breaks).encode())
+        again = complete_card(folder, report, evaluation, name="me/fish").read_text()
+        assert again.count("<!-- asking -->") == again.count("<!-- routing -->") == 1
+        assert "VQAv2" in again and 'model="me/fish"' in again and "me/birds" not in again
 
 
 def test_the_snippets_of_a_card_run_in_a_process_without_this_package(checkpoint, tmp_path):
@@ -145,6 +155,18 @@ def test_what_a_card_cannot_be_made_of_is_said(checkpoint, tmp_path):
         (tmp_path / "results.json").write_text(content)
         with pytest.raises(ValueError, match=sentence):
             complete_card(folder, evaluation=tmp_path / "results.json")
+    (tmp_path / "results.json").write_text('{"task": "a", "figures": {"all": {}}}')
+    with pytest.raises(ValueError, match="no figures of an evaluation"):
+        complete_card(folder, evaluation=tmp_path / "results.json")
+    with pytest.raises(ValueError, match="is none of a repository"):
+        complete_card(folder, name='me/"birds"')
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="no config of a model"):
+        complete_card(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "uni_moe"}')
+    (tmp_path / "README.md").write_text("---\na: [\n---\n# broken")
+    with pytest.raises(ValueError, match="README.md' cannot be read as a model card"):
+        complete_card(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="'llama', not 'uni_moe'"):
         complete_card(tmp_path)

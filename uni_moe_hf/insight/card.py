@@ -1,6 +1,7 @@
 """A model's page on the Hub: how to ask it, its scores, and what its experts do. Sections can be renewed."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -62,7 +63,7 @@ def complete_card(
             which it was saved.
         evaluation ([`Evaluation`], `str` or `Path`, *optional*): What [`evaluate`] returned, or the file that
             `uni-moe evaluate --json` wrote.
-        name (`str`, *optional*): The model's repository; the card's title by default.
+        name (`str`, *optional*): The model's repository; the one that the card's code names by default.
 
     Returns:
         `Path` of the card.
@@ -82,22 +83,33 @@ def complete_card(
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"'{folder}' holds no `config.json`, so it is no checkpoint; name the folder of a model.")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") != "uni_moe":
-        raise ValueError(f"'{folder}' is a model of type '{config.get('model_type')}', not 'uni_moe'.")
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"'{folder / 'config.json'}' is no config of a model ({error}); save the model again."
+        ) from error
+    if kind != "uni_moe":
+        raise ValueError(f"'{folder}' is a model of type '{kind}', not 'uni_moe'.")
     path = folder / "README.md"
     if path.is_file():
-        card = ModelCard.load(path)
+        card = _read_card(path)
     else:
         card = trained_card(UniMoEConfig.from_pretrained(folder), name or folder.resolve().name, is_adapter=False)
-    title = re.search(r"^# (.+)$", card.text, flags=re.MULTILINE)
-    name = name or (title.group(1).strip() if title else folder.resolve().name)
+    before = _name_of(card.text) or folder.resolve().name
+    name = name or before
+    if not re.fullmatch(r"[\w./~-]+", name):
+        raise ValueError(f"The name {name!r} is none of a repository; use letters, digits, '.', '_' and '-'.")
+    card.text = card.text.replace(f'model="{before}"', f'model="{name}"')
     sections = {"asking": SERVING.format(name=name)}
     if evaluation is not None:
         data = evaluation.to_dict() if isinstance(evaluation, Evaluation) else _read_results(Path(evaluation))
         sections["scores"] = _scores(data)
         card.data.model_name = name.split("/")[-1]
-        card.data.eval_results = _results(data)
+        own = _results(data)
+        names = {(each.dataset_name, each.metric_type) for each in own}
+        others = [r for r in card.data.eval_results or [] if (r.dataset_name, r.metric_type) not in names]
+        card.data.eval_results = [*others, *own] or None
     if report is not None:
         sections["routing"] = _routing(report, folder)
     for section, text in sections.items():
@@ -109,10 +121,26 @@ def complete_card(
 def _replaced(text: str, name: str, content: str) -> str:
     """A card's text with a section in the place of its forerunner, or at its end."""
     section = SECTION.format(name=name, text=content)
-    old = re.compile(rf"<!-- {name} -->.*?<!-- end of {name} -->\n", flags=re.DOTALL)
+    old = re.compile(rf"<!-- {name} -->.*?<!-- end of {name} -->(?:\r?\n|$)", flags=re.DOTALL)
     if old.search(text):
         return old.sub(lambda _: section, text, count=1)
     return f"{text.rstrip()}\n\n{section}"
+
+
+def _read_card(path: Path) -> ModelCard:
+    try:
+        return ModelCard.load(path)
+    except Exception as error:  # YAML's, and whatever else a file may cause
+        raise ValueError(f"'{path}' cannot be read as a model card: {' '.join(str(error).split())}") from error
+
+
+def _name_of(text: str) -> str | None:
+    """The repository that the code of a card names, the latest section's first."""
+    section = re.search(r"<!-- asking -->.*?<!-- end of asking -->", text, flags=re.DOTALL)
+    for place in (section.group() if section else "", text):
+        if found := re.search(r'(?:from_pretrained\(|model=)"([^"]+)"', place):
+            return found.group(1)
+    return None
 
 
 def _read_results(path: Path) -> dict[str, Any]:
@@ -120,7 +148,11 @@ def _read_results(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"'{path}' is no JSON; pass what `uni-moe evaluate --json` wrote.") from error
-    if not isinstance(data, dict) or not isinstance(data.get("figures"), dict) or "task" not in data:
+    groups = data.get("figures") if isinstance(data, dict) and "task" in data else None
+    if not isinstance(groups, dict) or not all(
+        isinstance(figures, dict) and figures and all("rows" in figure for figure in figures.values())
+        for figures in groups.values()
+    ):
         raise ValueError(f"'{path}' holds no figures of an evaluation; pass what `uni-moe evaluate --json` wrote.")
     return data
 
@@ -132,7 +164,7 @@ def _scores(data: Mapping[str, Any]) -> str:
     lines = [f"| | rows |{head}", f"|---|--:|{'--:|' * len(names)}"]
     for group, figures in data["figures"].items():
         cells = "".join(f" {_shown(figures[name]) if name in figures else ''} |" for name in names)
-        lines.append(f"| {group} | {max(figure['rows'] for figure in figures.values())} |{cells}")
+        lines.append(f"| {group.replace('|', '/')} | {max(figure['rows'] for figure in figures.values())} |{cells}")
     note = f"Task `{data['task']}`, 95 % bootstrap intervals, as `uni-moe evaluate` prints them."
     return f"## Scores\n\n{note}\n\n" + "\n".join(lines)
 
@@ -140,7 +172,7 @@ def _scores(data: Mapping[str, Any]) -> str:
 def _shown(figure: Mapping[str, Any]) -> str:
     scale, unit = (100, " %") if figure.get("unit") == "%" else (1, "")
     value, low, high = (figure.get(key) for key in ("value", "low", "high"))
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "none"
     interval = "" if low is None or high is None else f" ({scale * low:.1f} to {scale * high:.1f})"
     return f"{scale * value:.1f}{unit}{interval}"
@@ -151,13 +183,13 @@ def _results(data: Mapping[str, Any]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="any-to-any",
-            dataset_type="custom",
+            dataset_type=re.sub(r"\W+", "-", str(data["task"])),  # by which the Hub tells data sets apart
             dataset_name=str(data["task"]),
             metric_type=name,
             metric_value=round(float(figure["value"]), 4),
         )
         for name, figure in data["figures"].get("all", {}).items()
-        if name != "chance" and figure.get("value") is not None
+        if name != "chance" and figure.get("value") is not None and math.isfinite(figure["value"])
     ]
 
 

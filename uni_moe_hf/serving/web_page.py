@@ -89,7 +89,9 @@ def answer(live: LiveAnswer | None, note: str = "") -> str:
         if place < live.weights.shape[1] and live.experts:
             line = colour(int(live.weights[:, place].mean(axis=0).argmax()))
         words.append(_word(word, line))
-    hint = "Point at a word for what else was likely; its line is its heaviest expert."
+    hint = "Point at a word for what else was likely" + (
+        "; its line is its heaviest expert." * bool(live.experts) or "."
+    )
     ending = f'<p class="soft">{escape(note)} {hint}</p>'
     return f'<div class="uni card"><div class="said" aria-live="polite">{"".join(words)}</div>{ending}</div>'
 
