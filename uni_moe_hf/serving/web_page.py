@@ -89,7 +89,8 @@ def answer(live: LiveAnswer | None, note: str = "") -> str:
         if place < live.weights.shape[1] and live.experts:
             line = colour(int(live.weights[:, place].mean(axis=0).argmax()))
         words.append(_word(word, line))
-    hint = "Point at a word for what else was likely" + (
+    hint = "Point at a word for what else was likely"
+    hint += "; its line is its heaviest expert." if live.experts else "."
         "; its line is its heaviest expert." * bool(live.experts) or "."
     )
     ending = f'<p class="soft">{escape(note)} {hint}</p>'
