@@ -91,8 +91,6 @@ def answer(live: LiveAnswer | None, note: str = "") -> str:
         words.append(_word(word, line))
     hint = "Point at a word for what else was likely"
     hint += "; its line is its heaviest expert." if live.experts else "."
-        "; its line is its heaviest expert." * bool(live.experts) or "."
-    )
     ending = f'<p class="soft">{escape(note)} {hint}</p>'
     return f'<div class="uni card"><div class="said" aria-live="polite">{"".join(words)}</div>{ending}</div>'
 
