@@ -193,13 +193,18 @@ def test_vllm_finds_nothing_to_fuse_in_a_shared_base(vllm_attention):
 
 
 @pytest.mark.parametrize(
-    "text, sentence", [({}, "leave out the LoRA"), ({"hidden_act": "gelu", "expert_lora_rank": 0}, "SiLU")]
+    "text, sentence",
+    [
+        ({}, "leave out the LoRA"),
+        ({"hidden_act": "gelu", "expert_lora_rank": 0}, "SiLU"),
+        ({"model_type": "granite", "logits_scaling": 8.0, "shared_expert_base": True}, "scale the logits"),
+    ],
 )
 def test_vllm_alone_is_kept_from_what_it_would_compute_wrongly(text, sentence, vllm_attention):
     model = tiny_model(text)
     with pytest.raises(ValueError, match=f"{sentence}.*uni-moe-hf beside vLLM"):
         built_by_vllm(model)
-    model.config.text_config.engine_runs_experts = True  # as the plug-in says
+    model.config.text_config.served_by_plugin = True  # as the plug-in says
     built_by_vllm(model)
 
 

@@ -262,9 +262,10 @@ def tiny_modalities(without: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(modality for modality, tower in towers.items() if tower not in without)
 
 
-def test_a_folder_alone_is_served_right_or_refused(tmp_path, media):
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_folder_alone_is_served_right_or_refused(merged, tmp_path, media):
     """By vLLM without the plug-in: pictures, videos, text, and sound by the ear that hears plain `audio`."""
-    folder = saved(tmp_path / "model", {"shared_expert_base": True})
+    folder = saved(tmp_path / "model", {"shared_expert_base": True}, merged=merged)
     # vLLM resamples sound with torchaudio, which this environment lacks.
     unheard = [{"type": "speech"}, {"path": str(media / "stereo.wav")}]
     heard = [
@@ -287,6 +288,7 @@ def test_a_folder_alone_is_served_right_or_refused(tmp_path, media):
     [
         ({}, {}, "would leave out the LoRA"),
         ({**GEMMA, "expert_lora_rank": 0}, {}, "would compute experts with SiLU"),
+        ({**GRANITE, "shared_expert_base": True}, {}, "would not scale the logits by `logits_scaling`"),
     ],
 )
 def test_what_vllm_alone_would_compute_wrongly_is_refused(text, settings, sentence, tmp_path):

@@ -241,15 +241,18 @@ def fit_into_vllm(config: PreTrainedConfig, decoder: PreTrainedModel) -> None:
     Raises:
         ValueError: the engine would give other answers than the model.
     """
-    if is_sparse(config) and not getattr(config, "engine_runs_experts", False):
+    if not getattr(config, "served_by_plugin", False):
         remedy = "install uni-moe-hf beside vLLM, whose plug-in serves it"
-        if config.expert_lora_rank and not config.shared_expert_base:
+        unread = ("output_multiplier", "lm_head_multiplier", "logits_scaling")
+        if scaled := [name for name in unread if getattr(config, name, None) not in (None, 1)]:
+            raise ValueError(f"vLLM alone would not scale the logits by `{scaled[0]}` of this LLM; {remedy}.")
+        if is_sparse(config) and config.expert_lora_rank and not config.shared_expert_base:
             raise ValueError(
                 f"vLLM alone would leave out the LoRA of these experts with bases of their own; {remedy}, or save the "
                 "model after `merge_expert_lora`."
             )
         name = activation_name(read_feed_forward(decoder.layers[0].mlp).act_fn)
-        if not config.expert_lora_rank and name != "silu":
+        if is_sparse(config) and not config.expert_lora_rank and name != "silu":
             raise ValueError(f"vLLM alone would compute experts with SiLU, these have '{name}'; {remedy}.")
     decoder.embed_tokens.__class__ = _bounded(type(decoder.embed_tokens))
     for layer, kind in zip(decoder.layers, config.mlp_layer_types, strict=True):

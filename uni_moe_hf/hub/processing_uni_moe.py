@@ -331,7 +331,7 @@ class UniMoEProcessor(ConversationMixin, ProcessorMixin):
         return self.feature_extractor if "audio" in self.modalities and self._ear("audio") == "audio" else None
 
     def _by_clip(self, data: dict[str, Any], num_tokens: dict[str, list[int]]) -> dict[str, Any]:
-        """Windows of sound by clip, `(clips, windows, ...)`, with empty ones behind those of shorter clips."""
+        """Windows of sound by clip, `(clips, windows, ...)`; shorter clips are filled up, vLLM looks at each alone."""
         if "pixel_values_videos_mask" in data:
             raise ValueError(
                 "vLLM alone takes videos with the same number of frames in one request; install uni-moe-hf beside it, "

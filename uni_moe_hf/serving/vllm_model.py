@@ -42,7 +42,7 @@ class UniMoEForVLLM(MoEMixin, MultiModalMixin, CausalMixin):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         text_config = vllm_config.model_config.hf_config.text_config
-        text_config.engine_runs_experts = True
+        text_config.served_by_plugin = True
         self_fuses = _fuses_experts(vllm_config, text_config)
         merged_lora = (text_config.expert_lora_alpha, text_config.expert_lora_rank) if self_fuses else (0, 0)
         if self_fuses:
