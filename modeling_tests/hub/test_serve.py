@@ -54,6 +54,8 @@ def wav() -> bytes:
 
 
 PICTURE = {"type": "image_url", "image_url": {"url": png()}}
+# `transformers serve` hands on of a sound part no more than its address.
+SPEECH = {"type": "audio_url", "audio_url": {"url": f"data:audio/wav;ear=speech;base64,{as_base64(wav())}"}}
 SOUND = {"type": "input_audio", "input_audio": {"data": as_base64(wav()), "format": "wav"}}
 TEXT = {"type": "text", "text": "what is it?"}
 # The same as arrays, for a model in this process.
@@ -163,6 +165,8 @@ def test_a_request_with_a_picture_and_a_sound_is_answered_as_by_generate(server)
     answer = server.ask(PICTURE, SOUND, TEXT)
     assert answer == server.expected(OWN_PICTURE, OWN_SOUND, "what is it?") and answer[0]
     # The comparison can see what is heard and seen.
+    both = server.ask(SPEECH, SOUND, TEXT)
+    assert both == server.expected({"type": "speech", "speech": OWN_SOUND["audio"]}, OWN_SOUND, "what is it?")
     assert server.ask(PICTURE, TEXT)[0] != answer[0] != server.ask(SOUND, TEXT)[0]
 
 

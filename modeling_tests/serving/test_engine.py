@@ -114,7 +114,9 @@ def test_a_part_of_sound_may_name_its_ear():
     processor = tiny_processor()
     parts = [{"type": "input_audio", "input_audio": {"data": "QUJD", "format": "wav"}, "ear": "speech"}]
     parts += [{"type": "audio", "audio": tone()}, {"type": "audio", "audio": tone(), "ear": "speech"}]
-    assert processor.apply_chat_template(user(*parts)).count("<speech>") == 2
+    parts += [{"type": "audio_url", "audio_url": {"url": "data:audio/wav;ear=speech;base64,QUJD"}}]
+    parts += [{"type": "audio_url", "audio_url": {"url": "data:audio/wav;base64,QUJD"}}]
+    assert processor.apply_chat_template(user(*parts)).count("<speech>") == 3
 
 
 def test_the_processor_answers_vllms_back_end():

@@ -6,6 +6,7 @@ Whatever stands in somebody's text stays text, `<image>` and `</s>` too; media g
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -290,7 +291,7 @@ class ConversationMixin(TemplateMixin):
             held = held.get("url") or held.get("data") if isinstance(held, Mapping) else held
             source = {"text": held} if kind == "text" else {"base64" if key == "input_audio" else "url": held or None}
             part = {"type": kind, **{k: v for k, v in part.items() if k not in ("type", key)}, **source}
-        if kind == "audio" and (ear := part.pop("ear", None)):  # for requests, whose parts cannot be of type "speech"
+        if kind == "audio" and (ear := part.pop("ear", None) or _ear_of_url(part.get("url"))):
             if ear not in ("audio", "speech"):
                 raise ValueError(f"The `ear` of a message part is {ear!r}; it must be 'audio' or 'speech'.")
             part = {ear if key == "audio" else key: value for key, value in part.items()} | {"type": ear}
@@ -374,6 +375,12 @@ def _as_dict(item: Any, what: str) -> dict:
         form = " with a 'type', or a string" if what == "message part" else ""
         raise ValueError(f"A {what} is a {type(item).__name__}; it must be a dict{form}.")
     return {key: value for key, value in item.items() if value is not None}
+
+
+def _ear_of_url(url: Any) -> str | None:
+    """What `data:audio/wav;ear=speech;base64,...` names: requests cannot have parts of type "speech"."""
+    found = re.match(r"data:[^,]{0,100};ear=(\w+)", url) if isinstance(url, str) else None
+    return found and found.group(1)
 
 
 def _is_nothing(value: Any) -> bool:
