@@ -44,7 +44,7 @@ test-newest: $(DEV)
 
 # vLLM itself, in an environment of its own in .vllm.
 test-vllm: $(VLLM)/installed
-	$(TEST) $(VLLM)/bin/python -m pytest -p no:cacheprovider modeling_tests/serving
+	$(TEST) $(VLLM)/bin/python -m pytest -p no:cacheprovider $(addprefix modeling_tests/serving/test_,vllm.py vllm_server.py engine.py)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -6,9 +6,8 @@ A demo's model asked over HTTP: `vllm serve`, `transformers serve` and our pipel
     python benchmarks/serving.py throughput outputs/demo [--output benchmarks/results/serving.md]
     python benchmarks/serving.py load outputs/demo [--output benchmarks/results/serving_load.md]
 
-Questions are held-out rows with a picture, a video, a sound or two of them, spread evenly over the tasks; spoken ones
-are left out, since `transformers serve` hands all sound to one ear. Every answer has 64 tokens, the end of the answer
-ignored, greedy, float32.
+Questions are held-out rows of all tasks in turn: pictures, videos, sound, speech, and two of them at once. Every
+answer has 64 tokens, the end of the answer ignored, greedy, float32.
 """
 
 import argparse
@@ -39,8 +38,8 @@ from transformers import pipeline
 ROOT = Path(__file__).parents[1]
 VLLM = ROOT / ".vllm/bin/vllm"
 TOKENS, AT_ONCE = 64, 16
-NAMES = {"image": "image_url", "video": "video_url", "audio": "audio_url"}
-FORMS = {"image": "image/png", "video": "video/mp4", "audio": "audio/wav"}
+NAMES = {"image": "image_url", "video": "video_url", "audio": "audio_url", "speech": "audio_url"}
+FORMS = {"image": "image/png", "video": "video/mp4", "audio": "audio/wav", "speech": "audio/wav"}
 
 
 class Answer(NamedTuple):
@@ -59,24 +58,26 @@ def questions(demo: Path, count: int) -> list[list[dict]]:
     by_task: dict[str, list] = {}
     for row in rows:
         parts = row["messages"][0]["content"]
-        if all(part["type"] != "speech" for part in parts):
-            parts = [{**part, "path": str(demo / "data" / part["path"])} if "path" in part else part for part in parts]
-            by_task.setdefault(row["task"], []).append([{"role": "user", "content": parts}])
+        parts = [{**part, "path": str(demo / "data" / part["path"])} if "path" in part else part for part in parts]
+        by_task.setdefault(row["task"], []).append([{"role": "user", "content": parts}])
     tasks = sorted(by_task)
     return [by_task[tasks[index % len(tasks)]][index // len(tasks)] for index in range(count)]
 
 
-def for_clients(chat: list[dict]) -> list[dict]:
-    """A conversation as OpenAI's clients send it, files in it."""
+def for_clients(kind: str, chat: list[dict]) -> list[dict]:
+    """A conversation as a server's clients send it, files in it. Each server has its way of saying "speech"."""
     parts = []
     for part in chat[0]["content"]:
         if part["type"] == "text":
             parts.append(part)
             continue
+        name, form, more = NAMES[part["type"]], FORMS[part["type"]], {}
+        if part["type"] == "speech" and kind == "vllm":
+            more = {"ear": "speech"}
+        elif part["type"] == "speech":
+            form += ";ear=speech"
         data = base64.b64encode(Path(part["path"]).read_bytes()).decode()
-        parts.append(
-            {"type": NAMES[part["type"]], NAMES[part["type"]]: {"url": f"data:{FORMS[part['type']]};base64,{data}"}}
-        )
+        parts.append({"type": name, name: {"url": f"data:{form};base64,{data}"}, **more})
     return [{"role": "user", "content": parts}]
 
 
@@ -157,7 +158,7 @@ def timed_server(kind: str, folder: Path, log: Path, chats: list[list[dict]], *o
     """A server's times."""
     named = ["--served-model-name", "demo", "--max-num-seqs", str(AT_ONCE)] if kind == "vllm" else []
     with serving(kind, folder, log, *named, *options) as (address, _), ThreadPoolExecutor(AT_ONCE) as pool:
-        bodies = [long_answer(kind, for_clients(chat)) for chat in chats]
+        bodies = [long_answer(kind, for_clients(kind, chat)) for chat in chats]
         list(pool.map(lambda body: ask(address, body), bodies[:4]))
         results = []
         for _ in range(2):
@@ -252,8 +253,8 @@ BROKEN = [
 
 def load(demo: Path, output: Path | None) -> None:
     """500 requests, every tenth of them broken: right answers, a living server, memory back at its level."""
-    folder, chats, log = demo / "model", questions(demo, 40), demo / "server.log"
-    bodies = [{"messages": for_clients(chat), "max_tokens": 8, "stream": True} for chat in chats]
+    folder, chats, log = demo / "model", questions(demo, 42), demo / "server.log"
+    bodies = [{"messages": for_clients("transformers", chat), "max_tokens": 8, "stream": True} for chat in chats]
     rng = random.Random(0)
     with serving("transformers", folder, log) as (address, process), ThreadPoolExecutor(AT_ONCE) as pool:
         alone = [ask(address, body) for body in bodies]

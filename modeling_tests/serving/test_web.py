@@ -205,6 +205,7 @@ def test_the_page_is_served_to_this_machine_alone_and_a_port_in_use_is_said(serv
     [([], "nothing"), (["--port", "99999"], "There is no port 99999"), (["--host", "nonsense.invalid"], "no host")],
 )
 def test_the_command_says_what_is_wrong_before_a_model_is_loaded(options, sentence, tmp_path, capsys):
+    pytest.importorskip("gradio")
     assert main(["web", str(tmp_path / "nothing"), *options]) == 1
     error = capsys.readouterr().err
     assert sentence in error and len(error.splitlines()) == 1
