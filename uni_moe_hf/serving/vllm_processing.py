@@ -251,7 +251,7 @@ class UniMoEMultiModalProcessor(BaseMultiModalProcessor[UniMoEProcessingInfo]):
         named = {token_id: ear for ear, token_id in ids.items()}
         order = [named[token] for token in prompt if token in named]
         if "audio" not in items or "speech" in items or len(order) != len(items["audio"]):
-            return replace(inputs, prompt=prompt)  # who names both says it himself; a wrong count is vLLM's to report
+            return replace(inputs, prompt=prompt)  # both ears are named, or the count is wrong
         uuids = dict(inputs.mm_uuid_items or {})
         clips, clip_uuids = items["audio"].data, uuids.pop("audio", None) or [None] * len(order)
         moved = MultiModalDataItems({name: others for name, others in items.items() if name != "audio"})

@@ -112,12 +112,12 @@ def answers(
     Yields:
         `list[str]`: HTML of the answer and of the panel, model after model, whenever there is more to show.
     """
-    shown = [web_page.answer(None, "Reading…"), web_page.panel(LiveAnswer(experts=("",)))] * len(served)
-    yield list(shown)
+    states: list[LiveAnswer | str | None] = [None] * len(served)  # answers, or what went wrong
+    yield _shown(states)
     try:
         chat = conversation(clips, question)
     except ValueError as error:
-        yield [web_page.problem(str(error)), web_page.panel(None)] * len(served)
+        yield _shown([str(error)] * len(served))
         return
     drawing = {"do_sample": True, "temperature": float(temperature)} if temperature > 0 else {"do_sample": False}
     streams = {
@@ -129,9 +129,7 @@ def answers(
         while streams:
             for index in [*streams]:  # in turn, so that two answers grow side by side
                 try:
-                    live = next(streams[index])
-                    note = f"{len(live.words)} tokens." if live.is_done else ""
-                    shown[2 * index : 2 * index + 2] = [web_page.answer(live, note), web_page.panel(live)]
+                    states[index] = next(streams[index])
                 except StopIteration:
                     del streams[index]
                 except Exception as error:  # of whatever kind: the page goes on, and says what it was
@@ -139,13 +137,27 @@ def answers(
                     sentence = " ".join(str(cause_of(error)).split()) or type(error).__name__
                     for clip in clips:  # who uploaded it knows it by its name
                         sentence = sentence.replace(clip["path"], Path(clip["path"]).name)
-                    shown[2 * index : 2 * index + 2] = [web_page.problem(sentence), web_page.panel(None)]
+                    states[index] = sentence
             if not streams or time.monotonic() - sent >= PAUSE:  # a page need not be sent anew for every token
                 sent = time.monotonic()
-                yield list(shown)
+                yield _shown(states)
     finally:
         for stream in streams.values():
             stream.close()
+
+
+def _shown(states: Sequence[LiveAnswer | str | None]) -> list[str]:
+    """HTML of answers and panels."""
+    html = []
+    for state in states:
+        if isinstance(state, str):
+            html += [web_page.problem(state), web_page.panel(None)]
+        elif state is None:
+            html += [web_page.answer(None, "Reading…"), web_page.panel(None)]
+        else:
+            note = f"{len(state.words)} tokens." if state.is_done else ""
+            html += [web_page.answer(state, note), web_page.panel(state)]
+    return html
 
 
 def build(served: Sequence[Served], examples: Sequence[tuple[list[dict[str, str]], str]] = ()) -> Any:
@@ -201,10 +213,8 @@ def build(served: Sequence[Served], examples: Sequence[tuple[list[dict[str, str]
 
         asking = [clips, question, length, temperature]
         answering = {"fn": run, "inputs": asking, "outputs": shown, "concurrency_id": "model"}
-        answering |= {
-            "show_progress": "hidden",
-            "trigger_mode": "always_last",
-        }  # asked anew while it answers: once more
+        # What is asked while an answer comes is answered next.
+        answering |= {"show_progress": "hidden", "trigger_mode": "always_last"}
         running = [ask.click(**answering), question.submit(**answering)]
         for button, (example, asked) in zip(buttons, examples, strict=True):
             filled = button.click(
@@ -242,7 +252,6 @@ def _experts(served: Served) -> list[str]:
 
 def _sources(gradio: Any, modalities: Sequence[str]) -> dict[str, Any]:
     """Where clips come from, by modality: a tab each. Files reach the processor as they are, broken ones too."""
-
     made = {}
     with gradio.Tabs():
         for kind in modalities:
