@@ -28,7 +28,7 @@ from uni_moe_hf import (
     from_pretrained_parts,
     prepare_stage,
 )
-from uni_moe_hf.training.options import PartsArguments, parse_options
+from uni_moe_hf.training.options import PartsArguments, in_one_sentence, parse_options
 from uni_moe_hf.training.stages import stage_table
 
 
@@ -80,4 +80,5 @@ def parse(args: list[str] | None = None) -> tuple[StageArguments, SFTConfig, Par
 
 
 if __name__ == "__main__":
-    main(*parse())
+    with in_one_sentence():
+        main(*parse())

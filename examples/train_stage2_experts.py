@@ -29,7 +29,7 @@ from uni_moe_hf import (
     prepare_stage,
 )
 from uni_moe_hf.mixtures.loading import load_whole
-from uni_moe_hf.training.options import ExpertArguments, parse_options
+from uni_moe_hf.training.options import ExpertArguments, in_one_sentence, parse_options
 from uni_moe_hf.training.stages import stage_table
 
 
@@ -69,4 +69,5 @@ def parse(args: list[str] | None = None) -> tuple[StageArguments, SFTConfig, Exp
 
 
 if __name__ == "__main__":
-    main(*parse())
+    with in_one_sentence():
+        main(*parse())

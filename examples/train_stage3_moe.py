@@ -38,7 +38,7 @@ from uni_moe_hf import (
     start_routers,
 )
 from uni_moe_hf.mixtures.loading import load_whole
-from uni_moe_hf.training.options import MixtureArguments, parse_options
+from uni_moe_hf.training.options import MixtureArguments, in_one_sentence, parse_options
 from uni_moe_hf.training.resuming import only_run_in, what_changed, write_digests
 from uni_moe_hf.training.spreading import is_sharded, spread
 from uni_moe_hf.training.stages import stage_table
@@ -135,7 +135,8 @@ def parse(args: list[str] | None = None) -> tuple[StageArguments, SFTConfig, Mix
 
 
 if __name__ == "__main__":
-    options = parse()
-    # Two runs in one folder would each grow a mixture there.
-    with only_run_in(options[1].output_dir, options[1].process_index == 0):
-        main(*options)
+    with in_one_sentence():
+        options = parse()
+        # Two runs in one folder would each grow a mixture there.
+        with only_run_in(options[1].output_dir, options[1].process_index == 0):
+            main(*options)

@@ -19,7 +19,8 @@ from tiny import ROOT, child_environment, picture, tiny_processor, tiny_tokenize
 from tiny_parts import parts, save_dino
 from transformers import AutoModel, AutoProcessor
 
-from uni_moe_hf import YamnetConfig, YamnetFeatureExtractor, YamnetModel, check_rows
+from uni_moe_hf import YamnetConfig, YamnetFeatureExtractor, YamnetModel, check_rows, sft_config
+from uni_moe_hf.training.options import in_one_sentence
 from uni_moe_hf.training.trainer import REQUIRED
 
 
@@ -121,6 +122,29 @@ def test_the_three_scripts_lead_from_parts_to_a_merged_model(workplace):
         assert torch.isfinite(model(**inputs).logits).all()
     assert (workplace / "stage3/adapter_model.safetensors").is_file()
     assert (workplace / "stage3/grown/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("options", [["--dataset_name", "nowhere.jsonl"], ["--dataset_name", "rows.jsonl"]])
+def test_what_a_script_refuses_is_one_sentence(options, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}')
+    command = [sys.executable, str(EXAMPLES / "train_stage1_connectors.py"), "--llm", "nowhere", "--use_cpu"]
+    environment = child_environment(PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1")
+    done = subprocess.run(
+        [*command, "--output_dir", "out", *options],
+        capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert done.stderr.splitlines()[-1].startswith("train_stage1_connectors.py: ") and "nowhere" in done.stderr
+
+
+def test_what_others_raise_in_a_script_keeps_its_traceback(monkeypatch):
+    with pytest.raises(ValueError, match="invalid literal"), in_one_sentence():
+        int("no number")
+    with pytest.raises(SystemExit, match="There is no stage 'fourth'"), in_one_sentence():
+        sft_config("fourth", "out")
+    monkeypatch.setenv("UNI_MOE_DEBUG", "1")
+    with pytest.raises(ValueError, match="There is no stage"), in_one_sentence():
+        sft_config("fourth", "out")
 
 
 @pytest.mark.slow

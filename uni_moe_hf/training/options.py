@@ -5,9 +5,11 @@ import glob
 import json
 import os
 import platform
+import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import ScriptArguments, SFTConfig, TrlParser
 
 from ..hub.configuration_uni_moe import MODALITIES
+from ..hub.files_uni_moe import cause_of
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 from ..hub.processing_uni_moe import UniMoEProcessor
 from .data import UniMoEDataCollator
@@ -370,11 +373,30 @@ def json_object(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]
     return found
 
 
+@contextmanager
+def in_one_sentence() -> Iterator[None]:
+    """
+    Around a script: what this package refuses ends it with that sentence and exit code 1. Whatever else goes wrong
+    keeps its traceback, and everything does with `UNI_MOE_DEBUG=1`.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        cause = cause_of(error)
+        frames = traceback.extract_tb(cause.__traceback__)
+        is_ours = bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
+        if not is_ours or os.environ.get("UNI_MOE_DEBUG"):
+            raise
+        sentence = " ".join(str(cause).split())
+        sys.exit(f"{Path(sys.argv[0]).name}: {sentence} (UNI_MOE_DEBUG=1 shows where it comes from)")
+
+
 __all__ = [
     "ExpertArguments",
     "MixtureArguments",
     "PartsArguments",
     "StageArguments",
+    "in_one_sentence",
     "json_object",
     "parse_options",
 ]
