@@ -74,9 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("UNI_MOE_DEBUG"):
             raise
-        from ..hub.files_uni_moe import cause_of
+        from ..hub.files_uni_moe import sentence_of
 
-        text = " ".join(str(cause_of(error)).split())
+        text = sentence_of(error)
         if not _is_expected(error):
             text = f"{type(error).__name__}: {text} (UNI_MOE_DEBUG=1 shows where it comes from)"
         sys.stderr.write(f"uni-moe: {text}\n")

@@ -29,7 +29,8 @@ def add_command(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Serves the page until it is stopped."""
-    from ..serving.web import Served, check_address, examples_of, serve
+    from ..hub.files_uni_moe import sentence_of
+    from ..serving.web import Served, check_address, examples_of, modalities_of, serve
 
     check_address(args.host, args.port)
     names = [args.checkpoint, *([args.compare] if args.compare else [])]
@@ -41,13 +42,12 @@ def run(args: argparse.Namespace) -> None:
         parts = Path(name).resolve().parts if Path(name).is_dir() else Path(name).parts
         served.append(Served("/".join(part for part in parts[-2:] if part != "/"), *load_checkpoint(one)))
     usual = Path(args.checkpoint).resolve().parent / "data/test.jsonl"
-    takes = [each for each in served[0].processor.modalities if all(each in s.processor.modalities for s in served)]
     examples: Any = ()
     try:
         if args.examples or usual.is_file():
-            examples = examples_of(args.examples or usual, takes)
+            examples = examples_of(args.examples or usual, modalities_of(served))
     except (ValueError, OSError) as error:
         if args.examples:
             raise
-        sys.stderr.write(f"uni-moe: there are no examples from '{usual}': {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"uni-moe: there are no examples from '{usual}': {sentence_of(error)}\n")
     serve(served, examples, args.host, args.port, args.share)

@@ -258,6 +258,11 @@ def cause_of(error: Exception) -> Exception:
     return error.__cause__ if wrapped and isinstance(error.__cause__, Exception) else error
 
 
+def sentence_of(error: Exception) -> str:
+    """What an error says to a person, whole and on one line."""
+    return " ".join(str(cause_of(error)).split()) or type(error).__name__
+
+
 # --- Containers
 
 # From the times at which frames begin, sorted, with the end of the last behind them, and their unit in seconds, to the

@@ -13,7 +13,8 @@ from huggingface_hub import EvalResult, ModelCard
 from ..evaluation.evaluation import Evaluation
 from ..evaluation.predictions import write_whole
 from ..hub.configuration_uni_moe import UniMoEConfig
-from ..training.model_card import trained_card
+from ..hub.files_uni_moe import reason
+from ..training.model_card import ANSWERING, trained_card
 from .report import MixtureReport
 
 
@@ -23,25 +24,20 @@ FIGURES = {
     "knock-out": "How much the loss rises without each expert, by modality.",
 }
 SECTION = "<!-- {name} -->\n{text}\n<!-- end of {name} -->\n"
-SERVING = """## Asking it
+SERVING = f"""## Asking it
 
 ```python
 from transformers import AutoModel, AutoProcessor
 
-model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-chat = [{{"role": "user", "content": [{{"type": "text", "text": "Hello!"}}]}}]
-inputs = processor.apply_chat_template(
-    chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-)
-words = model.generate(**inputs, max_new_tokens=16)
-print(processor.decode(words[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+model = AutoModel.from_pretrained("{{name}}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{{name}}", trust_remote_code=True)
+{ANSWERING}
 ```
 
 For many: `pip install uni-moe-hf` beside vLLM, then
 
 ```bash
-vllm serve {name} --trust-remote-code
+vllm serve {{name}} --trust-remote-code
 ```
 
 Parts of a message are `image_url`, `video_url`, `input_audio`, and `input_audio` with `"ear": "speech"` for speech."""
@@ -131,7 +127,7 @@ def _read_card(path: Path) -> ModelCard:
     try:
         return ModelCard.load(path)
     except Exception as error:  # YAML's, and whatever else a file may cause
-        raise ValueError(f"'{path}' cannot be read as a model card: {' '.join(str(error).split())}") from error
+        raise ValueError(f"'{path}' cannot be read as a model card: {reason(error)}.") from error
 
 
 def _name_of(text: str) -> str | None:

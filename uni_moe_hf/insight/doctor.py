@@ -21,7 +21,7 @@ from torch import nn
 from ..evaluation.answering import answer_losses, on_device
 from ..evaluation.statistics import mean_of
 from ..hub.configuration_uni_moe import is_sparse
-from ..hub.files_uni_moe import cause_of
+from ..hub.files_uni_moe import sentence_of
 from ..mixtures.expert_adapters import expert_names
 from ..mixtures.router_starts import sparse_blocks
 from ..mixtures.routing import token_types
@@ -81,12 +81,12 @@ def examine(
         try:
             rows = load_rows(rows)
         except (ValueError, OSError) as error:
-            checks.append(Check("rows", WRONG, _said(error)))
+            checks.append(Check("rows", WRONG, sentence_of(error)))
             rows = None
     try:
         model, processor = load()
     except Exception as error:  # whatever a damaged folder causes is a finding
-        return [*checks, Check("loading", WRONG, _said(error))]
+        return [*checks, Check("loading", WRONG, sentence_of(error))]
     checks += [check_weights(model), *check_processor(model, processor), check_stop_token(model, processor)]
     if is_sparse(model.config.text_config):
         checks += [check_adapters(model), check_routers(model)]
@@ -101,12 +101,8 @@ def examine(
             again = {check.name for check in of_rows}
             checks = [check for check in checks if check.name not in again] + of_rows
         except (ValueError, OSError, RuntimeError) as error:
-            checks.append(Check("rows", WRONG, _said(error)))
+            checks.append(Check("rows", WRONG, sentence_of(error)))
     return checks
-
-
-def _said(error: BaseException) -> str:
-    return " ".join(str(cause_of(error)).split()) or type(error).__name__
 
 
 def examine_rows(model: nn.Module, processor: Any, rows: Any, limit: int = 64) -> list[Check]:
@@ -236,7 +232,7 @@ def check_processor(model: nn.Module, processor: Any) -> list[Check]:
         try:
             rendered = _rendered(processor, chat, True)
         except Exception as error:
-            text = f"it cannot render a {modality} ({' '.join(str(error).split())}); save one that can."
+            text = f"it cannot render a {modality} ({sentence_of(error)}); save one that can."
             return [*checks, Check("chat template", WRONG, text)]
         if f"<{modality}>" not in rendered:
             lost.append(modality)
@@ -261,7 +257,7 @@ def check_stop_token(model: nn.Module, processor: Any) -> Check:
     try:
         text = _rendered(processor, told, False)
     except Exception as error:
-        return Check(name, LOOK, f"the chat template cannot render an answer ({' '.join(str(error).split())}).")
+        return Check(name, LOOK, f"the chat template cannot render an answer ({sentence_of(error)}).")
     ends = model.generation_config.eos_token_id
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     if not ends:
@@ -389,7 +385,7 @@ def check_media(model: nn.Module, processor: Any) -> list[Check]:
             batches.append(on_device(dict(inputs), model))
             logits = model(**batches[-1], logits_to_keep=1).logits
         except (ValueError, RuntimeError, KeyError, IndexError, OSError) as error:
-            return [Check("media", WRONG, f"a {modality} clip does not get through: {_said(error)}")]
+            return [Check("media", WRONG, f"a {modality} clip does not get through: {sentence_of(error)}")]
         if not torch.isfinite(logits).all():
             text = f"a {modality} clip gives logits that are no numbers; look at its tower and connector."
             return [Check("media", WRONG, text)]

@@ -83,7 +83,7 @@ class RoutingTables:
 
 
 @dataclass
-class _Pass:
+class Pass:
     """What routers answered in the forward pass that is under way."""
 
     chosen: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (B * T, K)
@@ -91,8 +91,9 @@ class _Pass:
 
 
 @contextmanager
-def _watching(routers: list[tuple[int, nn.Module]]) -> Iterator[_Pass]:
-    seen = _Pass()
+def watching(routers: list[tuple[int, nn.Module]]) -> Iterator[Pass]:
+    """What routers answer, by the number of their layer; each forward pass takes the place of the one before."""
+    seen = Pass()
 
     def note(layer: int, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
         seen.weights[layer], seen.chosen[layer] = output[1].detach().float(), output[2].detach()
@@ -132,7 +133,7 @@ def trace_routing(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Rou
     kinds: list[str] = []
     with evaluating(model):
         for batch in batches:
-            with _watching(routers) as seen:
+            with watching(routers) as seen:
                 losses, is_right = _answers(model, batch)
             ids = batch["input_ids"].cpu()  # (B, T)
             mask = batch.get("attention_mask", torch.ones_like(ids)).cpu().bool()

@@ -5,7 +5,7 @@ Letters: L sparse layers, T tokens, M modalities with text first, E experts, K e
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from queue import Queue
 from threading import Event, Thread
@@ -18,6 +18,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.generation import BaseStreamer
 
 from ..evaluation.answering import on_device
+from ..insight.routing_tables import watching
 from ..mixtures.expert_adapters import expert_names
 from ..mixtures.routing import TOKEN_TYPES, routers_of, token_types
 
@@ -127,20 +128,19 @@ def _router_weights(model: nn.Module) -> Iterator[tuple[tuple[int, ...], list[np
     layers = tuple(dict.fromkeys(layer for layer, _ in routers))
     count = root.config.get_text_config().num_experts
     passes: list[np.ndarray] = []
-    seen: dict[int, np.ndarray] = {}
+    with watching(routers) as seen:
 
-    def note(layer: int, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-        _, weights, chosen = (tensor.detach().float().cpu() for tensor in output)
-        spread = torch.zeros(len(weights), count).scatter_(1, chosen.long(), weights)
-        seen[layer] = spread.numpy()
-        if layer == layers[-1]:
-            passes.append(np.stack([seen[each] for each in layers]))
+        def keep(*_: Any) -> None:
+            weights, chosen = (
+                torch.stack([of[layer].cpu() for layer in layers]) for of in (seen.weights, seen.chosen)
+            )
+            passes.append(torch.zeros(*weights.shape[:2], count).scatter_(2, chosen, weights).numpy())
 
-    with ExitStack() as hooks:
-        for layer, router in routers:
-            handle = router.register_forward_hook(lambda _, __, output, layer=layer: note(layer, output))
-            hooks.callback(handle.remove)
-        yield layers, passes
+        handle = root.register_forward_hook(keep)
+        try:
+            yield layers, passes
+        finally:
+            handle.remove()
 
 
 def answer_live(

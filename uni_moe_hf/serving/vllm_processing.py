@@ -227,15 +227,12 @@ class UniMoEMultiModalProcessor(BaseMultiModalProcessor[UniMoEProcessingInfo]):
             # By its name vLLM knows a clip again; one that both ears hear becomes two things.
             named = {"speech": [name and f"speech {name}" for name in spoken]}
             inputs = replace(inputs, mm_uuid_items={**inputs.mm_uuid_items, **named})
-        prompt, processor = list(inputs.prompt), self.info.get_hf_processor()
+        processor, items = self.info.get_hf_processor(), inputs.mm_data_items
+        named, clips = "", {}
         for modality in self.info.modalities:
-            wanted = prompt.count(getattr(processor, f"{modality}_token_id"))
-            given = inputs.mm_data_items.get_count(modality, strict=False)
-            if wanted != given:
-                raise ValueError(
-                    f"Found {wanted} `<{modality}>` placeholder{'s' * (wanted != 1)} in the prompt but {given} "
-                    f"{modality} clip{'s' * (given != 1)}; pass one clip per placeholder."
-                )
+            named += f"<{modality}>" * list(inputs.prompt).count(getattr(processor, f"{modality}_token_id"))
+            clips[modality] = [None] * items.get_count(modality, strict=False)
+        processor._check_counts([named], clips)
         return super().apply(inputs, timing_ctx)
 
     def _to_ears(self, inputs: Any) -> Any:

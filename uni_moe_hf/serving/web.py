@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..hub.files_uni_moe import cause_of
+from ..hub.files_uni_moe import sentence_of
 from ..mixtures.expert_adapters import expert_names
 from ..mixtures.routing import routers_of
 from ..training.row_files import load_rows
@@ -39,6 +39,11 @@ class Served(NamedTuple):
     name: str
     model: nn.Module
     processor: Any
+
+
+def modalities_of(served: Sequence[Served]) -> list[str]:
+    """What all models take, in the order of the page's tabs."""
+    return [each for each in LABELS if all(each in one.processor.modalities for one in served)]
 
 
 def examples_of(rows: str | Path, modalities: Sequence[str]) -> list[tuple[list[dict[str, str]], str]]:
@@ -134,7 +139,7 @@ def answers(
                     del streams[index]
                 except Exception as error:  # of whatever kind: the page goes on, and says what it was
                     del streams[index]
-                    sentence = " ".join(str(cause_of(error)).split()) or type(error).__name__
+                    sentence = sentence_of(error)
                     for clip in clips:  # who uploaded it knows it by its name
                         sentence = sentence.replace(clip["path"], Path(clip["path"]).name)
                     states[index] = sentence
@@ -173,8 +178,7 @@ def build(served: Sequence[Served], examples: Sequence[tuple[list[dict[str, str]
         ImportError: Gradio is not installed.
     """
     gradio = _gradio()
-    first = served[0]
-    modalities = [each for each in LABELS if all(each in one.processor.modalities for one in served)]
+    first, modalities = served[0], modalities_of(served)
     with gradio.Blocks(title=f"Uni-MoE: {first.name}", analytics_enabled=False, fill_width=True) as page:
         names, experts = " and ".join(each.name for each in served), _experts(first) if len(served) == 1 else None
         gradio.HTML(web_page.title(names, modalities, experts))

@@ -113,8 +113,6 @@ def panel(live: LiveAnswer | None) -> str:
         return '<div class="uni card"><p class="soft">Experts appear here with the first word.</p></div>'
     if not live.experts:
         return '<div class="uni card"><p class="soft">A dense model: there are no experts to show.</p></div>'
-    if not live.weights.size:
-        return '<div class="uni card"><p class="soft">Reading…</p></div>'
     bars = "".join(
         f"<span>{NAMES.get(name, name)}</span>{_bar(shares, live.experts)}" for name, shares in live.shares().items()
     )

@@ -24,18 +24,19 @@ WHOLE = """from transformers import pipeline
 pipe = pipeline("any-to-text", model="{name}", trust_remote_code=True)
 chat = [{{"role": "user", "content": [{{"type": "text", "text": "Hello!"}}]}}]
 print(pipe(chat, max_new_tokens=16, return_full_text=False)[0]["generated_text"])"""
-ADAPTED = """from peft import PeftModel
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained("{base}", trust_remote_code=True)
-model = PeftModel.from_pretrained(model, "{name}")
-processor = AutoProcessor.from_pretrained("{base}", trust_remote_code=True)
-chat = [{{"role": "user", "content": [{{"type": "text", "text": "Hello!"}}]}}]
+ANSWERING = """chat = [{{"role": "user", "content": [{{"type": "text", "text": "Hello!"}}]}}]
 inputs = processor.apply_chat_template(
     chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
 )
 words = model.generate(**inputs, max_new_tokens=16)
 print(processor.decode(words[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+ADAPTED = f"""from peft import PeftModel
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{{base}}", trust_remote_code=True)
+model = PeftModel.from_pretrained(model, "{{name}}")
+processor = AutoProcessor.from_pretrained("{{base}}", trust_remote_code=True)
+{ANSWERING}"""
 
 
 def trained_card(

@@ -22,7 +22,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import ScriptArguments, SFTConfig, TrlParser
 
 from ..hub.configuration_uni_moe import MODALITIES
-from ..hub.files_uni_moe import cause_of
+from ..hub.files_uni_moe import cause_of, sentence_of
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 from ..hub.processing_uni_moe import UniMoEProcessor
 from .data import UniMoEDataCollator
@@ -382,13 +382,11 @@ def in_one_sentence() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        cause = cause_of(error)
-        frames = traceback.extract_tb(cause.__traceback__)
+        frames = traceback.extract_tb(cause_of(error).__traceback__)
         is_ours = bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
         if not is_ours or os.environ.get("UNI_MOE_DEBUG"):
             raise
-        sentence = " ".join(str(cause).split())
-        sys.exit(f"{Path(sys.argv[0]).name}: {sentence} (UNI_MOE_DEBUG=1 shows where it comes from)")
+        sys.exit(f"{Path(sys.argv[0]).name}: {sentence_of(error)} (UNI_MOE_DEBUG=1 shows where it comes from)")
 
 
 __all__ = [
