@@ -15,19 +15,10 @@ accelerate launch examples/train_stage1_connectors.py \
 Leaves a dense Uni-MoE with trained connectors in `output_dir`.
 """
 
-from pathlib import Path
-
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 from trl import SFTConfig
 
-from uni_moe_hf import (
-    GenerationCallback,
-    StageArguments,
-    UniMoESFTTrainer,
-    build_processor,
-    from_pretrained_parts,
-    prepare_stage,
-)
+from uni_moe_hf import GenerationCallback, LiveFiguresCallback, StageArguments, UniMoESFTTrainer, prepare_stage
 from uni_moe_hf.training.options import PartsArguments, in_one_sentence, parse_options
 from uni_moe_hf.training.stages import stage_table
 
@@ -35,25 +26,7 @@ from uni_moe_hf.training.stages import stage_table
 def main(script_args: StageArguments, training_args: SFTConfig, parts: PartsArguments) -> None:
     set_seed(training_args.seed)  # before anything starts at random: the trainer's own call comes after that
     rows, eval_rows = script_args.splits(training_args)
-    model = from_pretrained_parts(
-        parts.llm,
-        vision_tower=parts.vision_tower,
-        speech_tower=parts.speech_tower,
-        audio_tower=parts.audio_tower,
-        num_speech_query_tokens=parts.num_speech_query_tokens,
-        num_audio_query_tokens=parts.num_audio_query_tokens,
-        cut_speech_windows=parts.cut_speech_windows,
-        audio_connector_config=parts.audio_connector_config,
-        **script_args.loading(),
-    )
-    processor = build_processor(
-        model.config,
-        AutoTokenizer.from_pretrained(parts.llm),
-        image_processor=parts.vision_tower,
-        image_size=parts.image_size,
-        audio_feature_extractor=parts.audio_tower,
-        chat_template=parts.chat_template and Path(parts.chat_template).read_text(encoding="utf-8"),
-    )
+    model, processor = parts.build(**script_args.loading())
     prepare_stage(model, "connectors")
     script_args.use_feature_cache(model, processor, training_args)
     trainer = UniMoESFTTrainer(
@@ -68,6 +41,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, parts: PartsArgu
         modality_per_process=script_args.modality_per_process,
     )
     GenerationCallback.add_to(trainer, script_args.eval_generate)
+    LiveFiguresCallback.add_to(trainer, script_args.live_figures)
     trainer.accelerator.print(stage_table(trainer.model, training_args.learning_rate, script_args.learning_rates))
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)

@@ -22,6 +22,7 @@ from trl import SFTConfig
 
 from uni_moe_hf import (
     GenerationCallback,
+    LiveFiguresCallback,
     StageArguments,
     UniMoEForConditionalGeneration,
     UniMoESFTTrainer,
@@ -38,6 +39,9 @@ def main(script_args: StageArguments, training_args: SFTConfig, expert: ExpertAr
     rows, eval_rows = script_args.splits(training_args)
     processor = AutoProcessor.from_pretrained(expert.model_name_or_path)
     script_args.check_modalities(rows, expert.modalities, processor)
+    if expert.only_modalities:
+        rows = script_args.only_with(rows, expert.modalities, processor)
+        eval_rows = eval_rows and script_args.only_with(eval_rows, expert.modalities, processor)
     model = load_whole(UniMoEForConditionalGeneration, expert.model_name_or_path, **script_args.loading())
     lora = {"r": expert.lora_r, "lora_alpha": expert.lora_alpha}
     peft_config = prepare_stage(model, "experts", modalities=expert.modalities, **lora)
@@ -55,6 +59,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, expert: ExpertAr
         modality_per_process=script_args.modality_per_process,
     )
     GenerationCallback.add_to(trainer, script_args.eval_generate)
+    LiveFiguresCallback.add_to(trainer, script_args.live_figures)
     trainer.accelerator.print(stage_table(trainer.model, training_args.learning_rate, script_args.learning_rates))
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)

@@ -28,6 +28,7 @@ from trl import SFTConfig
 
 from uni_moe_hf import (
     GenerationCallback,
+    LiveFiguresCallback,
     RoutingFiguresCallback,
     StageArguments,
     UniMoEForConditionalGeneration,
@@ -112,6 +113,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, mixture: Mixture
         modality_per_process=script_args.modality_per_process,
     )
     GenerationCallback.add_to(trainer, script_args.eval_generate)
+    LiveFiguresCallback.add_to(trainer, script_args.live_figures)
     RoutingFiguresCallback.add_to(trainer, script_args.routing_figures)
     trainer.accelerator.print(stage_table(trainer.model, training_args.learning_rate, script_args.learning_rates))
     trainer.train(resume_from_checkpoint=resume)

@@ -11,7 +11,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 
 # From the ground up: a folder may import those before it. `hub` is the Hub line, what travels in checkpoints.
-FLOORS = ["hub", "mixtures", "original", "training", "evaluation", "insight", "serving", "cli"]
+FLOORS = ["hub", "mixtures", "original", "training", "recipes", "evaluation", "insight", "serving", "cli"]
 FILES = sorted(file.relative_to(PACKAGE) for file in PACKAGE.rglob("*.py"))
 HUB_MODULES = [file.stem for file in FILES if file.parts[0] == "hub" and file.stem != "__init__"]
 

@@ -22,17 +22,19 @@ def wheel(tmp_path_factory) -> Path:
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
-    shutil.copytree(PACKAGE, source / "uni_moe_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in (PACKAGE, ROOT / "examples"):
+        shutil.copytree(folder, source / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
     build = subprocess.run(command, capture_output=True, text=True)
     assert build.returncode == 0, build.stdout + build.stderr
     return next(out.glob("*.whl"))
 
 
-def test_the_wheel_holds_every_module_the_tasks_the_type_marker_and_the_licence(wheel):
+def test_the_wheel_holds_every_module_the_scripts_the_tasks_the_type_marker_and_the_licence(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    files = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.yaml")]
-    modules = {f"uni_moe_hf/{file.relative_to(PACKAGE).as_posix()}" for file in files}
+    files = {PACKAGE: [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.yaml")]}
+    files[ROOT] = [*ROOT.glob("examples/*.py"), *ROOT.glob("examples/configs/*.yaml")]
+    modules = {f"uni_moe_hf/{file.relative_to(root).as_posix()}" for root, each in files.items() for file in each}
     assert modules | {"uni_moe_hf/py.typed"} == {name for name in names if name.startswith("uni_moe_hf/")}
     assert any(name.endswith("LICENSE") for name in names)
 

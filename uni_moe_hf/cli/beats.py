@@ -4,14 +4,12 @@ import argparse
 import sys
 from typing import Any
 
-from .common import clean_up_when_terminated, register
+from .common import clean_up_when_terminated, new_command, register
 
 
 def add_command(commands: Any) -> None:
     """Options of `uni-moe beats`."""
-    text = "Make a folder out of a published BEATs checkpoint."
-    parser = commands.add_parser("beats", help=text, description=text)
-    parser.set_defaults(run=run)
+    parser = new_command(commands, "beats", "Make a folder out of a published BEATs checkpoint.", run)
     parser.add_argument("file", metavar="FILE", help="BEATs_iter3*.pt, self-supervised or finetuned")
     parser.add_argument("output", metavar="OUTPUT", help="a new folder, for `audio_tower`")
 

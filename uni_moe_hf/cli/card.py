@@ -5,12 +5,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .common import new_command, register
+
 
 def add_command(commands: Any) -> None:
     """Options of `uni-moe card`."""
-    text = "Write or complete the README.md of a checkpoint: how to ask it, its scores, its routing figures."
-    parser = commands.add_parser("card", help=text, description=text)
-    parser.set_defaults(run=run)
+    parser = new_command(
+        commands,
+        "card",
+        "Write or complete the README.md of a checkpoint: how to ask it, its scores, its routing figures.",
+        run,
+    )
     parser.add_argument("folder", metavar="CHECKPOINT", type=Path, help="a folder")
     parser.add_argument("--report", metavar="DIR", help="what `uni-moe report --output DIR` left")
     parser.add_argument("--results", metavar="FILE.json", help="what `uni-moe evaluate --json FILE.json` wrote")
@@ -19,7 +24,6 @@ def add_command(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the card and says where."""
-    from .common import register
 
     register()
     from ..insight.card import complete_card

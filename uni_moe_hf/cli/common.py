@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 MEDIA = ("image", "video", "speech", "audio")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+# What `--quiet` (-1) and `--verbose` (1) of the command at hand say.
+_loudness = 0
 
 
 class _Part(argparse.Action):
@@ -25,9 +29,22 @@ class _Part(argparse.Action):
         namespace.parts = [*(namespace.parts or []), {"type": self.dest, key: values}]
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """The checkpoint that a command reads."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder or a Hub id")
+def new_command(
+    commands: Any, name: str, text: str, run: Callable, takes_checkpoint: bool = False
+) -> argparse.ArgumentParser:
+    """A command's parser, with what all commands take."""
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    if takes_checkpoint:
+        parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder or a Hub id")
+    louder = parser.add_mutually_exclusive_group()
+    louder.add_argument(
+        "--quiet", action="store_const", const=-1, default=0, dest="loudness", help="no progress bars, no warnings"
+    )
+    louder.add_argument(
+        "--verbose", action="store_const", const=1, default=0, dest="loudness", help="what the libraries say, too"
+    )
+    return parser
 
 
 def add_conversation(parser: argparse.ArgumentParser) -> None:
@@ -44,20 +61,6 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     """How a model is loaded."""
     parser.add_argument("--device", default="auto", help="default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", default="auto", choices=["auto", *BYTES], help="default: as saved")
-
-
-def add_inspection(commands: Any, name: str, text: str, run: Callable) -> argparse.ArgumentParser:
-    """A command that looks at a checkpoint with a conversation, or with rows of a file."""
-    parser = commands.add_parser(name, help=text, description=text)
-    parser.set_defaults(run=run)
-    add_checkpoint(parser)
-    add_conversation(parser)
-    parser.add_argument("--data", metavar="FILE", help="rows, as training takes them, in place of a conversation")
-    parser.add_argument(
-        "--limit", type=positive, default=64, metavar="N", help="rows to read, spread over the file (default: 64)"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser
 
 
 def positive(text: str) -> int:
@@ -100,15 +103,29 @@ def check_conversation(args: argparse.Namespace, takes_rows: bool) -> None:
         raise ValueError(f"There is nothing to look at; give one or more of --{', --'.join(options)}.")
 
 
+def set_loudness(loudness: int) -> None:
+    """-1 for `--quiet`, 1 for `--verbose`, else 0: what [`register`] and [`speak_up`] go by."""
+    global _loudness
+    _loudness = loudness
+
+
 def register() -> None:
-    """Makes the model known to the Auto classes, quietly."""
-    from transformers import logging
+    """Makes the model known to the Auto classes; while it is loaded, only errors are said."""
+    from transformers.utils import logging
 
     from .. import register
 
     register()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_info() if _loudness > 0 else logging.set_verbosity_error()
+    logging.disable_progress_bar() if _loudness < 0 or not sys.stderr.isatty() else logging.enable_progress_bar()
+
+
+def speak_up() -> None:
+    """What is said from here on is about the user's data."""
+    from transformers.utils import logging
+
+    levels = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}
+    logging.set_verbosity(levels[_loudness])
 
 
 def load_config(checkpoint: str) -> "UniMoEConfig":
@@ -125,21 +142,31 @@ def load_config(checkpoint: str) -> "UniMoEConfig":
     return config
 
 
-def load_checkpoint(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Model, on its device, and processor."""
-    config = load_config(args.checkpoint)
+def device_of(args: argparse.Namespace) -> str:
+    """
+    What `--device` means here.
+
+    Raises:
+        ValueError: there is no such device.
+    """
     import torch
-    from transformers import AutoModel, AutoProcessor
-    from transformers.utils import logging
 
-    from ..mixtures.loading import load_whole, loaded
-
-    has_gpu = torch.cuda.is_available()
-    device = ("cuda" if has_gpu else "cpu") if args.device == "auto" else args.device
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"There is no device '{device}' here; leave out --device, or use cpu.") from error
+    return device
+
+
+def load_checkpoint(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Model, on its device, and processor."""
+    config = load_config(args.checkpoint)
+    from transformers import AutoModel, AutoProcessor
+
+    from ..mixtures.loading import load_whole, loaded
+
+    device = device_of(args)
     processor = loaded(AutoProcessor.from_pretrained, args.checkpoint)
     if [*processor.modalities] != [*config.modalities]:
         raise ValueError(
@@ -147,7 +174,7 @@ def load_checkpoint(args: argparse.Namespace) -> tuple[Any, Any]:
             f"{list(config.modalities)}; do the two belong together?"
         )
     model = load_whole(AutoModel, args.checkpoint, dtype=args.dtype).eval().to(device)
-    logging.set_verbosity_warning()  # what is said from here on is about the user's data
+    speak_up()
     return model, processor
 
 
@@ -156,24 +183,6 @@ def encoded(processor: Any, chat: list[dict]) -> Any:
     return processor.apply_chat_template(
         chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-
-
-def batches(args: argparse.Namespace, batch_size: int, model: Any, processor: Any) -> Iterator[Any]:
-    """Model inputs: the conversation, or batches of the rows of `--data`."""
-    if args.parts:
-        yield encoded(processor, [{"role": "user", "content": args.parts}]).to(model.device, model.dtype)
-        return
-    from transformers import BatchFeature
-
-    from ..training.data import UniMoEDataCollator
-    from ..training.row_files import load_rows, spread_over
-
-    rows = load_rows(args.data)
-    rows = rows.select(spread_over(len(rows), args.limit))
-    collate = UniMoEDataCollator(processor)
-    for start in range(0, len(rows), batch_size):
-        batch = collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
-        yield BatchFeature({name: batch[name] for name in batch if name != "labels"}).to(model.device, model.dtype)
 
 
 def print_report(report: Any, args: argparse.Namespace) -> None:

@@ -4,15 +4,13 @@ import argparse
 import sys
 from typing import Any
 
-from .common import BYTES, clean_up_when_terminated, command_line, register
+from .common import BYTES, clean_up_when_terminated, command_line, new_command, register
 from .info import describe
 
 
 def add_command(commands: Any) -> None:
     """Options of `uni-moe convert`."""
-    text = "Convert a checkpoint of the original code into one folder."
-    parser = commands.add_parser("convert", help=text, description=text)
-    parser.set_defaults(run=run)
+    parser = new_command(commands, "convert", "Convert a checkpoint of the original code into one folder.", run)
     parser.add_argument("--base", metavar="DIR", help="the base model (Uni-MoE-*-base): weights, config, tokenizer")
     parser.add_argument("--finetuned", metavar="DIR", help="stage 3 (Uni-MoE-*-e2, -v1.5); without it the base alone")
     parser.add_argument("--vision-tower", metavar="DIR", help="the CLIP it was trained with")

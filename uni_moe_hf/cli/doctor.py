@@ -6,15 +6,18 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from .common import BYTES, add_checkpoint, load_checkpoint, positive, register
+from .common import BYTES, load_checkpoint, new_command, positive, register
 
 
 def add_command(commands: Any) -> None:
     """Options of `uni-moe doctor`."""
-    text = "Look for what goes wrong without a word; exit code 1 where something is wrong."
-    parser = commands.add_parser("doctor", help=text, description=text)
-    parser.set_defaults(run=run)
-    add_checkpoint(parser)
+    parser = new_command(
+        commands,
+        "doctor",
+        "Look for what goes wrong without a word; exit code 1 where something is wrong.",
+        run,
+        takes_checkpoint=True,
+    )
     parser.add_argument("--data", metavar="FILE", help="rows with answers: is each modality really used?")
     parser.add_argument(
         "--limit", type=positive, default=64, metavar="N", help="rows, spread over the file (default: 64)"

@@ -10,14 +10,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .common import BYTES, load_checkpoint, load_config, not_negative, positive
+from .common import BYTES, load_checkpoint, load_config, new_command, not_negative, positive
 
 
 def add_command(commands: Any) -> None:
     """Options of `uni-moe evaluate`."""
-    text = "Ask a checkpoint a benchmark's questions, or your own, and score its answers."
-    parser = commands.add_parser("evaluate", help=text, description=text)
-    parser.set_defaults(run=run)
+    parser = new_command(
+        commands, "evaluate", "Ask a checkpoint a benchmark's questions, or your own, and score its answers.", run
+    )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a folder or a Hub id")
     parser.add_argument("--task", metavar="NAME|FILE", help="a task of --list, or a YAML file of your own")
     parser.add_argument("--data", metavar="SOURCE", nargs="+", help="rows: files, a folder or a data set")

@@ -4,15 +4,18 @@ import argparse
 import sys
 from typing import Any
 
-from .common import add_checkpoint, add_conversation, check_conversation, encoded, load_checkpoint, positive
+from .common import add_conversation, check_conversation, encoded, load_checkpoint, new_command, positive
 
 
 def add_command(commands: Any) -> None:
     """Options of `uni-moe generate`."""
-    text = "Answer a question about any mix of media, in the order given."
-    parser = commands.add_parser("generate", help=text, description=text)
-    parser.set_defaults(run=run)
-    add_checkpoint(parser)
+    parser = new_command(
+        commands,
+        "generate",
+        "Answer a question about any mix of media, in the order given.",
+        run,
+        takes_checkpoint=True,
+    )
     add_conversation(parser)
     parser.add_argument("--system", metavar="TEXT", help="in place of the default system message")
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="default: 256")

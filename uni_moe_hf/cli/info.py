@@ -6,20 +6,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import BYTES, add_checkpoint, load_config
+from .common import BYTES, load_config, new_command, positive
 
 
 def add_command(commands: Any) -> None:
     """Options of `uni-moe info`."""
-    text = "Describe a checkpoint without loading its weights."
-    parser = commands.add_parser("info", help=text, description=text)
-    parser.set_defaults(run=run)
-    add_checkpoint(parser)
+    parser = new_command(
+        commands, "info", "Describe a checkpoint without loading its weights.", run, takes_checkpoint=True
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--plan", action="store_true", help="foretell the memory of training it, stage by stage")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="of --plan: rows at once (8)")
+    parser.add_argument("--tokens", type=positive, default=512, metavar="N", help="of --plan: of a row (512)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints what [`describe`] tells."""
+    """Prints what [`describe`] tells, or the plan."""
+    if args.plan:
+        print_plan(args)
+        return
     facts = describe(args.checkpoint)
     if args.json:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
@@ -30,6 +35,30 @@ def run(args: argparse.Namespace) -> None:
     lines += [f"{'active per word of text':<28}{facts['parameters']['active']:>18,}", ""]
     lines += [f"{f'memory in {dtype}':<28}{size:>15.3f} GB" for dtype, size in facts["memory_gb"].items()]
     lines += ["", *(f"{name:<28}{facts[name]}" for name in ("kinds", "takes", "experts", "stage", "dtype", "licence"))]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def print_plan(args: argparse.Namespace) -> None:
+    """Peaks of memory by stage and choice."""
+    config = load_config(args.checkpoint)
+    from ..recipes.planning import LIBRARIES, plan_choices
+    from ..training.stages import STAGES
+
+    plans = plan_choices(config, batch_size=args.batch_size, num_tokens=args.tokens)
+    if args.json:
+        facts = {choice: {s: {**vars(p), "total": p.total} for s, p in each.items()} for choice, each in plans.items()}
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+        return
+    lines = [f"GB to train, one process, {args.batch_size} rows of {args.tokens} tokens at once", ""]
+    lines += [f"{'':<36}" + "".join(f"{stage:>12}" for stage in STAGES)]
+    for choice, stages in plans.items():
+        cells = (f"{stages[stage].total / 1e9:>12.2f}" if stage in stages else f"{'':>12}" for stage in STAGES)
+        lines.append(f"{choice:<36}{''.join(cells)}")
+    trained = (f"{plans['bfloat16'][stage].trained_parameters / 1e6:>11,.1f}M" for stage in STAGES)
+    lines += ["", f"{'parameters trained':<36}{''.join(trained)}", ""]
+    lines += [
+        f"On a CPU the libraries take {LIBRARIES / 1e9:.1f} GB besides. docs/training.md says how close this is."
+    ]
     sys.stdout.write("\n".join(lines) + "\n")
 
 

@@ -1,5 +1,5 @@
 """
-`uni-moe`: ask a checkpoint, describe it, look inside it, make one from the original's files.
+`uni-moe`: from your files to a model; ask it, score it, look inside it; convert published checkpoints.
 
 Nothing heavy is imported before a command has work to do, so `--help` and wrong usage answer at once. Exit codes: 0
 done, 1 failed with one sentence on stderr (of `data check`: bad rows were listed), 2 wrong usage, 130 interrupted.
@@ -15,33 +15,34 @@ from collections.abc import Sequence
 from . import (
     beats,
     card,
-    connectors,
     convert,
     data,
     doctor,
     evaluate,
     generate,
     info,
+    inspection,
     merge_modalities,
     report,
-    routing,
+    train,
     web,
 )
+from .common import set_loudness
 
 
 # In the order of `uni-moe --help`. Each has `add_command(commands)`, which says what to run.
 COMMANDS = (
+    data,
+    train,
     generate,
     web,
+    evaluate,
     info,
     doctor,
-    evaluate,
     report,
+    inspection,
     card,
-    routing,
-    connectors,
     convert,
-    data,
     merge_modalities,
     beats,
 )
@@ -55,15 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         `int`: the exit code.
     """
-    parser = argparse.ArgumentParser(prog="uni-moe", description=__doc__.strip().splitlines()[0])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_command(commands)
-    args = parser.parse_args(argv)
+    args = command_parser().parse_args(argv)
+    set_loudness(args.loudness)
     args.argv = sys.argv[1:] if argv is None else list(argv)
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)  # of no use to whom asked a question
     warnings.filterwarnings("ignore", module=r"(torchao|bitsandbytes)\b")
+    if args.loudness < 1:  # about calls among the libraries
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\b")
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:
@@ -83,6 +83,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def command_parser() -> argparse.ArgumentParser:
+    """Of all commands."""
+    parser = argparse.ArgumentParser(prog="uni-moe", description=__doc__.strip().splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_command(commands)
+    return parser
+
+
 def _is_expected(error: Exception) -> bool:
     """What says in its own words what a user, a file or a missing library causes."""
     names = {kind.__name__ for kind in type(error).__mro__}
@@ -91,4 +100,4 @@ def _is_expected(error: Exception) -> bool:
     )
 
 
-__all__ = ["main"]
+__all__ = ["command_parser", "main"]

@@ -5,15 +5,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import clean_up_when_terminated, command_line, positive, register
+from .common import clean_up_when_terminated, command_line, new_command, positive, register
 from .info import describe
 
 
 def add_command(commands: Any) -> None:
     """Options of `uni-moe merge-modalities`."""
-    text = "Join a model for sound and one for speech."
-    parser = commands.add_parser("merge-modalities", help=text, description=text)
-    parser.set_defaults(run=run)
+    parser = new_command(commands, "merge-modalities", "Join a model for sound and one for speech.", run)
     parser.add_argument("--audio-model", metavar="DIR", required=True, help="a converted model with BEATs")
     parser.add_argument("--speech-model", metavar="DIR", required=True, help="a converted model with Whisper")
     parser.add_argument("--output", metavar="DIR", required=True, help="a new folder")

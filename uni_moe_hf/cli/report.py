@@ -6,15 +6,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import BYTES, add_checkpoint, load_checkpoint, not_negative, positive
+from .common import BYTES, load_checkpoint, new_command, not_negative, positive
 
 
 def add_command(commands: Any) -> None:
     """Options of `uni-moe report`."""
-    text = "Show what the mixture does with rows: routing, specialisation, connectors; JSON, figures and one page."
-    parser = commands.add_parser("report", help=text, description=text)
-    parser.set_defaults(run=run)
-    add_checkpoint(parser)
+    parser = new_command(
+        commands,
+        "report",
+        "Show what the mixture does with rows: routing, specialisation, connectors; JSON, figures and one page.",
+        run,
+        takes_checkpoint=True,
+    )
     parser.add_argument("--data", required=True, metavar="FILE", help="rows, as training takes them")
     parser.add_argument("--output", required=True, metavar="DIR", type=Path, help="where page and figures go")
     parser.add_argument("--compare", metavar="OTHER", help="a checkpoint from before a stage, on the same rows")

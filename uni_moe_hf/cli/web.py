@@ -6,15 +6,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import add_checkpoint, add_loading, load_checkpoint, positive
+from .common import add_loading, load_checkpoint, new_command, positive
 
 
 def add_command(commands: Any) -> None:
     """Options of `uni-moe web`."""
-    text = "Open a page in the browser on which a checkpoint is asked, and its experts are seen at work."
-    parser = commands.add_parser("web", help=text, description=text)
-    parser.set_defaults(run=run)
-    add_checkpoint(parser)
+    parser = new_command(
+        commands,
+        "web",
+        "Open a page in the browser on which a checkpoint is asked, and its experts are seen at work.",
+        run,
+        takes_checkpoint=True,
+    )
     parser.add_argument("--compare", metavar="CHECKPOINT", help="a second one, beside it")
     parser.add_argument(
         "--examples",

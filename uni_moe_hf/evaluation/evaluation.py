@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from ..mixtures.progress import progress_bar
 from .answering import Record, answer_questions
 from .judging import Judge, judged
 from .metrics import EXPLAINED, METRICS, Answered
@@ -331,7 +330,8 @@ def evaluate(
     with Predictions(predictions, header, asked, digests, losses) as kept:
         done_before = len(kept.records)
         start = time.monotonic()
-        with tqdm(total=len(asked), initial=done_before, desc=task.name, unit="row", disable=quiet) as bar:
+        settings = {"initial": done_before, "desc": task.name, "unit": "row"}
+        with progress_bar(total=len(asked), shown=not quiet, **settings) as bar:
             for records in answer_questions(
                 model, processor, task, asked, others, batch_size, workers, seed, kept.records
             ):
@@ -363,7 +363,7 @@ def _judge(judge: Judge, asked: Sequence[Question], kept: Predictions, quiet: bo
         of = digest_of([getattr(judge, "name", ""), question.references, question.text, record["prediction"]])
         if record.get("judged") != of or "ungraded" in record["judgement"]:
             waiting[question.number], grades_of[question.number] = (question, record["prediction"]), of
-    with tqdm(total=len(waiting), desc="judge", unit="answer", disable=quiet) as bar:
+    with progress_bar(total=len(waiting), desc="judge", unit="answer", shown=not quiet) as bar:
         for number, grade in judged(judge, waiting):
             kept.add({number: {"judgement": grade, "judged": grades_of[number]}})
             bar.update()

@@ -10,11 +10,11 @@ from lmms_eval.api import instance
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
-from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
 from ..mixtures.loading import load_whole, loaded
+from ..mixtures.progress import progress_bar
 from ..training.data import UniMoEDataCollator
 from .answering import answer_losses, answer_questions, on_device
 from .questions import Question
@@ -110,7 +110,7 @@ class UniMoE(lmms):
             asked.append((self._question(number, messages), settings))
         answers: dict[int, str] = {}
         unread: list[str] = []
-        with tqdm(total=len(requests), desc="uni_moe", disable=self.rank != 0) as bar:
+        with progress_bar(total=len(requests), desc="uni_moe", shown=self.rank == 0) as bar:
             for settings, group in groupby(sorted(asked, key=lambda pair: repr(pair[1])), key=lambda pair: pair[1]):
                 questions = [question for question, _ in group]
                 stops = settings.get("until") or []
@@ -160,7 +160,7 @@ class UniMoE(lmms):
         """
         collate = UniMoEDataCollator(self.processor)
         found: list[tuple[float, bool]] = []
-        with tqdm(total=len(requests), desc="uni_moe", disable=self.rank != 0) as bar, torch.no_grad():
+        with progress_bar(total=len(requests), desc="uni_moe", shown=self.rank == 0) as bar, torch.no_grad():
             for start in range(0, len(requests), self.batch_size):
                 some = requests[start : start + self.batch_size]
                 batch = on_device(collate([self._continued(request) for request in some]), self.model)

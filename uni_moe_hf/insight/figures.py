@@ -105,7 +105,8 @@ def write_png(figure: Any, path: Any) -> None:
         figure.savefig(path, format="png", dpi=130, facecolor="white")
 
 
-def _new(width: float, height: float) -> Any:
+def new(width: float, height: float) -> Any:
+    """`matplotlib.figure.Figure`: empty, of so many inches."""
     return figure_module().Figure(figsize=(width, height), layout="constrained")
 
 
@@ -137,7 +138,7 @@ def utilisation(
     rows = math.ceil(len(panels) / columns)
     height = min(5.0, max(1.5, 0.3 + 0.16 * len(layers) + 0.02 * len(experts)))
     with style():
-        figure = _new(9.5, rows * (height + 0.55) + 0.5)
+        figure = new(9.5, rows * (height + 0.55) + 0.5)
         axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         for place, axis in enumerate(axes.flat):
             if place >= len(panels):
@@ -193,7 +194,7 @@ def spread(load: np.ndarray, types: Sequence[str], experts: Sequence[str], token
     count = len(experts)
     with style():
         if count > FEW_EXPERTS:
-            figure = _new(9.5, 1.6 + 0.6 * len(types))
+            figure = new(9.5, 1.6 + 0.6 * len(types))
             left, right = figure.subplots(2, 1, sharex=True)
             image = left.imshow(over_experts * count, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
             figure.colorbar(image, ax=left, fraction=0.03, label="over fair share")
@@ -208,7 +209,7 @@ def spread(load: np.ndarray, types: Sequence[str], experts: Sequence[str], token
             left.set_title("each modality's spread over experts")
             right.set_title("each expert's mixture of modalities")
         else:
-            figure = _new(9.5, 1.7 + 0.42 * max(len(types), count))
+            figure = new(9.5, 1.7 + 0.42 * max(len(types), count))
             left, right = figure.subplots(1, 2)
             start = np.zeros(len(types))
             for column, (name, colour) in enumerate(zip(experts, colours(count), strict=True)):
@@ -257,7 +258,7 @@ def paths(
         `matplotlib.figure.Figure`: lines through the layers, as thick as they are common, and who takes them.
     """
     with style():
-        figure = _new(9.5, max(3.2, 1.4 + min(4.2, 0.3 * len(experts))))
+        figure = new(9.5, max(3.2, 1.4 + min(4.2, 0.3 * len(experts))))
         left, right = figure.subplots(1, 2, width_ratios=(1.7, 1))
         palette = [*PALETTE, "#8c564b", "#5f6b7a"][: len(found)]
         largest = max(sum(by_type.values()) for _, by_type in found)
@@ -311,7 +312,7 @@ def together(table: np.ndarray, experts: Sequence[str], note: str) -> Any:
     np.fill_diagonal(given, np.nan)
     side = min(6.0, 2.6 + 0.12 * len(experts))
     with style():
-        figure = _new(max(6.4, side + 1.6), side)
+        figure = new(max(6.4, side + 1.6), side)
         axis = figure.subplots()
         image = axis.imshow(given, cmap="Blues", vmin=0, vmax=max(0.01, np.nanmax(given)), interpolation="nearest")
         figure.colorbar(image, fraction=0.04, label="share of the row's tokens")
@@ -341,7 +342,7 @@ def lines(panels: Mapping[str, Mapping[str, Sequence[float]]], layers: Sequence[
         `matplotlib.figure.Figure`: one panel for each measure.
     """
     with style():
-        figure = _new(9.5, 2.6)
+        figure = new(9.5, 2.6)
         for axis, (title, drawn) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
             for (name, values), colour in zip(drawn.items(), (*PALETTE, *PALETTE), strict=False):
                 axis.plot(range(len(layers)), values, marker="o", ms=3, lw=1.4, color=colour, label=name)
@@ -367,7 +368,7 @@ def information(panels: Mapping[str, Sequence[Mapping[str, Any]]], layers: Seque
         `matplotlib.figure.Figure`: bars with intervals, the shuffled baseline and the bound.
     """
     with style():
-        figure = _new(9.5, 2.9)
+        figure = new(9.5, 2.9)
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, (title, found) in zip(axes, panels.items(), strict=True):
             values = np.array([each["value"]["value"] for each in found])
@@ -397,7 +398,7 @@ def over_steps(history: Sequence[Mapping[str, float]], experts: Sequence[str]) -
     """
     steps = [each["step"] for each in history]
     with style():
-        figure = _new(9.5, 3.0)
+        figure = new(9.5, 3.0)
         left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
         shares = [[each[f"load/{name}"] for each in history] for name in experts]
         left.stackplot(steps, shares, colors=colours(len(experts)), labels=experts)
@@ -431,7 +432,7 @@ def knock_out(rises: Mapping[str, Mapping[str, Mapping[str, float]]], note: str)
         if len(experts) > FEW_EXPERTS:
             table = np.array([[rises[name][kind]["value"] for kind in kinds] for name in experts])
             reach = max(1e-9, np.nanmax(np.abs(table)))
-            figure = _new(9.5, 1.6 + 0.34 * len(kinds))
+            figure = new(9.5, 1.6 + 0.34 * len(kinds))
             axis = figure.subplots()
             image = axis.imshow(
                 table.T, aspect="auto", cmap="RdBu_r", vmin=-reach, vmax=reach, interpolation="nearest"
@@ -442,7 +443,7 @@ def knock_out(rises: Mapping[str, Mapping[str, Mapping[str, float]]], note: str)
             axis.set_xlabel(f"without expert\n{note}")
             axis.set_title("what is lost without each expert")
             return figure
-        figure = _new(9.5, 1.6 + 0.32 * len(kinds))
+        figure = new(9.5, 1.6 + 0.32 * len(kinds))
         axes = figure.subplots(1, len(experts), sharey=True, sharex=True, squeeze=False)[0]
         for axis, name, colour in zip(axes, experts, colours(len(experts)), strict=True):
             for place, kind in enumerate(kinds):
@@ -472,7 +473,7 @@ def distributions(panels: Mapping[str, Mapping[str, np.ndarray]], note: str) -> 
     edges = np.geomspace(max(everything.min(), 1e-4) * 0.9, max(everything.max(), 1e-3) * 1.1, 48)
     names = list(dict.fromkeys(name for drawn in panels.values() for name in drawn))
     with style():
-        figure = _new(9.5, 2.7)
+        figure = new(9.5, 2.7)
         for axis, (title, drawn) in zip(
             figure.subplots(1, len(panels), squeeze=False, sharex=True)[0], panels.items(), strict=True
         ):
@@ -508,7 +509,7 @@ def picture(
 
     palette = colours(len(experts))
     with style():
-        figure = _new(min(9.5, 2.2 * (1 + len(grids))), 2.6)
+        figure = new(min(9.5, 2.2 * (1 + len(grids))), 2.6)
         axes = figure.subplots(1, 1 + len(grids))
         for place, axis in enumerate(axes):
             axis.imshow(pixels, extent=(0, 1, 1, 0), interpolation="nearest")
@@ -547,7 +548,7 @@ def spectrogram(
 
     palette = colours(len(experts))
     with style():
-        figure = _new(7.5, 1.9 + 0.28 * len(strips))
+        figure = new(7.5, 1.9 + 0.28 * len(strips))
         top, *rows = figure.subplots(1 + len(strips), 1, height_ratios=[6] + [1] * len(strips))
         top.imshow(mel.T, aspect="auto", origin="lower", cmap="magma", interpolation="nearest")
         top.set_xticks([])
@@ -576,6 +577,7 @@ __all__ = [
     "information",
     "knock_out",
     "lines",
+    "new",
     "over_steps",
     "paths",
     "picture",

@@ -1,6 +1,10 @@
-"""Figures of routing while a mixture trains, for TensorBoard and Trackio."""
+"""Figures while a stage trains: as files in its folder, and of a mixture's routing for TensorBoard and Trackio."""
 
+import os
+import time
+from collections.abc import Mapping, Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,64 @@ from . import figures
 
 
 logger = logging.get_logger(__name__)
+
+
+# Between two drawings, in seconds: each takes a third of one.
+PAUSE = 10.0
+
+
+class LiveFiguresCallback(TrainerCallback):
+    r"""
+    Draws `losses.png`, and of a mixture `routing.png`, in `output_dir/figures`, at most every ten seconds and when the
+    training ends. Files are replaced whole, so that they can be looked at meanwhile.
+
+    Args:
+        trainer ([`UniMoESFTTrainer`]): Of any stage.
+    """
+
+    def __init__(self, trainer: UniMoESFTTrainer):
+        self.trainer, self._drawn = trainer, 0.0
+
+    @classmethod
+    def add_to(cls, trainer: UniMoESFTTrainer, wanted: bool) -> None:
+        """
+        Args:
+            trainer ([`UniMoESFTTrainer`]): That gets the callback.
+            wanted (`bool`): As `--live_figures` has it.
+        """
+        if not wanted:
+            return
+        try:
+            figures.figure_module()
+        except ImportError as error:
+            logger.warning("No live figures. %s", error)
+            return
+        trainer.add_callback(cls(trainer))
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Draws where it is time."""
+        if time.monotonic() - self._drawn >= PAUSE:
+            self._draw(args, state)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Draws the whole."""
+        self._draw(args, state)
+
+    def _draw(self, args: Any, state: TrainerState) -> None:
+        history = [each for each in state.log_history if "loss" in each]
+        if not state.is_world_process_zero or not history:
+            return
+        report = self.trainer.last_routing
+        drawn = {"losses": losses(history, Path(args.output_dir).name)}
+        routed = [each for each in history if "load/max_over_min" in each]
+        if report is not None and routed:
+            drawn["routing"] = figures.over_steps(routed, report.expert_names)
+        folder = Path(args.output_dir) / "figures"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in drawn.items():
+            figures.write_png(figure, folder / f".{name}.partial")
+            os.replace(folder / f".{name}.partial", folder / f"{name}.png")
+        self._drawn = time.monotonic()
 
 
 class RoutingFiguresCallback(TrainerCallback):
@@ -84,6 +146,33 @@ class RoutingFiguresCallback(TrainerCallback):
             trackio.log({name: trackio.Image(pixels)}, step=step)
 
 
+def losses(history: Sequence[Mapping[str, float]], title: str) -> Any:
+    """
+    Args:
+        history (`Sequence[dict]`): Logs of a trainer, each with its `step` and any of `loss` and `loss/<modalities>`.
+        title (`str`): What is trained.
+
+    Returns:
+        `matplotlib.figure.Figure`: the loss over steps, and that of rows of each kind.
+    """
+    with figures.style():
+        figure = figures.new(7.5, 2.8)
+        axis = figure.subplots()
+        names = [name for each in history for name in each if name == "loss" or name.startswith("loss/")]
+        for name in sorted(dict.fromkeys(names), key=lambda name: (name != "loss", name)):
+            points = [(each["step"], each[name]) for each in history if name in each]
+            kind = name.partition("/")[2]
+            colour = figures.TYPE_COLOURS.get(kind, figures.LINE) if kind else figures.INK
+            width = 2.0 if name == "loss" else 1.2
+            axis.plot(*zip(*points, strict=True), color=colour, linewidth=width, label=kind or "all rows", marker=".")
+        axis.set_xlabel("step")
+        axis.set_ylabel("loss, nats a token")
+        axis.set_ylim(bottom=0)
+        axis.set_title(title)
+        axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    return figure
+
+
 def _utilisation(report: RoutingReport, step: int) -> Any:
     """Of what was counted since the last log."""
     counts = report.counts.double().numpy()  # (L, M, E)
@@ -103,4 +192,4 @@ def _pixels(figure: Any) -> np.ndarray:
     return np.asarray(Image.open(file).convert("RGB"))
 
 
-__all__ = ["RoutingFiguresCallback"]
+__all__ = ["LiveFiguresCallback", "RoutingFiguresCallback", "losses"]

@@ -21,6 +21,7 @@ from ..evaluation.predictions import write_whole
 from ..hub.configuration_uni_moe import MODALITIES, is_sparse
 from ..mixtures.evaluating import evaluating
 from ..mixtures.expert_adapters import expert_names
+from ..mixtures.progress import progress_bar
 from ..mixtures.routing import TOKEN_TYPES
 from ..training.data import NO_ROW, UniMoEDataCollator
 from ..training.row_files import load_rows, spread_over
@@ -293,7 +294,7 @@ def _look(
 
 
 def _read(collator: UniMoEDataCollator, rows: list[Any], batch_size: int) -> Iterable[Batch]:
-    for start in range(0, len(rows), batch_size):
+    for start in progress_bar(range(0, len(rows), batch_size), desc="reading rows", unit="batch"):
         batch = collator(rows[start : start + batch_size])
         described = batch.pop("rows")
         batch.pop("num_skipped")

@@ -18,6 +18,7 @@ from ..evaluation.answering import answer_losses
 from ..hub.configuration_uni_moe import MODALITIES
 from ..mixtures.evaluating import evaluating
 from ..mixtures.expert_adapters import expert_names
+from ..mixtures.progress import progress_bar
 from ..mixtures.routing import TOKEN_TYPES, routers_of, token_types
 
 
@@ -132,7 +133,7 @@ def trace_routing(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Rou
     found: dict[str, list[np.ndarray]] = {}
     kinds: list[str] = []
     with evaluating(model):
-        for batch in batches:
+        for batch in progress_bar(batches, desc="routing", unit="batch"):
             with watching(routers) as seen:
                 losses, is_right = _answers(model, batch)
             ids = batch["input_ids"].cpu()  # (B, T)

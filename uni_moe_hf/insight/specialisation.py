@@ -17,6 +17,7 @@ from torch import nn
 from ..evaluation.answering import answer_losses
 from ..evaluation.statistics import LEVEL, Figure, mean_of
 from ..mixtures.expert_adapters import expert_names
+from ..mixtures.progress import progress_bar
 from ..mixtures.routing import mutual_information, routers_of
 from .routing_tables import RoutingTables
 
@@ -218,7 +219,7 @@ def knock_out(
     kinds, base = np.array(tables.kinds), tables.losses
     known = ~np.isnan(base)
     found: dict[str, dict[str, Figure]] = {}
-    for name in experts:
+    for name in progress_bar(experts, desc="without each expert", unit="expert"):
         with without_expert(model, name):
             losses = np.array([loss for batch in batches for loss in answer_losses(model, dict(batch))[0]])
         rises = losses - base

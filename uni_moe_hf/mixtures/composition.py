@@ -79,20 +79,14 @@ def from_pretrained_parts(
 
     Source: Uni-MoE (https://huggingface.co/papers/2405.11273), figure 3.
     """
-    _check_arguments(config)
     given = {
         "language_model": language_model,
         "vision_tower": vision_tower,
         "speech_tower": speech_tower,
         "audio_tower": audio_tower,
     }
-    if language_model is None:
-        raise ValueError("`language_model` is missing; give an LLM.")
-    parts = {name: read_part(name, part) for name, part in given.items() if part is not None}
     _check_dtypes(given, dtype)
-    for name in parts.keys() & {"speech_tower", "audio_tower"}:
-        check_ear(parts[name])
-    wanted = _config_of(parts, config)
+    parts, wanted = _read_parts(given, config)
 
     loading = {} if dtype is None else {"dtype": dtype}
     llm = load_llm(parts["language_model"], loading)
@@ -120,6 +114,43 @@ def from_pretrained_parts(
     model.generation_config = copy.deepcopy(llm.generation_config)
     _check_nothing_is_lost(model, llm)
     return model
+
+
+def config_from_parts(
+    language_model: str | PreTrainedModel,
+    vision_tower: str | PreTrainedModel | None = None,
+    speech_tower: str | PreTrainedModel | None = None,
+    audio_tower: str | PreTrainedModel | None = None,
+    **config,
+) -> UniMoEConfig:
+    """
+    Args:
+        language_model, vision_tower, speech_tower, audio_tower, config: As in [`from_pretrained_parts`].
+
+    Returns:
+        [`UniMoEConfig`] of the model that they make; no weights are read.
+
+    Raises:
+        ValueError: a part is not of a kind that can be one, or an argument is not known.
+    """
+    given = {
+        "language_model": language_model,
+        "vision_tower": vision_tower,
+        "speech_tower": speech_tower,
+        "audio_tower": audio_tower,
+    }
+    return _read_parts(given, config)[1]
+
+
+def _read_parts(given: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[dict[str, Part], UniMoEConfig]:
+    """The parts that are given, and the config of the whole."""
+    _check_arguments(config)
+    if given["language_model"] is None:
+        raise ValueError("`language_model` is missing; give an LLM.")
+    parts = {name: read_part(name, part) for name, part in given.items() if part is not None}
+    for name in parts.keys() & {"speech_tower", "audio_tower"}:
+        check_ear(parts[name])
+    return parts, _config_of(parts, config)
 
 
 def _config_of(parts: Mapping[str, Part], config: Mapping[str, Any]) -> UniMoEConfig:
@@ -213,4 +244,4 @@ def _check_nothing_is_lost(model: UniMoEForConditionalGeneration, llm: PreTraine
     logger.warning(f"Words alone give the '{kind}' LLM's logits but for rounding: they are up to {gap:.1e} apart.")
 
 
-__all__ = ["from_pretrained_parts"]
+__all__ = ["config_from_parts", "from_pretrained_parts"]

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from tqdm.auto import tqdm
 
 from ..mixtures.loading import check_readable, first_line, load_pickle
+from ..mixtures.progress import progress_bar
 
 
 # In the order of preference where a folder holds several formats.
@@ -231,7 +231,7 @@ def write_safetensors(
     check_room(folder, tensors)
     shards = split_into_shards(folder / name, tensors, max_shard_size)
     size = sum(map(_bytes, tensors.values()))
-    with tqdm(total=size, unit="B", unit_scale=True, desc=progress, disable=progress is None) as bar:
+    with progress_bar(total=size, unit="B", unit_scale=True, desc=progress, shown=progress is not None) as bar:
         for file, keys in shards.items():
             with open(folder / file, "wb") as output:
                 output.write(_header({key: tensors[key] for key in keys}, metadata or {}))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessorPil,
@@ -27,6 +26,7 @@ from ..hub.configuration_uni_moe import UniMoEConfig, check_mixture
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 from ..hub.templates_uni_moe import VICUNA_CHAT_TEMPLATE
 from ..mixtures.processors import build_processor
+from ..mixtures.progress import progress_bar
 from .checkpoints import (
     TensorFiles,
     TensorInfo,
@@ -397,7 +397,7 @@ def _write_pickle(
         return tensor.to(dtype) if dtype.itemsize <= tensor.dtype.itemsize else tensor
 
     order = {key: number for number, key in enumerate(dtypes)}  # the original's trainer reads the first as queries
-    for name, keys in tqdm(shards.items(), desc=title, disable=title is None):
+    for name, keys in progress_bar(shards.items(), desc=title, shown=title is not None):
         keys = sorted(keys, key=order.__getitem__)
         torch.save({raw_names.get(key, key): value(key) for key in keys}, file.with_name(name))
 

@@ -1,25 +1,20 @@
 """
-From data set rows to training batches: messages become tensors and labels, and what cannot is named.
+From data set rows to training batches: messages become tensors and labels.
 
 Rows keep paths; media are read when a batch is made. Rows with different modalities, or none, mix freely.
 """
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
 from ..hub.configuration_uni_moe import MODALITIES
-from ..hub.conversations_uni_moe import ConversationMixin
-from ..hub.files_uni_moe import reason, resolved
-from ..hub.media_uni_moe import MAX_VIDEO_FRAMES, Clip, iter_frames, load_image, load_waveform
+from ..hub.files_uni_moe import reason
 from ..hub.processing_uni_moe import UniMoEProcessor
-from ..hub.templates_uni_moe import VICUNA_CHAT_TEMPLATE
 from .feature_cache import FeatureCacheError
-from .row_files import iter_rows
 from .rows import describe_row, parts_of, rooted, row_to_messages, unread_fields
 
 
@@ -138,7 +133,7 @@ class UniMoEDataCollator:
                 logger.warning_once(f"Rows have the field '{name}', of which nothing is made.")
             messages = row_to_messages(row, self.voice)
             return rooted(
-                _learnable(messages) if self.needs_answers else messages, None if root is None else Path(root)
+                learnable(messages) if self.needs_answers else messages, None if root is None else Path(root)
             )
         except Exception as error:  # whatever a row can cause is counted for that row
             self._refuse(describe_row(row), error)
@@ -220,109 +215,21 @@ class UniMoEDataCollator:
         logger.warning("Skipped a row (%s: %s); %d skipped so far.", reason, detail, self.skipped.total())
 
 
-def check_rows(
-    source: Any,
-    modalities: Iterable[str] = MODALITIES,
-    voice: str = "speech",
-    decode: bool = True,
-    unread: Counter[str] | None = None,
-    kinds: Counter[str] | None = None,
-    media_root: str | Path | None = None,
-    **reading: Any,
-) -> Iterator[tuple[int, str]]:
-    r"""
-    Looks for rows that training could not use.
-
+def learnable(messages: list[dict]) -> list[dict]:
+    """
     Args:
-        source: As in [`~row_files.load_rows`].
-        modalities (`Iterable[str]`, *optional*): What the model has towers for; all by default.
-        voice (`str`, *optional*, defaults to `"speech"`): What the original format's `voice` files are.
-        decode (`bool`, *optional*, defaults to `True`): Whether media are decoded, and not only looked for.
-        unread (`Counter`, *optional*): Gets the fields that nothing is made of, and in how many rows they stand.
-        kinds (`Counter`, *optional*): Gets how many of the rows that can be used hold which modalities.
-        media_root (`str` or `Path`, *optional*): Folder that relative paths start from; else that of the file.
-        reading: `split`, `config`, `columns` and `question` as in [`~row_files.load_rows`].
+        messages (`list[dict]`): A conversation.
 
-    Yields:
-        `tuple(int, str)`: number of a row, from 1, and why it cannot be used.
+    Returns:
+        `list[dict]`: the same.
 
     Raises:
-        ValueError: the source itself cannot be read.
+        ValueError: no answer is among them.
     """
-    allowed = {modalities} if isinstance(modalities, str) else set(modalities)
-    for row in iter_rows(source, **reading):
-        try:
-            if unread is not None:
-                unread.update(unread_fields(row))
-            root = media_root or row.get("_root")
-            messages = rooted(_learnable(row_to_messages(row, voice)), None if root is None else Path(root))
-            held = _check_row(messages, allowed, decode)
-            if kinds is not None:
-                kinds["+".join(held) or "text"] += 1
-        except Exception as error:  # whatever a row can cause is said of that row
-            several = f"'{row['_source']}': " if isinstance(source, list | tuple | Mapping) else ""
-            yield row["_row"], several + reason(error)
-
-
-def _check_row(messages: list[dict], allowed: set[str], decode: bool) -> list[str]:
-    """The modalities of a row that can be used."""
-    checker = _Checker(allowed)
-    conversations, _ = checker._conversations([messages], VICUNA_CHAT_TEMPLATE)
-    roles = [message["role"] for message in conversations[0]]
-    turns = roles[1:] if roles[0] == "system" else roles
-    if turns != (["user", "assistant"] * len(turns))[turns[0] == "assistant" :][: len(turns)]:
-        raise ValueError(f"roles must alternate user, assistant after an optional system message, got {roles}")
-    if not any(message["role"] == "assistant" and message["learned"] for message in conversations[0]):
-        raise ValueError("there is no assistant text to learn")
-    for message in conversations[0]:
-        for part in message["content"]:
-            if part["type"] != "text":
-                _check_part(part["type"], part["source"], allowed, decode)
-    found = {part["type"] for message in conversations[0] for part in message["content"]}
-    return [modality for modality in MODALITIES if modality in found]
-
-
-class _Checker(ConversationMixin):
-    """Reads messages as the processor does, without a tokenizer."""
-
-    _control_tokens = re.compile(r"(?!)")
-
-    def __init__(self, allowed: set[str]):
-        self.allowed = allowed
-
-    def _ear(self, modality: str) -> str:
-        return (
-            "speech" if modality == "audio" and "audio" not in self.allowed and "speech" in self.allowed else modality
-        )
-
-
-def _learnable(messages: list[dict]) -> list[dict]:
-    """The same messages, if an answer is among them."""
     answers = parts_of([message for message in messages if message.get("role") == "assistant"])
     if not any(part.get("text", "").strip() for part in answers if part.get("type", "text") == "text"):
         raise ValueError("there is no assistant text to learn")
     return messages
 
 
-def _check_part(kind: str, source: Any, allowed: set[str], decode: bool) -> None:
-    if kind not in allowed:
-        raise ValueError(f"it has {kind}, for which the model has no tower")
-    if source is None:
-        raise ValueError(f"a part of type '{kind}' has no source")
-    clip = source if isinstance(source, Clip) else Clip(source)
-    if not decode:
-        for each in clip.source if isinstance(clip.source, list) and kind == "video" else [clip.source]:
-            each = each.get("path") if isinstance(each, Mapping) and not each.get("bytes") else each
-            if isinstance(each, str) and not each.startswith(("http://", "https://")):
-                resolved(each, {"image": "Picture", "video": "Video"}.get(kind, "Audio"))
-    elif kind == "image":
-        load_image(clip.source)
-    elif kind == "video":
-        frames = len(clip.source) if isinstance(clip.source, list) else 2
-        for _ in iter_frames(clip, min(frames, MAX_VIDEO_FRAMES)):
-            pass
-    else:
-        load_waveform(clip)
-
-
-__all__ = ["UniMoEDataCollator", "check_rows"]
+__all__ = ["UniMoEDataCollator", "learnable"]

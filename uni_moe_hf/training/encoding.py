@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..hub.files_uni_moe import reason
+from ..mixtures.progress import progress_bar
 from .data import UniMoEDataCollator
 from .feature_cache import FeatureCache, parts_of
 from .rows import describe_row
@@ -57,6 +58,7 @@ def encode_rows(
     batch_size: int = 8,
     num_workers: int = 0,
     dry_run: bool = False,
+    num_rows: int | None = None,
 ) -> Encoding:
     r"""
     Stores the features of all clips of some rows. What is stored already is passed over, so a call that was
@@ -71,6 +73,7 @@ def encode_rows(
         num_workers (`int`, *optional*, defaults to 0): Processes that read media.
         dry_run (`bool`, *optional*, defaults to `False`): Whether to say only what it would come to. Media are read,
             but towers run on one batch of each modality alone, and nothing is stored.
+        num_rows (`int`, *optional*): How many rows there are, for the estimate of the progress bar.
 
     Returns:
         [`Encoding`].
@@ -80,6 +83,7 @@ def encode_rows(
     """
     found, processor, bytes_of_unit, before_this = Encoding(), collator.processor, {}, cache.added.copy()
     before, processor.feature_cache = processor.feature_cache, cache
+    rows = progress_bar(rows, total=num_rows, desc="encoding", unit="row")
     try:
         with cache.collecting(dry_run):
             for modality, clips in _missing(rows, collator, cache, found, BATCHES_AT_ONCE * batch_size):

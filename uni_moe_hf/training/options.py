@@ -17,14 +17,17 @@ from typing import Any
 import psutil
 import torch
 from datasets import Dataset, IterableDataset
+from transformers import AutoTokenizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ScriptArguments, SFTConfig, TrlParser
 
-from ..hub.configuration_uni_moe import MODALITIES
+from ..hub.configuration_uni_moe import MODALITIES, UniMoEConfig
 from ..hub.files_uni_moe import cause_of, sentence_of
 from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 from ..hub.processing_uni_moe import UniMoEProcessor
+from ..mixtures.composition import from_pretrained_parts
+from ..mixtures.processors import build_processor
 from .data import UniMoEDataCollator
 from .feature_cache import FeatureCache
 from .row_files import kind_of, load_rows, spread_over
@@ -50,6 +53,8 @@ class StageArguments(ScriptArguments):
             seed; of a stream the first.
         eval_generate (`str`, *optional*): `task,every_n_steps`: a task's questions are asked of the rows to evaluate
             on, and its figures logged; see [`GenerationCallback`].
+        live_figures (`bool`, *optional*, defaults to `False`): Figures of losses, and of a mixture's loads, as files
+            in `output_dir/figures` while it trains; see [`LiveFiguresCallback`].
         routing_figures (`int`, *optional*, defaults to 10): With TensorBoard or Trackio: figures of routing with every
             so many logs; 0 for none.
         columns (`list[str]`, *optional*): Which column is what: `photo=image label=answer`.
@@ -73,6 +78,7 @@ class StageArguments(ScriptArguments):
 
     eval_rows: int | None = field(default=None, metadata={"help": "Rows of the training data to hold out."})
     eval_generate: str | None = field(default=None, metadata={"help": "task,every_n_steps: ask its questions."})
+    live_figures: bool = field(default=False, metadata={"help": "Figures in OUTPUT_DIR/figures while it trains."})
     routing_figures: int = field(default=10, metadata={"help": "Figures of routing with every so many logs."})
     columns: list[str] | None = field(default=None, metadata={"help": "Which column is what: photo=image."})
     question: list[str] | None = field(default=None, metadata={"help": "What is asked about plain media."})
@@ -198,6 +204,27 @@ class StageArguments(ScriptArguments):
                 f"{', '.join(sorted(found)) or 'text'}{hint}."
             )
 
+    def only_with(
+        self, rows: Dataset | IterableDataset, modalities: list[str], processor: UniMoEProcessor
+    ) -> Dataset | IterableDataset:
+        """
+        Args:
+            rows, modalities, processor: As in [`check_modalities`].
+
+        Returns:
+            The rows that hold any of the modalities; what cannot be read stays, for the collator to name.
+        """
+
+        def is_wanted(row: dict[str, Any]) -> bool:
+            try:
+                return bool({processor._ear(kind) for kind in row_modalities(row)[0]} & set(modalities))
+            except ValueError:
+                return True
+
+        if isinstance(rows, IterableDataset):
+            return rows.filter(is_wanted)
+        return rows.select([index for index in range(len(rows)) if is_wanted(rows[index])])
+
     def open_feature_cache(self, model: UniMoEForConditionalGeneration, processor: UniMoEProcessor) -> None:
         """
         Gives the processor the cache, where there is one.
@@ -305,6 +332,41 @@ class PartsArguments:
     def __post_init__(self) -> None:
         self.audio_connector_config = json_object("audio_connector_config", self.audio_connector_config)
 
+    def build(self, **loading: Any) -> tuple[UniMoEForConditionalGeneration, UniMoEProcessor]:
+        """
+        Args:
+            loading: `dtype` and `attn_implementation`, as [`StageArguments.loading`] gives them.
+
+        Returns:
+            `tuple`: the dense model that joins the parts, its connectors untrained, and the processor that fits it.
+
+        Raises:
+            ValueError: as in [`from_pretrained_parts`] and [`build_processor`].
+        """
+        model = from_pretrained_parts(
+            self.llm,
+            vision_tower=self.vision_tower,
+            speech_tower=self.speech_tower,
+            audio_tower=self.audio_tower,
+            num_speech_query_tokens=self.num_speech_query_tokens,
+            num_audio_query_tokens=self.num_audio_query_tokens,
+            cut_speech_windows=self.cut_speech_windows,
+            audio_connector_config=self.audio_connector_config,
+            **loading,
+        )
+        return model, self.processor(model.config)
+
+    def processor(self, config: UniMoEConfig) -> UniMoEProcessor:
+        """The processor that fits the parts' config."""
+        return build_processor(
+            config,
+            AutoTokenizer.from_pretrained(self.llm),
+            image_processor=self.vision_tower,
+            image_size=self.image_size,
+            audio_feature_extractor=self.audio_tower,
+            chat_template=self.chat_template and Path(self.chat_template).read_text(encoding="utf-8"),
+        )
+
 
 @dataclass
 class ExpertArguments:
@@ -312,6 +374,7 @@ class ExpertArguments:
 
     model_name_or_path: str = field(metadata={"help": "What stage 1 left."})
     modalities: list[str] = field(metadata={"help": "The expert's: image, video, audio, speech."})
+    only_modalities: bool = field(default=False, metadata={"help": "Leave out rows that hold none of them."})
     lora_r: int = field(default=64, metadata={"help": "Rank of the expert."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of the expert; products are scaled by alpha / rank."})
 

@@ -134,6 +134,23 @@ def iter_rows(
             raise ValueError(f"Data file '{name}' holds no rows.")
 
 
+def count_rows(source: Any, split: str = "train", config: str | None = None, **_: Any) -> int:
+    """
+    Args:
+        source, split, config: As in [`load_rows`].
+
+    Returns:
+        `int`: how many rows [`iter_rows`] yields, good and bad.
+
+    Raises:
+        ValueError: as in [`load_rows`].
+    """
+    files = _files_of(source, split, config)
+    if files is None:
+        return len(_data_set(_datasets(), source, split, config, False))
+    return sum(_count(Path(name)) for name in files)
+
+
 def _datasets() -> Any:
     try:
         import datasets
@@ -525,4 +542,4 @@ KINDS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", 
 READERS = {"json": _json_rows, "jsonl": _json_lines, "csv": _table_rows, "tsv": _table_rows, "parquet": _parquet_rows}
 
 
-__all__ = ["KINDS", "iter_rows", "kind_of", "load_rows", "numbered_rows", "row_changes", "spread_over"]
+__all__ = ["KINDS", "count_rows", "iter_rows", "kind_of", "load_rows", "numbered_rows", "row_changes", "spread_over"]

@@ -120,7 +120,7 @@ def unread_fields(row: Mapping[str, Any]) -> list[str]:
         `list[str]`: fields that nothing is made of.
     """
     fields = _fields(row)
-    read = {*MEDIA_NAMES, "system"}
+    read = {*MEDIA_NAMES, "system", "id", "task"}  # the last two are evaluation's
     read |= {*_wholes(fields)} or {*QUESTIONS, *ANSWERS, "input"}
     return [name for name in fields if name not in read]
 
@@ -225,7 +225,7 @@ def _nearest(fields: Mapping[str, Any], media: list[str], questions: list[str], 
     known = (*questions, *answers, *media)
     texts = [name for name, value in fields.items() if isinstance(value, str) and name not in known]
     if not media and (files := [name for name, value in fields.items() if looks_like_media(value)]):
-        kind = _kind_of_file(fields[files[0]]) or "image"
+        kind = kind_of_file(fields[files[0]]) or "image"
         return f"; if '{files[0]}' is a file, say so with columns ({files[0]}={kind})"
     if (media or questions) and texts:
         return f"; if '{texts[0]}' is the answer, say so with columns ({texts[0]}=answer)"
@@ -383,7 +383,7 @@ def _refuse_unread_media(fields: Mapping[str, Any], used: list[str], messages: l
         return
     for name, value in fields.items():
         if name not in used and name not in ("id", "source") and looks_like_media(value):
-            kind = _kind_of_file(value) or "image"
+            kind = kind_of_file(value) or "image"
             raise ValueError(
                 f"the field '{name}' holds media ({shortened_json(value)}) that nothing in the row takes; say so with "
                 f"columns ({name}={kind})"
@@ -397,12 +397,18 @@ def looks_like_media(value: Any) -> bool:
     if isinstance(value, Mapping):
         return bool({"bytes", "array"} & value.keys()) or looks_like_media(value.get("path"))
     if isinstance(value, str):
-        return value.startswith("data:") or _kind_of_file(value) is not None
+        return value.startswith("data:") or kind_of_file(value) is not None
     return isinstance(value, bytes) or type(value).__module__.split(".")[0] in ("PIL", "torchcodec", "decord")
 
 
-def _kind_of_file(value: Any) -> str | None:
-    """`"image"`, `"audio"` or `"video"` by a file's name."""
+def kind_of_file(value: Any) -> str | None:
+    """
+    Args:
+        value (`str`, `dict` or `list`): A path, or what holds one.
+
+    Returns:
+        `str`: `"image"`, `"audio"` or `"video"` by the file's name; `None` for whatever else.
+    """
     while isinstance(value, list | tuple) and value:
         value = value[0]
     value = value.get("path") if isinstance(value, Mapping) else value
@@ -427,7 +433,7 @@ def named_files(row: dict[str, Any]) -> dict[str, Any]:
         if column is None:
             made[name] = value
         else:
-            made[column[1] or _kind_of_file(value) or "file_name"] = value
+            made[column[1] or kind_of_file(value) or "file_name"] = value
     return made
 
 
@@ -526,4 +532,12 @@ def shortened_json(value: Any) -> str:
     return beginning[:100]
 
 
-__all__ = ["check_characters", "describe_row", "rooted", "row_modalities", "row_to_messages", "unread_fields"]
+__all__ = [
+    "check_characters",
+    "describe_row",
+    "kind_of_file",
+    "rooted",
+    "row_modalities",
+    "row_to_messages",
+    "unread_fields",
+]
