@@ -15,8 +15,8 @@ import soundfile
 import torch
 import yaml
 from PIL import Image
-from tiny import ROOT, child_environment, picture, tiny_processor, tiny_tokenizer, tone, user
-from tiny_parts import parts, save_dino
+from tiny import ROOT, child_environment, picture, tiny_processor, tone, user
+from tiny_parts import save_dino, write_parts
 from transformers import AutoModel, AutoProcessor
 
 from uni_moe_hf import YamnetConfig, YamnetFeatureExtractor, YamnetModel, check_rows, sft_config
@@ -45,26 +45,7 @@ def import_paths():
 def workplace(tmp_path_factory) -> Path:
     """Tiny parts as folders, and a data set of files."""
     root = tmp_path_factory.mktemp("examples")
-    given = parts()
-    for name, part in given.items():
-        if name != "audio_connector_config":
-            part.save_pretrained(root / name)
-    tiny_tokenizer().save_pretrained(root / "language_model")
-    tiny_processor().image_processor.save_pretrained(root / "vision_tower")
-    (root / "qformer.json").write_text(json.dumps(given["audio_connector_config"]))
-    (root / "media").mkdir()
-    Image.fromarray(picture()).save(root / "media/a.png")
-    soundfile.write(root / "media/a.wav", tone(), 16000)
-    rows = []
-    for part in (
-        {"type": "image", "path": "media/a.png"},
-        {"type": "speech", "path": "media/a.wav"},
-        {"type": "audio", "path": "media/a.wav"},
-    ):
-        rows += [
-            {"messages": [*user(part, "what"), {"role": "assistant", "content": [{"type": "text", "text": "a bird"}]}]}
-        ] * 2
-    (root / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    write_parts(root)
     return root
 
 

@@ -1,7 +1,12 @@
 """Parts that a model is made from, tiny and random."""
 
+import json
+from pathlib import Path
+
+import soundfile
 import torch
-from tiny import DENSE, tiny_config
+from PIL import Image
+from tiny import DENSE, picture, tiny_config, tiny_processor, tiny_tokenizer, tone, user
 from transformers import (
     BitImageProcessorPil,
     CLIPVisionModel,
@@ -28,6 +33,30 @@ def parts():
         "audio_tower": BeatsModel(config.audio_config).eval(),
         "audio_connector_config": config.audio_connector_config.to_dict(),
     }
+
+
+def write_parts(root: Path) -> Path:
+    """The parts as folders, `qformer.json` for the audio connector, and a file of six rows with media, returned."""
+    given = parts()
+    for name, part in given.items():
+        if name != "audio_connector_config":
+            part.save_pretrained(root / name)
+    tiny_tokenizer().save_pretrained(root / "language_model")
+    tiny_processor().image_processor.save_pretrained(root / "vision_tower")
+    (root / "qformer.json").write_text(json.dumps(given["audio_connector_config"]))
+    (root / "media").mkdir()
+    Image.fromarray(picture()).save(root / "media/a.png")
+    soundfile.write(root / "media/a.wav", tone(), 16000)
+    rows = []
+    for part in (
+        {"type": "image", "path": "media/a.png"},
+        {"type": "speech", "path": "media/a.wav"},
+        {"type": "audio", "path": "media/a.wav"},
+    ):
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "a bird"}]}
+        rows += [{"messages": [*user(part, "what"), answer]}] * 2
+    (root / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return root / "rows.jsonl"
 
 
 def save_dino(folder) -> str:

@@ -41,12 +41,15 @@ def run(args: argparse.Namespace) -> None:
 def print_plan(args: argparse.Namespace) -> None:
     """Peaks of memory by stage and choice."""
     config = load_config(args.checkpoint)
-    from ..recipes.planning import LIBRARIES, plan_choices
+    from ..recipes.planning import plan_choices
     from ..training.stages import STAGES
 
     plans = plan_choices(config, batch_size=args.batch_size, num_tokens=args.tokens)
     if args.json:
-        facts = {choice: {s: {**vars(p), "total": p.total} for s, p in each.items()} for choice, each in plans.items()}
+        facts = {
+            choice: {s: {**vars(p), "total": p.total, "total_on_cpu": p.total_on_cpu} for s, p in each.items()}
+            for choice, each in plans.items()
+        }
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
         return
     lines = [f"GB to train, one process, {args.batch_size} rows of {args.tokens} tokens at once", ""]
@@ -56,9 +59,8 @@ def print_plan(args: argparse.Namespace) -> None:
         lines.append(f"{choice:<36}{''.join(cells)}")
     trained = (f"{plans['bfloat16'][stage].trained_parameters / 1e6:>11,.1f}M" for stage in STAGES)
     lines += ["", f"{'parameters trained':<36}{''.join(trained)}", ""]
-    lines += [
-        f"On a CPU the libraries take {LIBRARIES / 1e9:.1f} GB besides. docs/training.md says how close this is."
-    ]
+    more = [plan.total_on_cpu - plan.total for stages in plans.values() for plan in stages.values()]
+    lines += [f"On a CPU, libraries and kernels take {min(more) / 1e9:.1f} to {max(more) / 1e9:.1f} GB more."]
     sys.stdout.write("\n".join(lines) + "\n")
 
 

@@ -22,7 +22,7 @@ from ..training.options import PartsArguments
 from ..training.row_files import load_rows, spread_over
 from ..training.rows import row_modalities
 from ..training.stages import STAGES
-from .planning import LIBRARIES, StagePlan, plan_stage, seconds_per_batch
+from .planning import StagePlan, plan_stage, seconds_per_batch
 
 
 # Experts, and the modalities that each is for.
@@ -45,12 +45,14 @@ class Draft:
     Args:
         text (`str`): The recipe, as YAML with comments.
         plans (`dict[str, StagePlan]`): Stage -> what it needs.
+        peaks (`dict[str, int]`): Stage -> bytes, where training would run.
         minutes (`dict[str, float]`): Stage -> a rough estimate; of "experts" for all of them.
         free (`int`): Bytes that are free on the machine.
     """
 
     text: str
     plans: dict[str, StagePlan]
+    peaks: dict[str, int]
     minutes: dict[str, float]
     free: int
 
@@ -138,7 +140,7 @@ def _free_memory() -> tuple[int, str]:
     """Bytes free where training would run, and its dtype."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0], "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    return max(0, psutil.virtual_memory().available - int(LIBRARIES)), "float32"
+    return psutil.virtual_memory().available, "float32"
 
 
 def _fitting(
@@ -149,10 +151,15 @@ def _fitting(
         size = BATCHES[stage]
         while size:
             plan = plan_stage(config, stage, size, gradient_checkpointing=checkpointing, **settings)
-            if plan.total <= SHARE * free:
+            if _peak(plan) <= SHARE * free:
                 return size, checkpointing, plan
             size //= 2
     return 1, True, plan
+
+
+def _peak(plan: StagePlan) -> int:
+    """Bytes, where training would run."""
+    return plan.total if torch.cuda.is_available() else plan.total_on_cpu
 
 
 def _rate(stage: str, width: int) -> float:
@@ -206,7 +213,7 @@ def _written(
             }
     shared = {"dataset_name": data, "feature_cache": f"{output_dir}/features", "fill_feature_cache": True}
     shared |= {"dtype": dtype, "live_figures": True, "report_to": "none", "logging_steps": 10, "seed": 0}
-    told = {stage: f"{plan.total / 1e9:.1f} GB, some {minutes[stage]:.0f} min here" for stage, plan in plans.items()}
+    told = {stage: f"{_peak(plan) / 1e9:.1f} GB, some {minutes[stage]:.0f} min here" for stage, plan in plans.items()}
     blocks = [
         _comment(
             f"uni-moe train FILE. Written for {num_rows:,} rows ({_counted(kinds)}) of up to {tokens} tokens, and a "
@@ -243,7 +250,8 @@ def _written(
             _comment("Questions about rows held out, and the same with another row's media: what is left is guessed.")
             + _block({"evaluation": asked})
         )
-    return Draft("\n".join(blocks), plans, minutes, free)
+    peaks = {stage: _peak(plan) for stage, plan in plans.items()}
+    return Draft("\n".join(blocks), plans, peaks, minutes, free)
 
 
 def _comment(text: str) -> str:

@@ -10,7 +10,7 @@ file of its own that can be run by hand.
       vision: {modalities: [image, video]}
       speech: {modalities: [speech]}
     moe: {layers: even}                                # stage 3
-    evaluation: {task: short-answers, data: rows/test.jsonl}
+    evaluation: {task: short-answers, data: rows/test.jsonl}   # `control: false` for no other media
 
 Options have the scripts' names. `progress.json` in `output_dir` holds what is finished, and with which options.
 """
@@ -210,12 +210,13 @@ def _stage(
 
 
 def _evaluation(options: dict[str, Any], root: Path, last: Step) -> Iterator[Step]:
-    """The questions, and the same with another row's media."""
+    """The questions, and as a control the same with another row's media."""
     for option in ("task", "data"):
         if not options.get(option):
             raise ValueError(f"'evaluation' has no `{option}`; it needs a task (`uni-moe evaluate --list`) and rows.")
     model = root / "moe" / "merged" if last.name == "moe" else last.output
-    for name, more in (("evaluation", []), ("evaluation_other_media", ["--other-media"])):
+    runs = {"evaluation": []} | ({"evaluation_other_media": ["--other-media"]} if options.pop("control", True) else {})
+    for name, more in runs.items():
         output = root / f"{name}.json"
         command = [sys.executable, "-m", "uni_moe_hf.cli", "evaluate", str(model), "--json", str(output), *more]
         for option, value in options.items():
