@@ -40,24 +40,21 @@ class Activation(NamedTuple):
     backward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _gelu(approximate: str) -> Activation:
-    aten = torch.ops.aten
+def _activation(run: Callable, fill: Callable, backward: Callable, **kind: str) -> Activation:
     return Activation(
-        partial(F.gelu, approximate=approximate),
-        lambda x, out: aten.gelu.out(x, approximate=approximate, out=out),
-        lambda grad, x, out: aten.gelu_backward.grad_input(grad, x, approximate=approximate, grad_input=out),
+        partial(run, **kind),
+        lambda x, out: fill(x, **kind, out=out),
+        lambda grad, x, out: backward(grad, x, **kind, grad_input=out),
     )
 
 
+_SILU = (F.silu, torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input)
+_GELU = (F.gelu, torch.ops.aten.gelu.out, torch.ops.aten.gelu_backward.grad_input)
 # By the library's names.
 ACTIVATIONS = {
-    "silu": Activation(
-        F.silu,
-        lambda x, out: torch.ops.aten.silu.out(x, out=out),
-        lambda grad, x, out: torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out),
-    ),
-    "gelu_pytorch_tanh": _gelu("tanh"),
-    "gelu": _gelu("none"),
+    "silu": _activation(*_SILU),
+    "gelu_pytorch_tanh": _activation(*_GELU, approximate="tanh"),
+    "gelu": _activation(*_GELU, approximate="none"),
 }
 
 
@@ -129,13 +126,12 @@ def segmented_experts(
     factors = (None,) * 4 if lora is None else lora[:4]
     learning = any(tensor is not None and tensor.requires_grad for tensor in (tokens, weights, *factors))
     if dropout or (learning and torch.is_grad_enabled()):
-        scaling = 0.0 if lora is None else lora.scaling
-        settings = (num_experts, scaling, activation, dropout, recompute)
+        settings = (num_experts, lora.scaling if lora else 0.0, activation, dropout, recompute)
         return _SegmentedExperts.apply(tokens, weights, index, *frozen, *factors, settings)
     if tokens.shape[0] <= FEW_TOKENS:
         return _run_few(tokens, weights, index, frozen, lora, ACTIVATIONS[activation])
     segments = _cut(*_sort_by_expert(index, num_experts), index, weights)
-    return _run_segments(tokens, segments, frozen, lora, ACTIVATIONS[activation], _Dropout(0.0), keep=False)[0]
+    return _run_segments(tokens, segments, frozen, lora, activation, _Dropout(0.0), keep=False)[0]
 
 
 class _Segment(NamedTuple):
@@ -227,56 +223,86 @@ class _Scratch:
         return self.buffers[name][:size]
 
 
-def _run_segments(
-    tokens: torch.Tensor,
-    segments: list[_Segment],
-    frozen: FrozenWeights,
-    lora: LoraFactors | None,
-    activation: Activation,
-    dropout: _Dropout,
-    keep: bool,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The output `(N, H)`, and what [`_SegmentedExperts`] keeps for backward."""
-    shared, (hidden, inner_size) = frozen.shared, frozen.down.shape[-2:]
-    scratch, kept, output = _Scratch(tokens, segments), [], torch.zeros_like(tokens)
-    scaling = 0.0 if lora is None else lora.scaling * dropout.scaling
-    if shared:
-        base_gate, base_up = _linear(tokens, frozen.gate), _linear(tokens, frozen.up)  # (N, I)
-        inner_sum = torch.zeros_like(base_gate)
-        kept += [base_gate, base_up] if keep else []
-    for expert, token, weight, size in segments:
-        rows = _take(tokens, token, scratch("rows", size, hidden))  # (n, H)
-        if shared:
-            gate = _take(base_gate, token, scratch("gate", size, inner_size))  # (n, I)
-            up = _take(base_up, token, scratch("up", size, inner_size))  # (n, I)
+class _Entered(NamedTuple):
+    """One expert's rows `(n, H)`, gate and up `(n, I)`; of LoRA `low` `(n, 2R)`, and `low_down` `(n, R)` if kept."""
+
+    rows: torch.Tensor
+    gate: torch.Tensor
+    up: torch.Tensor
+    factors: _ExpertLora | None = None
+    low: torch.Tensor | None = None
+    low_down: torch.Tensor | None = None
+    dropped: torch.Tensor | None = None
+
+
+class _Pass:
+    """What forward and backward share: experts one after the other, the same buffers for all."""
+
+    def __init__(self, tokens, segments, frozen: FrozenWeights, lora: LoraFactors | None, activation, dropout, kept):
+        self.tokens, self.segments, self.frozen, self.lora = tokens, segments, frozen, lora
+        self.activation, self.dropout, self.kept = ACTIVATIONS[activation], dropout, kept
+        self.scaling = 0.0 if lora is None else lora.scaling * dropout.scaling
+        self.scratch = _Scratch(tokens, segments)
+        if frozen.shared:  # (N, I)
+            self.base = [_linear(tokens, weight) if kept is None else next(kept) for weight in frozen[:2]]
+
+    def rows_of(self, source: torch.Tensor, segment: _Segment, name: str) -> torch.Tensor:
+        """One expert's rows of `source` `(N, width)`, in a buffer."""
+        return _take(source, segment.tokens, self.scratch(name, segment.size, source.shape[1]))
+
+    def enter(self, segment: _Segment) -> _Entered:
+        """Computed, or read from what forward kept."""
+        rows, is_new = self.rows_of(self.tokens, segment, "rows"), self.kept is None
+        if self.frozen.shared:
+            gate, up = (self.rows_of(base, segment, n) for base, n in zip(self.base, ("gate", "up"), strict=True))
+        elif is_new:
+            gate, up = (_linear(rows, weight[segment.expert]) for weight in self.frozen[:2])
         else:
-            gate, up = _linear(rows, frozen.gate[expert]), _linear(rows, frozen.up[expert])
-        if lora is not None:
-            factors = lora.of(expert)
-            low = _low_rank(rows, factors.gate_up_a, scaling, dropout.draw(rows))  # (n, 2R)
+            gate, up = next(self.kept), next(self.kept)
+        if self.lora is None:
+            return _Entered(rows, gate, up)
+        factors, dropped = self.lora.of(segment.expert), self.dropout.draw(rows)
+        if is_new:
+            low, low_down = _low_rank(rows, factors.gate_up_a, self.scaling, dropped), None
+        else:
+            low, low_down = next(self.kept), next(self.kept)
+        if self.frozen.shared or is_new:
             gate, up = _add_low_rank(gate, up, low, factors)
-        inner = _gated(gate, up, activation, scratch("inner", size, inner_size))
+        return _Entered(rows, gate, up, factors, low, low_down, dropped)
+
+
+def _run_segments(
+    tokens, segments, frozen: FrozenWeights, lora: LoraFactors | None, activation: str, dropout: _Dropout, keep: bool
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The output `(N, H)`, and what [`_BackwardPass`] reads in the same order."""
+    forward = _Pass(tokens, segments, frozen, lora, activation, dropout, None)
+    output, kept = torch.zeros_like(tokens), []
+    if frozen.shared:
+        inner_sum = torch.zeros_like(forward.base[0])
+        kept += forward.base if keep else []
+    for segment in segments:
+        expert, token, weight, size = segment
+        entered = forward.enter(segment)
+        inner = forward.scratch("inner", size, frozen.down.shape[-1])
+        inner = _gated(entered.gate, entered.up, forward.activation, inner)
         if lora is not None:
-            low_down = _low_rank(inner, factors.down_a, scaling, dropout.draw(inner))  # (n, R)
+            low_down = _low_rank(inner, entered.factors.down_a, forward.scaling, dropout.draw(inner))  # (n, R)
         if keep:
-            kept += ([] if shared else [gate, up]) + ([] if lora is None else [low, low_down])
-        if not shared:
+            kept += [] if frozen.shared else [entered.gate, entered.up]
+            kept += [] if lora is None else [entered.low, low_down]
+        if not frozen.shared:
             result = _linear(inner, frozen.down[expert])  # (n, H)
-            _put(output, token, result if lora is None else _add_linear(result, low_down, factors.down_b), weight)
+            result = result if lora is None else _add_linear(result, low_down, entered.factors.down_b)
+            _put(output, token, result, weight)
         else:
             if lora is not None:
-                _put(output, token, _linear(low_down, factors.down_b), weight)
+                _put(output, token, _linear(low_down, entered.factors.down_b), weight)
             _put(inner_sum, token, inner, weight)
-    return (_add_linear(output, inner_sum, frozen.down) if shared else output), kept
+    return (_add_linear(output, inner_sum, frozen.down) if frozen.shared else output), kept
 
 
 def _run_few(
-    tokens: torch.Tensor,
-    weights: torch.Tensor,
-    index: torch.Tensor,
-    frozen: FrozenWeights,
-    lora: LoraFactors | None,
-    activation: Activation,
+    tokens, weights, index, frozen: FrozenWeights, lora: LoraFactors | None, activation: Activation
 ) -> torch.Tensor:
     """
     [`_run_segments`] for a few tokens, without gradients. Decoding costs what reading weights costs, plus the calls:
@@ -333,19 +359,11 @@ class _SegmentedExperts(torch.autograd.Function):
         order, counts = _sort_by_expert(index, num_experts)
         # From the global generator, so that a checkpointed forward that is run again draws it again.
         seed = int(torch.randint(2**62, ())) if dropout else 0
-        output, kept = _run_segments(
-            tokens,
-            _cut(order, counts, index, weights),
-            FrozenWeights(gate, up, down),
-            lora,
-            ACTIVATIONS[activation],
-            _Dropout(dropout, seed, tokens.device),
-            keep=not recompute,
-        )
+        segments, drop = _cut(order, counts, index, weights), _Dropout(dropout, seed, tokens.device)
+        frozen = FrozenWeights(gate, up, down)
+        output, kept = _run_segments(tokens, segments, frozen, lora, activation, drop, keep=not recompute)
         # All tensors go this way, none on `ctx`: hooks that offload or count what is saved must see them.
-        ctx.save_for_backward(
-            tokens, weights, index, order, gate, up, down, gate_up_a, gate_up_b, down_a, down_b, *kept
-        )
+        ctx.save_for_backward(tokens, weights, index, order, *frozen, gate_up_a, gate_up_b, down_a, down_b, *kept)
         ctx.counts, ctx.settings, ctx.seed = counts, settings, seed
         return output
 
@@ -353,106 +371,94 @@ class _SegmentedExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         with torch.autocast(grad_output.device.type, enabled=False):
-            return _SegmentedExperts._backward(ctx, grad_output.contiguous())
+            grad_tokens, grad_weights, grads = _BackwardPass(ctx, grad_output.contiguous()).run()
+        return grad_tokens, grad_weights, *(None,) * 4, *((None,) * 4 if grads is None else grads[:4]), None
 
-    @staticmethod
-    def _backward(ctx, grad_output):
-        tokens, weights, index, order, *rest = ctx.saved_tensors
+
+class _BackwardPass(_Pass):
+    """Gradients, expert by expert in forward's order, in which dropout draws as it did then."""
+
+    def __init__(self, ctx, grad_output: torch.Tensor):
+        tokens, self.weights, index, self.order, gate, up, down, *rest = ctx.saved_tensors
         _, scaling, activation, probability, recompute = ctx.settings
-        dropout = _Dropout(probability, ctx.seed, tokens.device)
-        frozen, factors, kept = FrozenWeights(*rest[:3]), rest[3:7], iter(rest[7:])
-        lora, scaling = None if factors[0] is None else LoraFactors(*factors, scaling), scaling * dropout.scaling
-        grads = None
+        factors, kept, dropout = rest[:4], iter(rest[4:]), _Dropout(probability, ctx.seed, tokens.device)
+        lora = None if factors[0] is None else LoraFactors(*factors, scaling)
+        segments, frozen = _cut(self.order, ctx.counts, index, self.weights), FrozenWeights(gate, up, down)
+        super().__init__(tokens, segments, frozen, lora, activation, dropout, None if recompute else kept)
+        self.grads = None
         if any(ctx.needs_input_grad[6:10]):
-            grads = LoraFactors(*(torch.zeros_like(factor) for factor in factors), scaling)
-        shared, (hidden, inner_size) = frozen.shared, frozen.down.shape[-2:]
-        segments = _cut(order, ctx.counts, index, weights)
-        scratch = _Scratch(tokens, segments)
+            self.grads = LoraFactors(*(torch.zeros_like(factor) for factor in factors), scaling)
+        self.grad_output, self.grad_tokens = grad_output, torch.zeros_like(tokens)
+        if frozen.shared:
+            self.grad_inner_sum = _linear(grad_output, down.t())  # (N, I)
+            self.grad_base = [torch.zeros_like(base) for base in self.base]
 
-        grad_tokens, grad_weights = torch.zeros_like(tokens), []
-        if shared:
-            if recompute:
-                base_gate, base_up = _linear(tokens, frozen.gate), _linear(tokens, frozen.up)
-            else:
-                base_gate, base_up = next(kept), next(kept)
-            grad_inner_sum = _linear(grad_output, frozen.down.t())  # (N, I)
-            grad_base_gate, grad_base_up = torch.zeros_like(base_gate), torch.zeros_like(base_up)
-        for expert, token, weight, size in segments:
-            # What forward knew.
-            rows = _take(tokens, token, scratch("rows", size, hidden))  # (n, H)
-            if shared:
-                gate = _take(base_gate, token, scratch("gate", size, inner_size))  # (n, I)
-                up = _take(base_up, token, scratch("up", size, inner_size))  # (n, I)
-            elif recompute:
-                gate, up = _linear(rows, frozen.gate[expert]), _linear(rows, frozen.up[expert])
-            else:
-                gate, up = next(kept), next(kept)
-            low = low_down = rows_dropped = inner_dropped = None
-            if lora is not None:
-                factors, rows_dropped = lora.of(expert), dropout.draw(rows)
-                if recompute:
-                    low = _low_rank(rows, factors.gate_up_a, scaling, rows_dropped)  # (n, 2R)
-                else:
-                    low, low_down = next(kept), next(kept)
-                if shared or recompute:
-                    gate, up = _add_low_rank(gate, up, low, factors)
-                inner_dropped = dropout.draw(gate)
+    def run(self) -> tuple[torch.Tensor, torch.Tensor, LoraFactors | None]:
+        """Gradients of tokens `(N, H)`, of routing weights `(N, K)` and of LoRA."""
+        found = [self._one_expert(segment) for segment in self.segments]
+        if self.frozen.shared:
+            for grad, weight in zip(self.grad_base, self.frozen[:2], strict=True):
+                self.grad_tokens = _add_linear(self.grad_tokens, grad, weight.t())
+        grad_weights = torch.empty_like(self.weights)
+        if found:
+            grad_weights.view(-1)[self.order] = torch.cat(found)
+        return self.grad_tokens, grad_weights, self.grads
 
-            # Through the down projection and the gate, first per unit of routing weight.
-            grad_rows = _take(grad_output, token, scratch("grad_rows", size, hidden))  # (n, H)
-            if shared:
-                grad_inner = _take(grad_inner_sum, token, scratch("grad_inner", size, inner_size))  # (n, I)
-            else:
-                grad_inner = _linear(grad_rows, frozen.down[expert].t())
-            if lora is not None:
-                grad_low_down = _linear(grad_rows, factors.down_b.t()).mul_(scaling)  # (n, R)
-                grad_inner = _add_dropped(grad_inner, grad_low_down, factors.down_a.t(), inner_dropped)
-            weight = F.pad(weight, (0, 0, 0, size - weight.shape[0]))
-            inner, grad_gate, grad_up, grad_weight = _gated_backward(
-                grad_inner,
-                gate,
-                up,
-                weight,
-                ACTIVATIONS[activation],
-                inner=scratch("inner", size, inner_size),
-                grad_up=up if shared or recompute else scratch("grad_up", size, inner_size),
-            )
-            grad_weights.append(grad_weight[: token.shape[0]])
+    def _one_expert(self, segment: _Segment) -> torch.Tensor:
+        """Adds to the gradients of tokens and of LoRA; those of the routing weights are returned."""
+        entered, count = self.enter(segment), segment.tokens.shape[0]
+        # Through the down projection and the gate, first per unit of routing weight.
+        grad_rows = self.rows_of(self.grad_output, segment, "grad_rows")  # (n, H)
+        if self.frozen.shared:
+            grad_inner = self.rows_of(self.grad_inner_sum, segment, "grad_inner")  # (n, I)
+        else:
+            grad_inner = _linear(grad_rows, self.frozen.down[segment.expert].t())
+        inner_dropped = grad_low = grad_low_down = None
+        if self.lora is not None:
+            inner_dropped = self.dropout.draw(entered.gate)
+            grad_low_down = _linear(grad_rows, entered.factors.down_b.t()).mul_(self.scaling)  # (n, R)
+            grad_inner = _add_dropped(grad_inner, grad_low_down, entered.factors.down_a.t(), inner_dropped)
+        weight = F.pad(segment.weights, (0, 0, 0, segment.size - count))
+        buffer = partial(self.scratch, size=segment.size, width=entered.up.shape[1])
+        is_kept = not self.frozen.shared and self.kept is not None  # then it must stay what it is
+        grad_up = buffer("grad_up") if is_kept else entered.up
+        inner, grad_gate, grad_up, grad_weight = _gated_backward(
+            grad_inner, entered.gate, entered.up, weight, self.activation, buffer("inner"), grad_up
+        )
+        if self.lora is not None:
+            grad_low = [_linear(grad_gate, entered.factors.gate_b.t()), _linear(grad_up, entered.factors.up_b.t())]
+            grad_low = torch.cat(grad_low, 1).mul_(self.scaling)  # (n, 2R)
+        if self.grads is not None:
+            through = (inner, inner_dropped, grad_low_down * weight, grad_rows)
+            self._to_lora(segment.expert, entered, weight, *through, grad_gate, grad_up, grad_low)
+        self._to_tokens(segment, entered, grad_rows, grad_gate, grad_up, grad_low)
+        return grad_weight[:count]
 
-            # To LoRA.
-            if lora is not None:
-                grad_low = torch.cat([_linear(grad_gate, factors.gate_b.t()), _linear(grad_up, factors.up_b.t())], 1)
-                grad_low.mul_(scaling)  # (n, 2R)
-            if grads is not None:
-                if low_down is None:
-                    low_down = _low_rank(inner, factors.down_a, scaling, inner_dropped)
-                low_gate, low_up = low.chunk(2, dim=1)
-                grad = grads.of(expert)
-                grad.down_b.copy_(_outer(low_down * weight, grad_rows).t())
-                grad.down_a.copy_(_outer(grad_low_down * weight, _drop(inner, inner_dropped)))
-                grad.gate_b.copy_(_outer(low_gate.contiguous(), grad_gate).t())
-                grad.up_b.copy_(_outer(low_up.contiguous(), grad_up).t())
-                grad.gate_up_a.copy_(_outer(grad_low, _drop(rows, rows_dropped)))
+    def _to_lora(
+        self, expert, entered: _Entered, weight, inner, dropped, grad_low_down, grad_rows, grad_gate, grad_up, grad_low
+    ) -> None:
+        low_gate, low_up = entered.low.chunk(2, dim=1)
+        if (low_down := entered.low_down) is None:
+            low_down = _low_rank(inner, entered.factors.down_a, self.scaling, dropped)
+        grad = self.grads.of(expert)
+        grad.down_b.copy_(_outer(low_down * weight, grad_rows).t())
+        grad.down_a.copy_(_outer(grad_low_down, _drop(inner, dropped)))
+        grad.gate_b.copy_(_outer(low_gate.contiguous(), grad_gate).t())
+        grad.up_b.copy_(_outer(low_up.contiguous(), grad_up).t())
+        grad.gate_up_a.copy_(_outer(grad_low, _drop(entered.rows, entered.dropped)))
 
-            # To the tokens.
-            if shared:
-                _put(grad_base_gate, token, grad_gate)
-                _put(grad_base_up, token, grad_up)
-                grad_rows = grad_rows.zero_() if lora is not None else None
-            else:
-                grad_rows = _linear(grad_gate, frozen.gate[expert].t())
-                grad_rows = _add_linear(grad_rows, grad_up, frozen.up[expert].t())
-            if lora is not None:
-                grad_rows = _add_dropped(grad_rows, grad_low, factors.gate_up_a.t(), rows_dropped)
-            if grad_rows is not None:
-                _put(grad_tokens, token, grad_rows)
-        if shared:
-            grad_tokens = _add_linear(grad_tokens, grad_base_gate, frozen.gate.t())
-            grad_tokens = _add_linear(grad_tokens, grad_base_up, frozen.up.t())
-        grad_routing = torch.empty_like(weights)
-        if grad_weights:
-            grad_routing.view(-1)[order] = torch.cat(grad_weights)
-        return grad_tokens, grad_routing, *(None,) * 4, *((None,) * 4 if grads is None else grads[:4]), None
+    def _to_tokens(self, segment: _Segment, entered: _Entered, grad_rows, grad_gate, grad_up, grad_low) -> None:
+        if self.frozen.shared:  # the frozen products come last, once for every token
+            for total, grad in zip(self.grad_base, (grad_gate, grad_up), strict=True):
+                _put(total, segment.tokens, grad)
+            grad_rows.zero_()
+        else:
+            grad_rows = _linear(grad_gate, self.frozen.gate[segment.expert].t())
+            grad_rows = _add_linear(grad_rows, grad_up, self.frozen.up[segment.expert].t())
+        if self.lora is not None:
+            grad_rows = _add_dropped(grad_rows, grad_low, entered.factors.gate_up_a.t(), entered.dropped)
+        if self.lora is not None or not self.frozen.shared:
+            _put(self.grad_tokens, segment.tokens, grad_rows)
 
 
 # Rows
@@ -562,13 +568,7 @@ def _gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation, out: to
 
 
 def _gated_backward(
-    grad_inner: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    weights: torch.Tensor,
-    activation: Activation,
-    inner: torch.Tensor,
-    grad_up: torch.Tensor,
+    grad_inner, gate, up, weights, activation: Activation, inner, grad_up
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Args:
