@@ -16,6 +16,7 @@ SMALLEST = {
     "bench_families.py": ["--only", "Qwen3,Phi-3,Gemma 2", "--check", "merge"],
     "bench_frontends.py": ["--repeats", "2"],
     "bench_hostile_files.py": ["--limit", "60"],
+    "bench_memory.py": ["--only", "tiny"],
     "bench_parity.py": [],
     "bench_training.py": ["--size", "tiny", "--rounds", "1", "--rows", "4", "--threads", "1", "--only", "parts,cache"],
     "bench_routing.py": ["--repeats", "2"],
