@@ -17,7 +17,7 @@ TEST := $(OFFLINE) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 VLLM := .vllm
 VLLM_RELEASE := 0.32.0
 
-.PHONY: demo demo-control study test test-slow test-releases test-newest test-vllm lint clean
+.PHONY: demo demo-control study test test-slow test-releases test-newest test-vllm release-check lint clean
 
 demo: $(DEMO)
 	$(OFFLINE) $(BIN)/python examples/demo/run.py outputs/demo
@@ -45,6 +45,10 @@ test-newest: $(DEV)
 # vLLM itself, in an environment of its own in .vllm.
 test-vllm: $(VLLM)/installed
 	$(TEST) $(VLLM)/bin/python -m pytest -p no:cacheprovider $(addprefix modeling_tests/serving/test_,vllm.py vllm_server.py engine.py)
+
+# Before a release, in a clean clone: tests, demo, wheel, both ends of the range, pages, size.
+release-check: $(DEV)
+	$(BIN)/python benchmarks/release_check.py
 
 lint: $(DEV)
 	$(BIN)/ruff check .

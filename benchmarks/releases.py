@@ -35,7 +35,7 @@ ENVIRONMENT = {
 }
 LIBRARIES = ("torch", "huggingface_hub", "tokenizers", "trl", "peft", "accelerate", "datasets")
 # Where training and tools are tested, on the oldest and the newest release.
-TOOLS = ["mixtures", "original", "training", "evaluation", "insight", "cli", "test_examples.py"]
+TOOLS = ["mixtures", "original", "training", "recipes", "evaluation", "insight", "cli", "test_examples.py"]
 # Logits, of order 0.3, in float32; words and whatever the processor makes must be the same.
 TOLERANCE = 1e-5
 INSTALLED = """
