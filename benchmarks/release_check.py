@@ -4,10 +4,10 @@ What must hold before a release, each in turn, in a clean clone of what is commi
     python benchmarks/release_check.py                      # all of it: an hour on two cores
     python benchmarks/release_check.py --only clone,wheel   # some of it
 
-Steps: `clone` (nothing uncommitted, `make test` in a fresh environment), `demo` (`make demo`, and the README's first block
-in a process without the package), `wheel` (built, installed alone, asked, its command run), `range` (both ends of the
-supported releases of Transformers), `pages` (every block of README and docs, the changelog, the version), `size` (of the
-repository and the wheel). Prints a table, and ends with exit code 1 where a step failed.
+Steps: `size` (of the repository), `pages` (every block of README and docs, the changelog, the version), `wheel` (built,
+installed alone, imported, its command run), `clone` (nothing uncommitted, `make test` in a fresh environment), `demo`
+(`make demo`, and the README's first block beside what it left), `range` (both ends of the supported releases of
+Transformers). Prints a line for each, and ends with exit code 1 where one failed.
 """
 
 import argparse
@@ -100,7 +100,8 @@ def pages(place: Path) -> str:
     news = re.search(r"## Unreleased\n(.*?)(?=\n## )", (place / "CHANGELOG.md").read_text(), flags=re.DOTALL)
     if news and news[1].strip():
         raise RuntimeError("CHANGELOG.md has news under 'Unreleased'; give them the version's title.")
-    said = run(sys.executable, "-m", "pytest", "-q", "modeling_tests/test_docs.py", cwd=place, HF_HUB_OFFLINE="1")
+    command = [sys.executable, "-m", "pytest", "-q", "modeling_tests/test_docs.py"]
+    said = run(*command, cwd=place, HF_HUB_OFFLINE="1", PYTHONPATH=str(place))
     return said.strip().splitlines()[-1]
 
 
