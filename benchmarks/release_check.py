@@ -5,9 +5,9 @@ What must hold before a release, each in turn, in a clean clone of what is commi
     python benchmarks/release_check.py --only clone,wheel   # some of it
 
 Steps: `size` (of the repository), `pages` (every block of README and docs, the changelog, the version), `wheel`
-(built, installed alone, imported, its command run), `clone` (nothing uncommitted, `make test` in a fresh environment), `demo`
-(`make demo`, and the README's first block beside what it left), `range` (both ends of the supported releases of
-Transformers). Prints a line for each, and ends with exit code 1 where one failed.
+(built, installed alone, imported, its command run), `clone` (nothing uncommitted, `make test` in a fresh
+environment), `demo` (`make demo`, and the README's first block beside what it left), `range` (both ends of the
+supported releases of Transformers). Prints a line for each, and ends with exit code 1 where one failed.
 """
 
 import argparse

@@ -67,7 +67,8 @@ def from_pretrained_parts(
             Parts that have been loaded must have it already.
         attn_implementation (`str`, *optional*): Of the model, as in the library.
         config: Further fields of [`UniMoEConfig`], for example `video_pooling`, or `audio_connector_config` for a
-            smaller Q-Former than the paper's, which has 102 M parameters. Those of the parts follow from them.
+            smaller Q-Former than the paper's, which has 102 M parameters. Those of the parts follow from them, and so
+            does `num_speech_query_tokens`: 50, or as many as the speech decoder has positions.
 
     Returns:
         [`UniMoEForConditionalGeneration`] with dense layers only, in evaluation mode; dtype and device are those of
@@ -169,6 +170,10 @@ def _config_of(parts: Mapping[str, Part], config: Mapping[str, Any]) -> UniMoECo
         config = config | patch_settings(parts["vision_tower"], config)
     if "speech_tower" in parts and not has_speech_decoder(parts["speech_tower"]):
         config["speech_connector_config"] = config.get("speech_connector_config") or {}
+    elif "speech_tower" in parts and config.get("num_speech_query_tokens") is None:
+        # Each query has a position in the decoder, and small ones have few.
+        positions = parts["speech_tower"].kind.max_target_positions
+        config["num_speech_query_tokens"] = min(UniMoEConfig.num_speech_query_tokens, positions)
     for name in parts.keys() - {"language_model"}:
         config[name.replace("_tower", "_config")] = parts[name].kind.to_dict()
     try:

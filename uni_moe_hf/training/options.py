@@ -323,7 +323,7 @@ class PartsArguments:
     speech_tower: str | None = field(default=None, metadata={"help": "A Whisper of any size."})
     audio_tower: str | None = field(default=None, metadata={"help": "BEATs (also a .pt), AST, CLAP, Whisper, YAMNet."})
     image_size: int | None = field(default=None, metadata={"help": "Of pictures in pixels; else the tower's own."})
-    num_speech_query_tokens: int = field(default=50, metadata={"help": "Tokens of a window of speech."})
+    num_speech_query_tokens: int | None = field(default=None, metadata={"help": "Tokens of a window of speech (50)."})
     num_audio_query_tokens: int = field(default=50, metadata={"help": "Tokens of a window of sound."})
     cut_speech_windows: bool = field(default=False, metadata={"help": "Hear short speech without padding: faster."})
     audio_connector_config: dict | str | None = field(default=None, metadata={"help": "Of the Q-Former, as JSON."})

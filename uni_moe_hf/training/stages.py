@@ -233,6 +233,8 @@ def stage_table(model: nn.Module, learning_rate: float, learning_rates: Mapping[
     """
     counts = {part: [0, 0] for part in PARTS}
     for name, parameter in model.named_parameters():
+        if ".original_module." in name:  # what PEFT keeps beside its copy is no part of the model
+            continue
         counts[part_of(name)][0 if parameter.requires_grad else 1] += parameter.numel()
     rows = [f"{'part':<26}{'trainable':>14}{'frozen':>16}{'lr':>12}"]
     for part, (trainable, frozen) in counts.items():
