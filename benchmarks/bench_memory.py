@@ -1,11 +1,11 @@
 """
-Is the memory that `uni-moe info --plan` foretells what training takes? Peaks of stages, sizes and options on a CPU.
+Is the memory that `uni-moe info --plan` estimates the memory that training takes? Peaks of stages, sizes and options on a CPU.
 
     python benchmarks/bench_memory.py [--only middle] [--output benchmarks/results/memory.md]
 
 Each case is a process of its own that trains two steps of two batches through `UniMoESFTTrainer`, on rows with
 pictures, speech and sound; its peak is the resident memory since the model was built, less what it was before. Sizes
-are those of `bench_training.py`, and "large" with the shape of Qwen3-0.6B. The second table foretells sizes that
+are those of `bench_training.py`, and "large" with the shape of Qwen3-0.6B. The second table estimates sizes that
 nobody could train here.
 """
 
@@ -64,7 +64,7 @@ def resident() -> int:
 
 
 def measure(size: str, stage: int, dtype: str, option: str) -> dict[str, float]:
-    """In a process of its own: the peak, and what was foretold."""
+    """In a process of its own: the peak, and what was estimated."""
     settings = OPTIONS[option]
     batch = BATCH[size]
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +96,7 @@ def measure(size: str, stage: int, dtype: str, option: str) -> dict[str, float]:
 
 def table(sizes: list[str]) -> list[str]:
     """All cases, each measured twice."""
-    lines = ["| size | stage | dtype | option | rows x tokens | measured, GB | foretold, GB | quotient |"]
+    lines = ["| size | stage | dtype | option | rows x tokens | measured, GB | estimated, GB | quotient |"]
     lines += ["|---|---|---|---|--:|--:|--:|--:|"]
     worst, libraries = 1.0, []
     for case in cases(sizes):
@@ -120,7 +120,7 @@ def table(sizes: list[str]) -> list[str]:
         )
         print(lines[-1], flush=True)
     lines += ["", f"Farthest apart: {100 * (worst - 1):.0f} %. Python and libraries alone: "]
-    lines[-1] += f"{min(libraries) / 1e9:.2f} to {max(libraries) / 1e9:.2f} GB (foretold {LIBRARIES / 1e9:.2f})."
+    lines[-1] += f"{min(libraries) / 1e9:.2f} to {max(libraries) / 1e9:.2f} GB (estimated {LIBRARIES / 1e9:.2f})."
     return lines
 
 
@@ -141,7 +141,7 @@ LLMS = {
 }
 
 
-def foretold(batch: int = 4, tokens: int = 1024) -> list[str]:
+def estimated(batch: int = 4, tokens: int = 1024) -> list[str]:
     """LLMs of three sizes with CLIP-L, Whisper small and BEATs, stage by stage."""
     lines = [f"| LLM | stage | {' | '.join(CHOICES)} |", f"|---|---|{'--:|' * len(CHOICES)}"]
     for name, text in LLMS.items():
@@ -171,7 +171,7 @@ def main() -> None:
         print(json.dumps(measure(size, int(stage), dtype, option)))
         return
     lines = [
-        "# Memory of a training, foretold and measured",
+        "# Memory of a training, estimated and measured",
         "",
         f"{date.today()}, torch {torch.__version__}, a CPU. `python benchmarks/bench_memory.py`; two runs each.",
         "",
@@ -182,7 +182,7 @@ def main() -> None:
         "GB for one process, 4 rows of 1,024 tokens at once, four experts on one base, CLIP-L, Whisper small and ",
         "BEATs. Foretold for a GPU, where nothing of this was measured; kernels there keep somewhat less for dropout.",
         "",
-        *foretold(),
+        *estimated(),
     ]
     publish(lines, args.output)
 

@@ -45,6 +45,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, parts: PartsArgu
     trainer.accelerator.print(stage_table(trainer.model, training_args.learning_rate, script_args.learning_rates))
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"The dense model with trained connectors is in '{training_args.output_dir}'.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
 

@@ -64,7 +64,8 @@ def main(script_args: StageArguments, training_args: SFTConfig, expert: ExpertAr
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     if trainer.accelerator.is_main_process:
-        export_expert(training_args.output_dir, Path(training_args.output_dir) / "expert")
+        exported = export_expert(training_args.output_dir, Path(training_args.output_dir) / "expert")
+        print(f"The adapter is in '{training_args.output_dir}', and as an expert for stage 3 in '{exported}'.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
 

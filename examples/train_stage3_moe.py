@@ -128,6 +128,7 @@ def main(script_args: StageArguments, training_args: SFTConfig, mixture: Mixture
         merged = whole.merge_and_unload()
         merged.save_pretrained(output_dir / "merged")
         processor.save_pretrained(output_dir / "merged")
+        print(f"The adapter is in '{output_dir}', the finished model in '{output_dir / 'merged'}'.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
 

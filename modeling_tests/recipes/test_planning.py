@@ -1,4 +1,4 @@
-"""What a stage needs is foretold as it is counted: parameters, and bytes that layers keep for backward."""
+"""What a stage needs is estimated as it is counted: parameters, and bytes that layers keep for backward."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def kept(model, padded: bool) -> int:
         ("moe", {"num_experts_per_tok": 1}),
     ],
 )
-def test_what_layers_keep_is_foretold_within_a_twentieth(stage, settings, dtype):
+def test_what_layers_keep_is_estimated_within_a_twentieth(stage, settings, dtype):
     settings = {"padded": True, "shared_expert_base": True, **settings}
     padded, recompute = settings.pop("padded"), settings.pop("recompute", False)
     plans, counted = [], []

@@ -197,7 +197,7 @@ def test_a_step_that_fails_ends_the_chain_with_one_sentence(tmp_path):
         capture_output=True, text=True, timeout=120, env=child_environment(PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1"),
     )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "'connectors' ended with exit code 1; what it said stands above" in done.stderr
+    assert "'connectors' failed with exit code 1; see its output above" in done.stderr
     assert json.loads((tmp_path / "out/progress.json").read_text())["connectors"].get("seconds") is None
 
 

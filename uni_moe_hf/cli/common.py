@@ -42,7 +42,12 @@ def new_command(
         "--quiet", action="store_const", const=-1, default=0, dest="loudness", help="no progress bars, no warnings"
     )
     louder.add_argument(
-        "--verbose", action="store_const", const=1, default=0, dest="loudness", help="what the libraries say, too"
+        "--verbose",
+        action="store_const",
+        const=1,
+        default=0,
+        dest="loudness",
+        help="also show the libraries' log messages",
     )
     return parser
 

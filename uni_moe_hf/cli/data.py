@@ -39,12 +39,14 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--question", nargs="+", metavar="TEXT", help="what is asked about plain media")
     parser.add_argument("--no-decode", action="store_true", help="look for media files without opening them")
-    parser.add_argument("--seed", type=int, default=0, help="of what is held out (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the split (default: 0)")
 
     text = "List the rows that training could not use, and count what the others hold."
     parser = _add(data, "check", text, check)
     parser.add_argument("--sheet", metavar="OUT.png", help="a picture of some clips of every modality")
-    parser.add_argument("--model", metavar="CHECKPOINT", help="whose towers they are for (default: all)")
+    parser.add_argument(
+        "--model", metavar="CHECKPOINT", help="accept only the modalities of this model (default: all)"
+    )
     parser.add_argument("--voice", choices=["speech", "audio"], default="speech", help="what `voice` files are")
     parser.add_argument("--no-decode", action="store_true", help="look for media files without opening them")
 

@@ -25,7 +25,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="questions at once (default: 8)")
     parser.add_argument("--workers", type=not_negative, metavar="N", help="processes that read media (default: 1)")
-    parser.add_argument("--predictions", metavar="OUT.jsonl", help="every answer at once; a killed run goes on there")
+    parser.add_argument(
+        "--predictions", metavar="OUT.jsonl", help="save each answer as it is made; run again to resume"
+    )
     parser.add_argument("--original-format", metavar="OUT.json", help="answers in the original's records")
     parser.add_argument("--to-lmms-eval", metavar="DIR", help="write the task and rows for lmms-eval; answers nothing")
     parser.add_argument("--json", metavar="OUT.json", help="figures as JSON ('-': print them instead of the table)")

@@ -15,7 +15,7 @@ def add_command(commands: Any) -> None:
         commands, "info", "Describe a checkpoint without loading its weights.", run, takes_checkpoint=True
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--plan", action="store_true", help="foretell the memory of training it, stage by stage")
+    parser.add_argument("--plan", action="store_true", help="estimate peak training memory for each stage")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="of --plan: rows at once (8)")
     parser.add_argument("--tokens", type=positive, default=512, metavar="N", help="of --plan: of a row (512)")
 

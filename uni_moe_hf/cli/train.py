@@ -20,12 +20,14 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--data", metavar="ROWS", required=True, help="rows to train on, as `uni-moe data rows` makes")
     parser.add_argument("--test", metavar="ROWS", help="rows to evaluate on")
     parser.add_argument("--task", default="short-answers", metavar="NAME", help="what is asked of them")
-    parser.add_argument("--output-dir", default="outputs/mine", metavar="DIR", help="of the training (outputs/mine)")
+    parser.add_argument(
+        "--output-dir", default="outputs/mine", metavar="DIR", help="training output (default: outputs/mine)"
+    )
     parser.add_argument("--output", default="recipe.yaml", metavar="FILE", type=Path, help="default: recipe.yaml")
 
     parser = new_command(commands, "train", "Train the three stages that a YAML file describes, and evaluate.", train)
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="as `uni-moe init` writes it")
-    parser.add_argument("--again", metavar="STEP", help="run this step again, and what follows from it")
+    parser.add_argument("--again", metavar="STEP", help="delete and rerun this step and all that depend on it")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, and run none")
 
 

@@ -1,5 +1,5 @@
 """
-What a stage of training needs, told beforehand: memory, and arithmetic. No weights are loaded.
+Estimates of what a stage of training needs: memory, and arithmetic. No weights are loaded.
 
 Memory has four parts: weights; gradients and the optimiser's states of what is trained; what forward keeps for
 backward; what is in work at once. The first two are counted on an empty model. The third follows from what each module

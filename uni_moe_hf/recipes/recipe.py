@@ -284,8 +284,8 @@ def _run(step: Step) -> None:
         raise
     if code:
         raise ValueError(
-            f"'{step.name}' ended with exit code {code}; what it said stands above. Mend that and give the same "
-            "command again: what is finished is kept, and a stage goes on from its last checkpoint."
+            f"'{step.name}' failed with exit code {code}; see its output above. Fix the problem and run the same command "
+            "again: finished steps are kept, and an interrupted stage resumes from its last checkpoint."
         )
 
 

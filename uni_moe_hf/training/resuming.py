@@ -46,8 +46,8 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     for step in sorted(found, reverse=True):
         if layout := _unknown_layout(found[step]):
             raise ValueError(
-                f"'{found[step]}' holds {layout}, of which cannot be told here whether it is whole; name it in "
-                "`resume_from_checkpoint` to go on from it, or remove it."
+                f"'{found[step]}' holds {layout}, whose completeness cannot be verified; pass it as "
+                "`resume_from_checkpoint` to resume from it, or remove it."
             )
         if reason := what_is_torn(found[step], step):
             logger.warning("Passing over '%s': %s.", found[step], reason)

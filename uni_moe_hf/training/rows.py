@@ -189,7 +189,7 @@ def check_characters(text: str, what: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{what} holds half a character ({error.reason})") from error
+        raise ValueError(f"{what} holds half a character, an unpaired surrogate ({error.reason})") from error
 
 
 # --- Plain columns
