@@ -1,5 +1,5 @@
 """
-Is the memory that `uni-moe info --plan` estimates the memory that training takes? Peaks of stages, sizes and options on a CPU.
+Does `uni-moe info --plan` estimate the memory that training takes? Peaks of stages, sizes and options on a CPU.
 
     python benchmarks/bench_memory.py [--only middle] [--output benchmarks/results/memory.md]
 

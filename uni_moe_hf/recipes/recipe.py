@@ -284,8 +284,8 @@ def _run(step: Step) -> None:
         raise
     if code:
         raise ValueError(
-            f"'{step.name}' failed with exit code {code}; see its output above. Fix the problem and run the same command "
-            "again: finished steps are kept, and an interrupted stage resumes from its last checkpoint."
+            f"'{step.name}' failed with exit code {code}; see its output above. Fix the problem and run the same "
+            "command again: finished steps are kept, and an interrupted stage resumes from its last checkpoint."
         )
 
 
