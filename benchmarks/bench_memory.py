@@ -91,7 +91,7 @@ def measure(size: str, stage: int, dtype: str, option: str) -> dict[str, float]:
         config, STAGES[stage], batch, max(lengths), dtype, modalities=["image"] if stage == 2 else None,
         num_answer_tokens=round(max(learned)), clips=CLIPS, **settings,
     )  # fmt: skip
-    return {"peak": peak - before, "libraries": before, "plan": plan.total + plan.kernels, "tokens": max(lengths)}
+    return {"peak": peak - before, "libraries": before, "plan": plan.total - LIBRARIES, "tokens": max(lengths)}
 
 
 def table(sizes: list[str]) -> list[str]:
@@ -153,7 +153,7 @@ def estimated(batch: int = 4, tokens: int = 1024) -> list[str]:
             audio_config={"model_type": "beats"},
             tie_word_embeddings=text["tie_word_embeddings"],
         )
-        plans = plan_choices(config, batch_size=batch, num_tokens=tokens)
+        plans = plan_choices(config, batch_size=batch, num_tokens=tokens, device="cuda")
         for stage in STAGES.values():
             cells = [f"{each[stage].total / 1e9:.1f}" if stage in each else "" for each in plans.values()]
             lines.append(f"| {name} | {stage} | {' | '.join(cells)} |")

@@ -48,7 +48,9 @@ def test_a_draft_runs_as_it_is_and_has_an_expert_for_every_modality_of_the_rows(
 def test_with_little_memory_batches_are_small_and_layers_are_checkpointed(place, monkeypatch):
     rows = str(place / "rows.jsonl")
     roomy = draft_recipe(parts(place), rows)
-    monkeypatch.setattr(drafting, "_free_memory", lambda: (int(min(roomy.peaks.values()) * 1.2), "float32"))
+    monkeypatch.setattr(
+        drafting, "_free_memory", lambda: (int(min(plan.total for plan in roomy.plans.values()) * 1.2), "float32")
+    )
     tight = yaml.safe_load(draft_recipe(parts(place), rows).text)["connectors"]
     assert tight["per_device_train_batch_size"] < 32
     monkeypatch.setattr(drafting, "_free_memory", lambda: (1000, "float32"))

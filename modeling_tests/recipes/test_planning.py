@@ -100,6 +100,12 @@ def test_every_choice_saves_what_it_says():
     assert own.weights > plans["bfloat16, checkpointing"]["moe"].weights
 
 
+def test_dropout_keeps_less_on_a_gpu_and_there_is_no_runtime():
+    config = tiny_config(dense(2))
+    cpu, gpu = (plan_stage(config, "experts", device=device) for device in ("cpu", "cuda"))
+    assert gpu.kept < cpu.kept and gpu.runtime == 0 < cpu.runtime and gpu.weights == cpu.weights
+
+
 def test_more_rows_take_more_memory_and_arithmetic_but_no_more_weights():
     config = tiny_config(dense(2))
     one, four = plan_stage(config, "experts", 1), plan_stage(config, "experts", 4)
@@ -120,6 +126,7 @@ def test_an_estimate_of_time_is_positive_and_grows():
         ({"stage": "fourth"}, "There is no stage 'fourth'"),
         ({"dtype": "int8"}, "`dtype` is 'int8'"),
         ({"expert_activations": "lose"}, "must be 'save' or 'recompute'"),
+        ({"device": "tpu"}, "must be 'cpu' or 'cuda'"),
     ],
 )
 def test_what_there_is_not_is_said(settings, words):

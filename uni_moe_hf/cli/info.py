@@ -41,26 +41,31 @@ def run(args: argparse.Namespace) -> None:
 def print_plan(args: argparse.Namespace) -> None:
     """Peaks of memory by stage and choice."""
     config = load_config(args.checkpoint)
+    import torch
+
     from ..recipes.planning import plan_choices
     from ..training.stages import STAGES
 
-    plans = plan_choices(config, batch_size=args.batch_size, num_tokens=args.tokens)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plans = plan_choices(config, batch_size=args.batch_size, num_tokens=args.tokens, device=device)
     if args.json:
         facts = {
-            choice: {s: {**vars(p), "total": p.total, "total_on_cpu": p.total_on_cpu} for s, p in each.items()}
-            for choice, each in plans.items()
+            choice: {stage: {**vars(plan), "total": plan.total} for stage, plan in stages.items()}
+            for choice, stages in plans.items()
         }
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
         return
-    lines = [f"GB to train, one process, {args.batch_size} rows of {args.tokens} tokens at once", ""]
+    where = "a GPU" if device == "cuda" else "a CPU, libraries included"
+    lines = [
+        f"Estimated peak in GB, one process on {where}, {args.batch_size} rows of {args.tokens} tokens at once",
+        "",
+    ]
     lines += [f"{'':<36}" + "".join(f"{stage:>12}" for stage in STAGES)]
     for choice, stages in plans.items():
         cells = (f"{stages[stage].total / 1e9:>12.2f}" if stage in stages else f"{'':>12}" for stage in STAGES)
         lines.append(f"{choice:<36}{''.join(cells)}")
     trained = (f"{plans['bfloat16'][stage].trained_parameters / 1e6:>11,.1f}M" for stage in STAGES)
-    lines += ["", f"{'parameters trained':<36}{''.join(trained)}", ""]
-    more = [plan.total_on_cpu - plan.total for stages in plans.values() for plan in stages.values()]
-    lines += [f"On a CPU, libraries and kernels take {min(more) / 1e9:.1f} to {max(more) / 1e9:.1f} GB more."]
+    lines += ["", f"{'parameters trained':<36}{''.join(trained)}"]
     sys.stdout.write("\n".join(lines) + "\n")
 
 

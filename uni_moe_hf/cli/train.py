@@ -45,10 +45,10 @@ def init(args: argparse.Namespace) -> None:
     lines = [f"{'stage':<12}{'trained':>14}{'of':>16}{'memory':>10}{'roughly':>10}"]
     for stage, plan in draft.plans.items():
         lines.append(
-            f"{stage:<12}{plan.trained_parameters:>14,}{plan.parameters:>16,}{draft.peaks[stage] / 1e9:>7.1f} GB"
+            f"{stage:<12}{plan.trained_parameters:>14,}{plan.parameters:>16,}{plan.total / 1e9:>7.1f} GB"
             f"{draft.minutes[stage]:>6.0f} min"
         )
-    if max(draft.peaks.values()) > draft.free:
+    if max(plan.total for plan in draft.plans.values()) > draft.free:
         lines.append(f"That is more than the {draft.free / 1e9:.1f} GB that are free here; take smaller parts.")
     lines.append(f"The recipe is in '{args.output}'. Next: uni-moe train {args.output}")
     sys.stdout.write("\n".join(lines) + "\n")

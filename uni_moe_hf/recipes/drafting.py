@@ -45,14 +45,12 @@ class Draft:
     Args:
         text (`str`): The recipe, as YAML with comments.
         plans (`dict[str, StagePlan]`): Stage -> what it needs.
-        peaks (`dict[str, int]`): Stage -> bytes, where training would run.
         minutes (`dict[str, float]`): Stage -> a rough estimate; of "experts" for all of them.
         free (`int`): Bytes that are free on the machine.
     """
 
     text: str
     plans: dict[str, StagePlan]
-    peaks: dict[str, int]
     minutes: dict[str, float]
     free: int
 
@@ -151,15 +149,10 @@ def _fitting(
         size = BATCHES[stage]
         while size:
             plan = plan_stage(config, stage, size, gradient_checkpointing=checkpointing, **settings)
-            if _peak(plan) <= SHARE * free:
+            if plan.total <= SHARE * free:
                 return size, checkpointing, plan
             size //= 2
     return 1, True, plan
-
-
-def _peak(plan: StagePlan) -> int:
-    """Bytes, where training would run."""
-    return plan.total if torch.cuda.is_available() else plan.total_on_cpu
 
 
 def _rate(stage: str, width: int) -> float:
@@ -190,6 +183,7 @@ def _written(
     settings["clips"] = {kind: kinds[kind] / num_rows for kind in kinds}
     plans, minutes, sections = {}, {}, {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings["device"] = device
     for stage in STAGES:
         more = {"num_experts": len(experts) + 1} if stage == "moe" else {}
         if stage == "experts":
@@ -213,7 +207,7 @@ def _written(
             }
     shared = {"dataset_name": data, "feature_cache": f"{output_dir}/features", "fill_feature_cache": True}
     shared |= {"dtype": dtype, "live_figures": True, "report_to": "none", "logging_steps": 10, "seed": 0}
-    told = {stage: f"{_peak(plan) / 1e9:.1f} GB, some {minutes[stage]:.0f} min here" for stage, plan in plans.items()}
+    told = {stage: f"{plan.total / 1e9:.1f} GB, some {minutes[stage]:.0f} min here" for stage, plan in plans.items()}
     blocks = [
         _comment(
             f"uni-moe train FILE. Written for {num_rows:,} rows ({_counted(kinds)}) of up to {tokens} tokens, and a "
@@ -250,8 +244,7 @@ def _written(
             _comment("Questions about rows held out, and the same with another row's media: what is left is guessed.")
             + _block({"evaluation": asked})
         )
-    peaks = {stage: _peak(plan) for stage, plan in plans.items()}
-    return Draft("\n".join(blocks), plans, peaks, minutes, free)
+    return Draft("\n".join(blocks), plans, minutes, free)
 
 
 def _comment(text: str) -> str:

@@ -55,7 +55,7 @@ class StagePlan:
         parameters (`int`): All of the model.
         trained_parameters (`int`): Those that are trained.
         flops (`float`): Floating-point operations of a batch, forward and backward.
-        kernels (`int`): On a CPU: compiled kernels.
+        runtime (`int`): On a CPU: Python, libraries and compiled kernels. On a GPU 0; the driver takes some hundred MB.
     """
 
     stage: str
@@ -66,17 +66,12 @@ class StagePlan:
     parameters: int
     trained_parameters: int
     flops: float
-    kernels: int
+    runtime: int
 
     @property
     def total(self) -> int:
-        """The peak on a GPU: all four parts."""
-        return self.weights + self.trained + self.kept + self.working
-
-    @property
-    def total_on_cpu(self) -> int:
-        """The peak of a process on a CPU, libraries included."""
-        return self.total + self.kernels + int(LIBRARIES)
+        """The peak, in bytes."""
+        return self.weights + self.trained + self.kept + self.working + self.runtime
 
 
 def plan_stage(
@@ -96,6 +91,7 @@ def plan_stage(
     num_answer_tokens: int = 64,
     clips: Mapping[str, float] | None = None,
     padded: bool = True,
+    device: str = "cpu",
 ) -> StagePlan:
     r"""
     Args:
@@ -116,17 +112,21 @@ def plan_stage(
         clips (`dict[str, float]`, *optional*): Modality -> clips in a row; by default one of each that the model
             takes.
         padded (`bool`, *optional*, defaults to `True`): Whether rows of a batch differ in length.
+        device (`str`, *optional*, defaults to `"cpu"`): Or `"cuda"`, where dropout keeps a quarter of what it keeps on
+            a CPU.
 
     Returns:
         [`StagePlan`].
 
     Raises:
-        ValueError: there is no such stage, dtype or way to keep activations.
+        ValueError: there is no such stage, dtype, device or way to keep activations.
     """
     if stage not in STAGES:
         raise ValueError(f"There is no stage {stage!r}; the stages are {list(STAGES)}.")
     if dtype not in BYTES:
         raise ValueError(f"`dtype` is {dtype!r}; it must be one of {list(BYTES)}.")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"`device` is {device!r}; it must be 'cpu' or 'cuda'.")
     if expert_activations not in ("save", "recompute"):
         raise ValueError(f"`expert_activations` is {expert_activations!r}; it must be 'save' or 'recompute'.")
     model = _prepared(config, stage, num_experts, shared_base, lora_rank, modalities)
@@ -144,7 +144,7 @@ def plan_stage(
             weights += count * (BYTES_4BIT if load_in_4bit and IN_4BIT.search(name) else size)
     layers = [module for name, module in model.named_modules() if LAYER.search(name)]
     kept_by = [
-        _kept_by_layer(layer, model.config, batch_size, num_tokens, size, is_padded, expert_activations)
+        _kept_by_layer(layer, model.config, batch_size, num_tokens, size, is_padded, expert_activations, device)
         for layer in layers
     ]
     text = model.config.get_text_config()
@@ -171,7 +171,7 @@ def plan_stage(
         parameters=round(parameters),
         trained_parameters=round(trained),
         flops=_flops(model, batch_size, num_tokens, gradient_checkpointing),
-        kernels=round(KERNELS + KERNELS_PER_SPARSE_LAYER[dtype] * text.mlp_layer_types.count("sparse")),
+        runtime=_runtime(dtype, text.mlp_layer_types.count("sparse")) if device == "cpu" else 0,
     )
 
 
@@ -264,6 +264,7 @@ def _kept_by_layer(
     size: int,
     is_padded: bool,
     expert_activations: str,
+    device: str,
 ) -> float:
     """Bytes that a decoder layer keeps for backward."""
     text, tokens = config.text_config, batch_size * num_tokens
@@ -280,8 +281,10 @@ def _kept_by_layer(
             per_head = {"q_norm": heads, "k_norm": keys}.get(name.rpartition(".")[2], 1)
             width = module.weight.numel()
             number += 4 * (width + 1) * (per_head if width == head else 1)
-        elif hasattr(module, "lora_A"):  # rows in float32, before dropout and after, and those of low rank
-            number += sum(8 * first.in_features + 4 * first.out_features for first in module.lora_A.values())
+        elif hasattr(module, "lora_A"):  # rows after dropout in float32, what it dropped, and rows of low rank
+            dropped = 4 if device == "cpu" else 1
+            for first in module.lora_A.values():
+                number += (4 + dropped) * first.in_features + 4 * first.out_features
     if not isinstance(layer.mlp, UniMoESparseMoeBlock):
         return tokens * (number + 3 * size * text.intermediate_size)
     routed, rank = text.num_experts_per_tok, text.expert_lora_rank
@@ -292,6 +295,11 @@ def _kept_by_layer(
         number += 2 * size * text.intermediate_size * (1 if text.shared_expert_base else routed)
     factors = sum(each.numel() for each in layer.mlp.experts.parameters() if each.requires_grad)
     return tokens * number + (factors * size if size < 4 else 0)
+
+
+def _runtime(dtype: str, num_sparse_layers: int) -> int:
+    """Bytes of a process on a CPU that are no tensors."""
+    return round(LIBRARIES + KERNELS + KERNELS_PER_SPARSE_LAYER[dtype] * num_sparse_layers)
 
 
 def _kept_by_connectors(model: nn.Module, counts: Mapping[str, float]) -> float:
