@@ -1,4 +1,4 @@
-"""Figures that a training sends to TensorBoard and Trackio."""
+"""Figures of a training: sent to TensorBoard and Trackio, or files in its folder."""
 
 import sys
 from types import SimpleNamespace
@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_model
 from tiny_training import make_own_trainer, write_media
 
-from uni_moe_hf import RoutingFiguresCallback
+from uni_moe_hf import LiveFiguresCallback, RoutingFiguresCallback
+from uni_moe_hf.insight import live
 from uni_moe_hf.mixtures.routing import RoutingReport
 
 
@@ -53,6 +55,22 @@ def test_without_a_place_for_them_there_are_no_figures_and_bad_numbers_are_refus
     assert len(trainer.callback_handler.callbacks) == before
     with pytest.raises(ValueError, match="`routing_figures` is -1"):
         RoutingFiguresCallback.add_to(trainer, -1)
+
+
+@pytest.mark.parametrize(("stage", "drawn"), [("connectors", {"losses"}), ("moe", {"losses", "routing"})])
+def test_live_figures_are_whole_files_in_the_folder_of_the_stage(media, tmp_path, stage, drawn, monkeypatch):
+    monkeypatch.setattr(live, "PAUSE", 0.0)
+    dense = {"mlp_layer_types": ["dense", "dense"]}
+    trainer = make_own_trainer(media, tmp_path, tiny_model(dense if stage == "connectors" else None), stage)
+    LiveFiguresCallback.add_to(trainer, False)
+    LiveFiguresCallback.add_to(trainer, True)
+    assert sum(isinstance(each, LiveFiguresCallback) for each in trainer.callback_handler.callbacks) == 1
+    trainer.train()
+    folder = tmp_path / "figures"
+    assert {file.name for file in folder.iterdir()} == {f"{name}.png" for name in drawn}
+    for file in folder.iterdir():
+        with Image.open(file) as figure:
+            assert figure.width > 500 and len(set(np.asarray(figure.convert("L")).flat)) > 20
 
 
 def test_specialisation_is_1_where_the_expert_tells_the_modality_and_0_where_it_does_not():

@@ -10,6 +10,7 @@ from trl import SFTConfig
 
 from uni_moe_hf import StageArguments
 from uni_moe_hf.training.options import PartsArguments, parse_options
+from uni_moe_hf.training.rows import row_modalities
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +114,21 @@ def test_a_row_that_cannot_be_used_is_told_before_models_are_loaded(data, tmp_pa
     args.check_modalities(rows, ["image"], tiny_processor())
     with pytest.raises(ValueError, match="The expert is for speech, but of 1 rows none holds it; they hold image"):
         args.check_modalities(rows, ["speech"], tiny_processor())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_expert_may_be_trained_on_the_rows_of_its_modalities_alone(data, tmp_path, streaming):
+    more = ["--dataset_streaming", "true"] if streaming else []
+    args, _ = parsed(tmp_path, "--dataset_name", str(data / "rows.jsonl"), *more)
+    processor, whole = tiny_processor(), list(args.rows())
+    kinds = {
+        kind: [row for row in whole if kind in row_modalities(row)[0]]
+        for kind in ("image", "video", "audio", "speech")
+    }
+    for wanted in (["image"], ["audio", "speech"]):
+        found = list(args.only_with(args.rows(), wanted, processor))
+        expected = [row["_row"] for row in whole if any(row in kinds[kind] for kind in wanted)]
+        assert sorted(row["_row"] for row in found) == sorted(expected) and 0 < len(found) < len(whole)
+    # What cannot be read stays, for the collator to name.
+    broken = Dataset.from_list([{"nothing": "known"}])
+    assert [*args.only_with(broken, ["image"], processor)] == [broken[0]]

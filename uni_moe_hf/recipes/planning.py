@@ -55,7 +55,7 @@ class StagePlan:
         parameters (`int`): All of the model.
         trained_parameters (`int`): Those that are trained.
         flops (`float`): Floating-point operations of a batch, forward and backward.
-        runtime (`int`): On a CPU: Python, libraries and compiled kernels. On a GPU 0; the driver takes some hundred MB.
+        runtime (`int`): On a CPU: Python, libraries and compiled kernels. On a GPU 0, besides what the driver takes.
     """
 
     stage: str
