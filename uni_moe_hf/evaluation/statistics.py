@@ -92,7 +92,7 @@ class Contributions:
         return replace(found, low=max(found.low, -1.0), high=min(found.high, 1.0)) if doubt else found
 
     def _doubt(self) -> float:
-        """What a share may be that was never seen in so many trials, at 97.5 %; 0 for what is no such share."""
+        """Exact 97.5 % upper bound of a proportion with no success in so many trials; 0 if the metric is none."""
         trials = self.rows[:, 1].sum() if self.is_share and np.isin(self.rows, (0.0, 1.0)).all() else 0
         return 1 - ((1 - LEVEL) / 2) ** (1 / trials) if trials else 0.0
 

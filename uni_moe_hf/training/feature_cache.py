@@ -70,7 +70,7 @@ class Found:
     What a cache knows of the clips of one modality.
 
     Args:
-        keys (`list[ClipKey]`): One per clip; none where nobody would store what is missing.
+        keys (`list[ClipKey]`): One key per clip; empty if missing features would not be stored.
         states (`dict[str, torch.Tensor]`, *optional*): A part of the model's `tower_states`; `None` where clips are
             missing and the cache may be filled.
         units (`list[int]`): Windows or frames of each clip, 1 for a picture.
