@@ -102,7 +102,7 @@ def test_what_nothing_can_be_made_of_is_named_and_the_rest_is_kept(tmp_path):
     gathered = gather_rows(root)
     assert told(gathered) == [("pets", "image", "What is in the picture?", "cat")]
     lines = "\n".join(gathered.left_out)
-    for words in (names[0], "lost.png", "answer is empty", "no row of the folder's table names it", "empty.mp3",
+    for words in (names[0], "lost.png", "answer is empty", "list.csv' names it", "empty.mp3",
                   "nothing says what it is"):  # fmt: skip
         assert words in lines, words
     assert len(gathered.left_out) == 6
@@ -191,3 +191,103 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         write_rows([{"messages": []}], file)
     assert file.read_text() == "before"
+
+
+def files_of_rows(file: Path) -> set[str]:
+    found = set()
+    for line in file.read_text().splitlines():
+        for part in json.loads(line)["messages"][0]["content"]:
+            sources = part.get("path", part.get("video", []))
+            sources = [sources] if isinstance(sources, str) else sources
+            found |= {str((file.parent / each).resolve()) for each in sources}
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_file_under_several_names_is_one_file(tmp_path, seed):
+    names = images(tmp_path / "all/pets", 12)
+    (tmp_path / "all/links").mkdir()
+    for name in names[:4]:
+        (tmp_path / "all/links" / name).symlink_to(tmp_path / "all/pets" / name)
+    rows = [{"file": f"../pets/{name}", "question": "Again?", "answer": "yes"} for name in names[3:9]]
+    (tmp_path / "all/again").mkdir()
+    table(tmp_path / "all/again/list.csv", rows)
+    frames = [{"video": json.dumps([f"../pets/{names[8]}", f"../pets/{names[9]}"]), "answer": "moving"}]
+    table(tmp_path / "all/again/films.csv", frames)
+    out = tmp_path / "rows"
+    command = ["data", "rows", str(tmp_path / "all"), "--output", str(out), "--hold-out", "0.4", "--seed", str(seed)]
+    assert main(command) == 1  # files of a folder of which tables speak
+    train, test = (files_of_rows(out / f"{name}.jsonl") for name in ("train", "test"))
+    assert train and not train & test
+    assert all(file.startswith(str(tmp_path / "all/pets")) for file in train | test)
+    for file in out.iterdir():
+        assert list(check_rows(file)) == [] and str(tmp_path) not in file.read_text()
+
+
+def test_rows_that_were_written_before_are_not_gathered_and_an_old_split_does_not_stay(tmp_path, capsys):
+    images(tmp_path / "all/cats", 8)
+    command = ["data", "rows", str(tmp_path / "all"), "--output", str(tmp_path / "all/rows"), "--hold-out"]
+    assert main([*command, "0.25"]) == 0 and main([*command, "0.25"]) == 0
+    lines = [(tmp_path / f"all/rows/{name}.jsonl").read_text().splitlines() for name in ("train", "test")]
+    assert [len(each) for each in lines] == [6, 2]
+    assert main([*command, "0"]) == 0
+    assert len((tmp_path / "all/rows/train.jsonl").read_text().splitlines()) == 8
+    assert not (tmp_path / "all/rows/test.jsonl").exists()
+    (tmp_path / "file").write_text("")
+    assert main(["data", "rows", str(tmp_path / "all"), "--output", str(tmp_path / "file")]) == 1
+    assert "is a file; name a folder" in capsys.readouterr().err
+
+
+def test_a_table_speaks_for_folders_below_it_and_rows_without_a_file_are_left_out(tmp_path):
+    names = images(tmp_path / "set/imgs", 3)
+    table(tmp_path / "set/list.csv", [{"file": f"imgs/{names[0]}", "label": "blue"}, {"file": "", "label": "dog"}])
+    gathered = gather_rows(tmp_path / "set")
+    assert [row["answer"] for row in gathered.rows] == ["blue"]
+    lines = "\n".join(gathered.left_out)
+    assert names[1] in lines and names[2] in lines and "it names no file in 'file'" in lines
+
+
+@pytest.mark.parametrize(
+    "content", ["file,label\na picture 0.png,caf\u00e9\n".encode("latin-1"), b"file\tlabel\na picture 0.png\tcat\n"]
+)
+def test_beside_a_table_that_says_nothing_the_folder_is_no_label(tmp_path, content):
+    images(tmp_path / "all/holiday", 2)
+    images(tmp_path / "all/cats", 1)
+    (tmp_path / "all/holiday/list.csv").write_bytes(content)
+    gathered = gather_rows(tmp_path / "all")
+    assert [row["answer"] for row in gathered.rows] == ["cats"]
+    assert sum("names it" in line for line in gathered.left_out) == 2
+
+
+def test_texts_beside_files_are_utf_8_in_any_case_of_their_ending(tmp_path):
+    images(tmp_path / "all/pets", 3)
+    (tmp_path / "all/pets/a picture 0.TXT").write_bytes("\ufeffa cat".encode())
+    (tmp_path / "all/pets/a picture 1.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    gathered = gather_rows(tmp_path / "all")
+    assert sorted(row["answer"] for row in gathered.rows) == ["a cat", "pets"]
+    assert "is not UTF-8" in gathered.left_out[0]
+
+
+def test_addresses_and_data_stay_as_they_are(tmp_path):
+    (tmp_path / "web").mkdir()
+    addresses = ["https://example.com/y.jpg", "data:image/png;base64,AAAA"]
+    table(tmp_path / "web/list.csv", [{"image": address, "label": "a"} for address in addresses])
+    write_rows(gather_rows(tmp_path / "web", columns="label=answer", decode=False).rows, tmp_path / "rows.jsonl")
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert [json.loads(line)["messages"][0]["content"][0]["path"] for line in lines] == addresses
+
+
+def test_what_is_unknown_is_named_what_is_hidden_is_passed_over_and_links_are_followed(tmp_path):
+    images(tmp_path / "elsewhere/cats", 2)
+    images(tmp_path / "all/dogs", 1)
+    images(tmp_path / "all/.trash", 1)
+    (tmp_path / "all/cats").symlink_to(tmp_path / "elsewhere/cats")
+    (tmp_path / "all/again").symlink_to(tmp_path / "all")
+    for name in ("raw.cr2", "noending", ".hidden.png"):
+        (tmp_path / "all/dogs" / name).write_bytes(b"x")
+    with open(bytes(tmp_path / "all/dogs") + b"/a\xff.jpg", "wb") as file:
+        file.write(b"x")
+    gathered = gather_rows(tmp_path / "all")
+    assert sorted(row["answer"] for row in gathered.rows) == ["cats", "cats", "dogs"]
+    lines = "\n".join(gathered.left_out)
+    assert "raw.cr2" in lines and "noending" in lines and "is no valid text" in lines and len(gathered.left_out) == 3

@@ -109,10 +109,13 @@ def rows(args: argparse.Namespace) -> int:
     from ..recipes.gathering import gather_rows, hold_out, write_rows
 
     register()
-    gathered = gather_rows(args.folders, args.speech, args.columns, args.question, not args.no_decode)
+    if args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"--output '{args.output}' is a file; name a folder.")
+    gathered = gather_rows(args.folders, args.speech, args.columns, args.question, not args.no_decode, args.output)
     parts = dict(zip(("train", "test"), hold_out(gathered.rows, args.hold_out, args.seed), strict=True))
     args.output.mkdir(parents=True, exist_ok=True)
     for name, made in parts.items():
+        (args.output / f"{name}.jsonl").unlink(missing_ok=True)  # of another split
         if made:
             write_rows(made, args.output / f"{name}.jsonl", ("task",) if name == "test" else ())
     count = _list(f"left out: {line}" for line in gathered.left_out)
@@ -152,7 +155,7 @@ def check(args: argparse.Namespace) -> int:
 
         media_root = reading.pop("media_root")
         looked_at = ({**row, **({"_root": media_root} if media_root else {})} for row in iter_rows(source, **reading))
-        shown = contact_sheet(looked_at, args.sheet)
+        shown = contact_sheet(looked_at, args.sheet, voice=args.voice)
         sys.stdout.write(f"'{args.sheet}' shows {', '.join(f'{n} of {kind}' for kind, n in shown.items())}\n")
     held = ", ".join(f"{rows} of {kind}" for kind, rows in kinds.most_common())
     sys.stdout.write(f"rows that can be used: {held or 'none'}\n")

@@ -17,12 +17,16 @@ NAMES = {"image": "pictures", "video": "videos, three frames", "audio": "sounds"
 WINDOW, STEP = 400, 160  # samples at 16 kHz: 25 ms every 10 ms
 
 
-def contact_sheet(rows: Iterable[Mapping[str, Any]], file: str | Path, per_modality: int = 12) -> dict[str, int]:
+def contact_sheet(
+    rows: Iterable[Mapping[str, Any]], file: str | Path, per_modality: int = 12, voice: str = "speech"
+) -> dict[str, int]:
     r"""
     Args:
         rows (`Iterable[dict]`): In any form of [`row_to_messages`]; those that cannot be read are passed over.
         file (`str` or `Path`): PNG file to write.
         per_modality (`int`, *optional*, defaults to 12): Clips that are shown of each modality.
+
+        voice (`str`, *optional*, defaults to `"speech"`): What the original format's `voice` files are.
 
     Returns:
         `dict[str, int]`: modality -> clips shown.
@@ -37,7 +41,7 @@ def contact_sheet(rows: Iterable[Mapping[str, Any]], file: str | Path, per_modal
     shown: dict[str, list[tuple[np.ndarray, str]]] = {}
     for row in rows:
         try:
-            for modality, source, text in _clips(row):
+            for modality, source, text in _clips(row, voice):
                 if len(shown.setdefault(modality, [])) < per_modality:
                     shown[modality].append((_seen(modality, source), text))
         except (ValueError, OSError):  # `check_rows` names it
@@ -51,10 +55,10 @@ def contact_sheet(rows: Iterable[Mapping[str, Any]], file: str | Path, per_modal
     return {modality: len(clips) for modality, clips in shown.items()}
 
 
-def _clips(row: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
+def _clips(row: Mapping[str, Any], voice: str) -> list[tuple[str, Any, str]]:
     """Modality, source and text of each clip of a row."""
     root = row.get("_root")
-    messages = rooted(row_to_messages(row), None if root is None else Path(root))
+    messages = rooted(row_to_messages(row, voice), None if root is None else Path(root))
     answers = [message for message in messages if message.get("role") == "assistant"]
     answer = " ".join(part.get("text", "") for part in parts_of(answers)).strip()
     asked = [message for message in messages if message.get("role") == "user"]

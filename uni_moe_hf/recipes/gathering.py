@@ -53,12 +53,14 @@ def gather_rows(
     columns: Any = None,
     question: str | list[str] | None = None,
     decode: bool = True,
+    without: str | Path | None = None,
 ) -> Gathered:
     r"""
     Args:
-        folders (`str`, `Path` or `list`): Searched with all that is in them. In each folder counts what is found
-            first: a table (`.csv`, `.tsv`, `.json`, `.jsonl`, `.parquet`) with a column that names files; a `.txt`
-            of the same name beside a file; the folder's own name.
+        folders (`str`, `Path` or `list`): Searched with all folders in them, hidden ones aside. What a file is comes
+            from a table (`.csv`, `.tsv`, `.json`, `.jsonl`, `.parquet`) that names it, from a `.txt` of the same name
+            beside it, or else from the name of its folder. In a folder of which a table speaks, other files are left
+            out.
         speech (`Iterable[str]`, *optional*): Names of folders whose sound is spoken language. So is that of a table
             with a column called `transcript`, `transcription` or `sentence`.
         columns (`dict[str, str]` or `list[str]`, *optional*): Of tables, as in [`load_rows`]; where the names do not
@@ -67,6 +69,7 @@ def gather_rows(
             `DEFAULT_QUESTIONS`.
         decode (`bool`, *optional*, defaults to `True`): Whether every file is read once, so that what is broken is
             left out now, and does not stop a training.
+        without (`str` or `Path`, *optional*): A folder that is passed over: where rows are written.
 
     Returns:
         [`Gathered`].
@@ -77,11 +80,13 @@ def gather_rows(
     places = [Path(each) for each in ([folders] if isinstance(folders, str | Path) else folders)]
     if missing := [place for place in places if not place.is_dir()]:
         raise ValueError(f"There is no folder '{missing[0]}'; name one with media in it.")
-    gathered, spoken = Gathered(), {str(name).strip("/") for name in speech}
+    spoken = {str(name).strip("/") for name in speech}
+    gatherer = _Gatherer(spoken, columns, question)
     for place in places:
-        for folder, _, names in sorted(os.walk(place)):
-            files = sorted(Path(folder, name) for name in names if not name.startswith("."))
-            _gather_folder(place, Path(folder), files, spoken, columns, question, gathered)
+        gatherer.walk(place, None if without is None else Path(without).resolve())
+    gatherer.read_tables()
+    gatherer.read_files()
+    gathered = gatherer.gathered
     if decode:
         _leave_out_unreadable(gathered)
     if lost := sorted(spoken - {part for row in gathered.rows for part in (row["task"], *row.pop("_folders"))}):
@@ -132,68 +137,149 @@ def write_rows(rows: Iterable[Mapping[str, Any]], file: Path, columns: tuple[str
     """
     here = file.parent.resolve()
 
-    def relative(part: Mapping[str, Any]) -> dict[str, Any]:
-        return {**part, "path": os.path.relpath(part["path"], here)} if "path" in part else dict(part)
+    def relative(source: Any) -> Any:
+        if isinstance(source, list):
+            return [relative(each) for each in source]
+        return os.path.relpath(source, here) if _is_file_name(source) else source
+
+    def moved(part: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: relative(value) if key in ("path", *MODALITIES) else value for key, value in part.items()}
 
     partial = file.with_name(f".{file.name}.partial")
     with open(partial, "w", encoding="utf-8") as out:
         for row in rows:
-            messages = [{**m, "content": [*map(relative, m["content"])]} for m in row["messages"]]
+            messages = [{**m, "content": [*map(moved, m["content"])]} for m in row["messages"]]
             others = {name: row[name] for name in columns}
             out.write(json.dumps({"messages": messages, **others}, ensure_ascii=False) + "\n")
     os.replace(partial, file)
 
 
-def _gather_folder(
-    root: Path,
-    folder: Path,
-    files: list[Path],
-    spoken: set[str],
-    columns: Any,
-    question: str | list[str] | None,
-    gathered: Gathered,
-) -> None:
-    """Rows of the files of one folder, those below it aside."""
-    folders = folder.resolve().relative_to(root.resolve().parent).parts
-    task = "/".join(folders[1:2]) or folders[0]
-    is_spoken = bool(spoken & {*folders})
-    named: set[Path] = set()
+@dataclass
+class _Folder:
+    """A folder of media: its files, the folders it lies in, the first of which was given, and what rows are called."""
 
-    def add(row: dict[str, Any], what: str) -> None:
+    path: Path
+    files: list[Path]
+    parts: tuple[str, ...]
+    is_spoken: bool
+
+    @property
+    def task(self) -> str:
+        return (self.parts[1:2] or self.parts)[0]
+
+
+class _Gatherer:
+    """Tables first, wherever they lie; then the files that none of them names."""
+
+    def __init__(self, spoken: set[str], columns: Any, question: str | list[str] | None):
+        self.spoken, self.columns, self.question = spoken, columns, question
+        self.gathered, self.folders = Gathered(), []
+        self.named: set[str] = set()
+        self.covered: dict[str, str] = {}  # folder of which a table speaks -> the table
+
+    def walk(self, root: Path, without: Path | None) -> None:
+        seen = set()
+        for folder, inner, names in os.walk(root, followlinks=True):
+            path = Path(folder).resolve()
+            inner[:] = sorted(name for name in inner if not name.startswith("."))
+            if path in seen or path == without:  # a link to where we have been
+                inner.clear()
+                continue
+            seen.add(path)
+            files = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+            for file in [file for file in files if not _has_plain_name(file)]:
+                files.remove(file)
+                self._leave_out(repr(file.name), f"its name, in '{folder}', is no valid text; rename it")
+            parts = (root.resolve().name, *Path(folder).relative_to(root).parts)
+            self.folders.append(_Folder(Path(folder), files, parts, bool(self.spoken & {*parts})))
+
+    def read_tables(self) -> None:
+        """Rows of tables; the files that they name, and their folders, are theirs."""
+        for folder in self.folders:
+            for table in [file for file in folder.files if kind_of(file)]:
+                self.covered.setdefault(str(folder.path.resolve()), str(table))
+                for row in _table(table, self.columns, self.question, folder.is_spoken, self.gathered):
+                    lacking, number = row.pop("_lacks_file"), row["_row"]
+                    if lacking:
+                        self._leave_out(f"row {number} of '{table}'", f"it names no file in '{lacking}'")
+                        continue
+                    for source in self._add(row, f"row {number} of '{table}'", folder):
+                        self.named.add(source)
+                        self.covered.setdefault(str(Path(source).parent), str(table))
+
+    def read_files(self) -> None:
+        """A row for each file that no table names."""
+        for folder in self.folders:
+            texts = {file.stem: file for file in folder.files if file.suffix.lower() == ".txt"}
+            media = {file.stem for file in folder.files if _kind(file, False)}
+            for file in folder.files:
+                kind = _kind(file, folder.is_spoken)
+                if str(file.resolve()) in self.named or kind_of(file) or (kind is None and file.stem in media):
+                    continue
+                if kind is None:
+                    self._leave_out(f"'{file}'", "it is no kind of file that is known")
+                    continue
+                try:
+                    answer = self._answer(file, folder, texts.get(file.stem))
+                except ValueError as error:
+                    self._leave_out(f"'{file}'", str(error))
+                    continue
+                row = {kind: str(file.resolve()), "answer": answer}
+                row["question"] = _drawn(self.question, kind, file.name)
+                self._add(row, f"'{file}'", folder)
+
+    def _answer(self, file: Path, folder: _Folder, beside: Path | None) -> str:
+        if beside is not None:
+            try:
+                return beside.read_text(encoding="utf-8-sig").strip()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"the text in '{beside.name}' is not UTF-8; save it as UTF-8") from error
+        if table := self.covered.get(str(file.resolve().parent)):
+            raise ValueError(f"no row of '{table}' names it")
+        if len(folder.parts) == 1:
+            raise ValueError("nothing says what it is; put it into a folder of that name")
+        return folder.path.name.replace("_", " ")
+
+    def _add(self, row: dict[str, Any], what: str, folder: _Folder) -> list[str]:
+        """Adds a row; the files that it names."""
+        sources: list[str] = []
         try:
-            messages = rooted(row_to_messages(row), folder.resolve())
+            messages = rooted(row_to_messages(row), folder.path.resolve())
             messages = [{**m, "content": [_plain_part(part) for part in parts_of([m])]} for m in messages]
+            sources = [source for m in messages for part in m["content"] for source in files_of(part)]
+            if lost := [source for source in sources if not Path(source).is_file()]:
+                raise ValueError(f"there is no file '{lost[0][:200]}'")
             answer = " ".join(part["text"] for part in messages[-1]["content"] if part["type"] == "text").strip()
             if not answer:
                 raise ValueError("its answer is empty")
-            paths = [part["path"] for m in messages for part in m["content"] if "path" in part]
-            if lost := [path for path in paths if "://" not in path and not Path(path).is_file()]:
-                raise ValueError(f"there is no file '{lost[0]}'")
-        except ValueError as error:
-            gathered.left_out.append(f"{what}: {' '.join(str(error).split())}")
-            return
-        gathered.rows.append({"messages": messages, "task": task, "answer": answer, "_folders": folders})
-
-    for table in [file for file in files if kind_of(file)]:
-        for row in _table(table, columns, question, is_spoken, gathered):
-            named |= {(folder / str(value)).resolve() for value in row.pop("_files", ())}
-            add(row, f"row {row['_row']} of '{table}'")
-    for file in files:
-        kind = _kind(file, is_spoken)
-        if kind is None or file.resolve() in named:
-            continue
-        beside = file.with_suffix(".txt")
-        if beside.is_file():
-            text = beside.read_text(encoding="utf-8", errors="replace").strip()
-        elif named:
-            gathered.left_out.append(f"'{file}': no row of the folder's table names it")
-            continue
-        elif folder == root:
-            gathered.left_out.append(f"'{file}': nothing says what it is; put it into a folder of that name")
-            continue
+        except (ValueError, OSError) as error:
+            self._leave_out(what, " ".join(str(error).split()))
         else:
-            text = folder.name.replace("_", " ")
-        add({kind: str(file.resolve()), "question": _drawn(question, kind, file.name), "answer": text}, f"'{file}'")
+            made = {"messages": messages, "task": folder.task, "answer": answer, "_folders": folder.parts}
+            self.gathered.rows.append(made)
+        return sources
+
+    def _leave_out(self, what: str, why: str) -> None:
+        self.gathered.left_out.append(f"{what}: {why}")
+
+
+def files_of(part: Mapping[str, Any]) -> list[str]:
+    """The files that a part of a message names; none where it holds an address or the data."""
+    values = [value for key, value in part.items() if key in ("path", *MODALITIES)]
+    flat = [each for value in values for each in (value if isinstance(value, list) else [value])]
+    return [each for each in flat if _is_file_name(each)]
+
+
+def _is_file_name(source: Any) -> bool:
+    return isinstance(source, str) and "://" not in source and not source.startswith("data:")
+
+
+def _has_plain_name(file: Path) -> bool:
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _leave_out_unreadable(gathered: Gathered) -> None:
@@ -228,12 +314,14 @@ def _table(
     has_answer = any(name.lower() in (*ANSWERS, "messages", "conversations") for name in texts)
     if media and not has_answer and len(others) == 1:  # the one text beside a file says what it is
         roles[others[0]] = "answer"
+    places = [name for name, role in roles.items() if role in (*MODALITIES, *MEDIA_NAMES)]
     for row in rows:
         made = {roles.get(name, name): value for name, value in row.items() if value not in (None, "")}
-        kinds = [role for role in roles.values() if role in MODALITIES]
-        if kinds and not any(name in made for name in (*QUESTIONS, "messages", "conversations")):
-            made["question"] = _drawn(question, kinds[0], str(row.get("_row")))
-        yield {**made, "_files": [row[name] for name in media if isinstance(row.get(name), str)]}
+        kinds = [roles[name] for name in places if row.get(name) not in (None, "")]
+        whole = any(name in made for name in ("messages", "conversations"))
+        if kinds and not whole and not any(name in made for name in QUESTIONS):
+            made["question"] = _drawn(question, kinds[0].removesuffix("s"), str(row.get("_row")))
+        yield {**made, "_lacks_file": ", ".join(places) if places and not kinds and not whole else ""}
 
 
 def _kind_of_column(folder: Path, name: str, rows: list[dict[str, Any]]) -> str | None:
@@ -255,16 +343,24 @@ def _kind(file: Path, is_spoken: bool) -> str | None:
 
 def _drawn(question: str | list[str] | None, kind: str, key: str) -> str:
     """What is asked about a file: always the same of several."""
-    questions = [question] if isinstance(question, str) else list(question or [DEFAULT_QUESTIONS[kind]])
+    default = DEFAULT_QUESTIONS["speech" if kind == "voice" else kind]
+    questions = [question] if isinstance(question, str) else list(question or [default])
     return random.Random(key).choice(questions)
 
 
 def _plain_part(part: Mapping[str, Any]) -> dict[str, Any]:
-    """A part with its source as a `path`."""
+    """A part with its source as a `path`, or a video's frames as a list, each file under one name only."""
+
+    def plain(source: Any) -> Any:
+        if isinstance(source, list):
+            return [plain(each) for each in source]
+        return str(Path(source).resolve()) if _is_file_name(source) else source
+
     kind = part["type"]
-    if kind in MODALITIES and isinstance(part.get(kind), str):
-        return {"type": kind, "path": part[kind], **{k: v for k, v in part.items() if k not in ("type", kind)}}
-    return dict(part)
+    made = {key: plain(value) if key in ("path", *MODALITIES) else value for key, value in part.items()}
+    if kind in MODALITIES and isinstance(made.get(kind), str):
+        made["path"] = made.pop(kind)
+    return made
 
 
 def _clusters(rows: list[dict[str, Any]]) -> list[int]:
@@ -278,8 +374,8 @@ def _clusters(rows: list[dict[str, Any]]) -> list[int]:
 
     for number, row in enumerate(rows):
         for part in parts_of(row["messages"]):
-            if "path" in part:
-                low, high = sorted((head(number), head(first.setdefault(part["path"], number))))
+            for file in files_of(part):
+                low, high = sorted((head(number), head(first.setdefault(file, number))))
                 parent[high] = low
     return [head(number) for number in range(len(rows))]
 
