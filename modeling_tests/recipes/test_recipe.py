@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,10 +48,8 @@ def ran(monkeypatch) -> list[str]:
 
     def run(step):
         found.append(step.name)
-        if step.config is None:
-            step.output.write_text("{}")
-        else:
-            step.output.mkdir(parents=True, exist_ok=True)
+        step.proof.parent.mkdir(parents=True, exist_ok=True)
+        step.proof.write_text("{}")
 
     monkeypatch.setattr(recipes, "_run", run)
     return found
@@ -102,6 +101,18 @@ def test_an_expert_may_come_from_a_folder_or_be_the_plain_llm(tmp_path):
         ({"shared": {}}, "'connectors' has no `dataset_name`"),
         ({"experts": {"vision": {}}}, "'experts/vision' has no `modalities`"),
         ({"experts": {"a/b": {"modalities": ["image"]}}}, "take letters, digits and underscores"),
+        ({"experts": {"text": {"modalities": ["image"]}}}, "not `text`, which is the plain LLM's network"),
+        ({"experts": {"vision": 5}}, "'experts/vision' is 5; it must be options"),
+        ({"experts": {"vision": {"modalities": ["smell"]}}}, "'experts/vision': smell: no modality"),
+        ({"moe": {"layers": "evne"}}, "'moe': `layers` is 'evne'; it must be one of all, even"),
+        ({"moe": {"experts": "vision"}}, "`experts` of 'moe' is 'vision'; it must be a list"),
+        ({"moe": {"experts": None}}, "`experts` of 'moe' is None; it must be a list"),
+        ({"shared": {"dataset_name": "rows.jsonl", "dtype": "int3"}}, "'connectors': `dtype` is 'int3'"),
+        ({"connectors": {"output_dir": "elsewhere"}}, "'output_dir', which the chain sets itself"),
+        ({"evaluation": {"task": "nonsense", "data": "test.jsonl"}}, "nonsense"),
+        ({"evaluation": {"task": "short-answers", "data": "nowhere.jsonl"}}, "'nowhere.jsonl' does not exist"),
+        ({"evaluation": {"task": "short-answers", "data": "a.jsonl", "max_nwe_tokens": 8}}, "unrecognized arguments"),
+        ({"evaluation": {"task": "short-answers", "data": "a.jsonl", "json": "b"}}, "which the chain sets itself"),
         ({"moe": {"experts": ["vison"]}}, "grows the expert 'vison', which no step trains"),
         ({"evaluation": {"task": "short-answers"}}, "'evaluation' has no `data`"),
         ({"launch": "--num_processes 2"}, "a list of options of `accelerate launch`"),
@@ -112,7 +123,7 @@ def test_what_is_wrong_in_a_recipe_is_said_before_anything_runs(tmp_path, ran, c
     assert words in capsys.readouterr().err and not ran and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("text", ["a: [", "just text", "\x00"])
+@pytest.mark.parametrize("text", ["a: [", "just text", "\x00", "parts: {llm: a}\nparts: {llm: b}"])
 def test_what_is_no_recipe_is_one_sentence(tmp_path, text, capsys):
     (tmp_path / "recipe.yaml").write_text(text)
     assert main(["train", str(tmp_path / "recipe.yaml")]) == 1
@@ -166,17 +177,51 @@ def test_an_expert_that_is_added_runs_alone_and_the_mixture_must_be_grown_again(
     assert ran[6:] == ["experts/audio", *NAMES[3:]]
 
 
-def test_a_step_whose_output_was_removed_runs_again(tmp_path, ran):
+@pytest.mark.parametrize(
+    ("removed", "again"),
+    [
+        ("evaluation.json", ["evaluation", "evaluation_other_media"]),
+        ("moe/merged/config.json", NAMES[3:]),
+        ("experts/speech/expert/adapter_config.json", ["experts/speech", *NAMES[3:]]),
+        ("connectors", NAMES),
+    ],
+)
+def test_what_was_removed_is_made_again_and_so_is_what_was_made_of_it(tmp_path, ran, removed, again):
     recipe = read_recipe(written(tmp_path))
     run_recipe(recipe)
-    (tmp_path / "out/evaluation.json").unlink()
+    gone = tmp_path / "out" / removed
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
     run_recipe(recipe)
-    assert ran[6:] == ["evaluation"]
+    # A stage that lost its last file alone goes on as the same run, and what follows from it stays.
+    assert ran[6:] == (again if removed in ("connectors", "evaluation.json") else again[:1])
+    run_recipe(recipe)
+    assert len(ran) == 6 + len(ran[6:])
 
 
-def test_a_torn_note_of_progress_is_said(tmp_path, ran):
+def test_again_removes_nothing_where_another_step_has_changed(tmp_path, ran):
     run_recipe(read_recipe(written(tmp_path)))
-    (tmp_path / "out/progress.json").write_text('{"conn')
+    changed = read_recipe(written(tmp_path, connectors={"learning_rate": 2e-3}, moe={"layers": "all"}))
+    with pytest.raises(ValueError, match="'connectors' was begun with learning_rate=0.001"):
+        run_recipe(changed, again="moe")
+    assert (tmp_path / "out/moe/merged/config.json").is_file() and (tmp_path / "out/evaluation.json").is_file()
+    fewer = written(tmp_path, evaluation={"task": "short-answers", "data": "test.jsonl", "max_new_tokens": 2})
+    run_recipe(read_recipe(fewer), again="evaluation")
+    assert ran[6:] == NAMES[4:]
+
+
+def test_another_spelling_of_a_path_is_no_change(tmp_path, ran, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("{}")
+    run_recipe(read_recipe(written(tmp_path)))
+    other = written(tmp_path, output_dir="out", shared={"dataset_name": "./rows.jsonl", "logging_steps": 5})
+    run_recipe(read_recipe(other))
+    assert ran == NAMES
+
+
+@pytest.mark.parametrize("text", ['{"conn', "[]", '{"connectors": 5}'])
+def test_a_torn_note_of_progress_is_said(tmp_path, ran, text):
+    run_recipe(read_recipe(written(tmp_path)))
+    (tmp_path / "out/progress.json").write_text(text)
     with pytest.raises(ValueError, match="cannot be read.*remove it to begin again"):
         run_recipe(read_recipe(written(tmp_path)))
 
@@ -190,7 +235,7 @@ def test_a_dry_run_prints_commands_that_can_be_typed(tmp_path, ran, capsys):
 
 def test_a_step_that_fails_ends_the_chain_with_one_sentence(tmp_path):
     """The real first stage: its parts do not exist."""
-    file = written(tmp_path, shared={"dataset_name": str(tmp_path / "rows.jsonl")})
+    file = written(tmp_path, shared={"dataset_name": str(tmp_path / "rows.jsonl")}, evaluation=None)
     (tmp_path / "rows.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}')
     done = subprocess.run(
         [sys.executable, "-m", "uni_moe_hf.cli", "train", str(file)],

@@ -228,10 +228,11 @@ def encode(args: argparse.Namespace) -> int:
 def _of_recipe(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model that stage 1 begins with, and its processor; the cache is the recipe's unless another is named."""
     register()
-    from ..recipes.recipe import read_recipe
+    from ..recipes.recipe import read_recipe, steps_of
     from ..training.options import PartsArguments
 
     recipe = read_recipe(args.recipe)
+    steps_of(recipe)  # says what is wrong with it
     shared = recipe.get("shared", {})
     args.output = args.output or shared.get("feature_cache")
     if args.output is None:

@@ -1,6 +1,8 @@
 """`uni-moe init` writes a recipe for the parts, rows and machine at hand; `uni-moe train` runs it."""
 
 import argparse
+import contextlib
+import io
 import shlex
 import sys
 from pathlib import Path
@@ -39,6 +41,8 @@ def init(args: argparse.Namespace) -> None:
     from ..recipes.drafting import draft_recipe
 
     parts = {name: getattr(args, name) for name in ("llm", "vision_tower", "speech_tower", "audio_tower")}
+    if args.test is not None:
+        check_evaluation(["--task", args.task, "--data", args.test])
     draft = draft_recipe(parts, args.data, args.test, args.task, args.output_dir)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(draft.text, encoding="utf-8")
@@ -59,10 +63,15 @@ def train(args: argparse.Namespace) -> None:
     from ..recipes.recipe import read_recipe, run_recipe, steps_of
 
     recipe = read_recipe(args.recipe)
+    if args.dry_run and args.again:
+        raise ValueError("--dry-run runs nothing, and --again runs a step again; give one of the two.")
     if args.dry_run:
         for step in steps_of(recipe):
             sys.stdout.write(f"{shlex.join(step.command)}\n")
         return
+    for step in steps_of(recipe):
+        if step.name == "evaluation":  # before stages are trained for hours
+            check_evaluation(step.command[step.command.index("evaluate") + 1 :])
     clean_up_when_terminated()
 
     def say(line: str) -> None:
@@ -71,3 +80,26 @@ def train(args: argparse.Namespace) -> None:
 
     model = run_recipe(recipe, args.again, say)
     sys.stdout.write(f"The model is in '{model}'. Ask it: uni-moe web {shlex.quote(str(model))}\n")
+
+
+def check_evaluation(words: list[str]) -> None:
+    """
+    Args:
+        words (`list[str]`): What `uni-moe evaluate` is to be told.
+
+    Raises:
+        ValueError: an option or the task is unknown, or the rows cannot be read.
+    """
+    from ..evaluation.questions import load_questions
+    from .evaluate import chosen_task
+    from .main import command_parser
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            args = command_parser().parse_args(["evaluate", *words])
+    except SystemExit as error:
+        raise ValueError(f"'evaluation': {said.getvalue().strip().rpartition('error: ')[2]}.") from error
+    names = ("split", "config", "columns", "question", "by", "answers", "media_root")
+    source = args.data[0] if len(args.data) == 1 else args.data
+    load_questions(chosen_task(args), source, limit=args.limit or 1, **{name: getattr(args, name) for name in names})

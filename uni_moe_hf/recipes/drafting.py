@@ -15,12 +15,13 @@ import torch
 import yaml
 
 from ..hub.configuration_uni_moe import MODALITIES, UniMoEConfig
+from ..hub.files_uni_moe import reason
 from ..mixtures.composition import config_from_parts
 from ..mixtures.parts import check_llm, read_part
 from ..training.data import UniMoEDataCollator
 from ..training.options import PartsArguments
 from ..training.row_files import load_rows, spread_over
-from ..training.rows import row_modalities
+from ..training.rows import describe_row, row_modalities
 from ..training.stages import STAGES
 from .planning import StagePlan, plan_stage, seconds_per_batch
 
@@ -89,7 +90,12 @@ def draft_recipe(
     )
     processor = PartsArguments(**options).processor(config)
     rows = load_rows(data)
-    kinds = Counter(kind for row in rows for kind in dict.fromkeys(map(processor._ear, row_modalities(row)[0])))
+    kinds: Counter[str] = Counter()
+    for row in rows:
+        try:
+            kinds.update({processor._ear(kind) for kind in row_modalities(row)[0]})
+        except ValueError as error:
+            raise ValueError(f"{describe_row(row)} cannot be used: {reason(error)}.") from error
     if foreign := [kind for kind in kinds if kind not in config.modalities]:
         tower = {"image": "vision", "video": "vision"}.get(foreign[0], foreign[0])
         raise ValueError(

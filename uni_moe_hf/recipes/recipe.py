@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
@@ -39,6 +40,7 @@ PACKAGE = Path(__file__).parents[1]
 SECTIONS = ("output_dir", "parts", "shared", "connectors", "experts", "moe", "evaluation", "launch")
 PROGRESS = "progress.json"
 # Of each stage: its script and paper's numbers, and its own options.
+LAST_FILES = {"connectors": "config.json", "experts": "expert/adapter_config.json", "moe": "merged/config.json"}
 SCRIPTS = {
     "connectors": ("stage1_connectors", PartsArguments),
     "experts": ("stage2_experts", ExpertArguments),
@@ -57,6 +59,7 @@ class Step:
         options (`dict`): What it is told; written to `config` before it runs.
         config (`Path`): YAML file with them; `None` for the evaluation.
         output (`Path`): What it leaves.
+        proof (`Path`): The file in it, or itself, that is written last and read by whoever follows.
         follows (`tuple[str]`): Steps whose output it reads.
     """
 
@@ -65,6 +68,7 @@ class Step:
     options: dict[str, Any]
     config: Path | None
     output: Path
+    proof: Path
     follows: tuple[str, ...]
 
 
@@ -80,7 +84,7 @@ def read_recipe(file: str | Path) -> dict[str, Any]:
         ValueError: it is no YAML, or a section or an option is missing or unknown.
     """
     try:
-        recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        recipe = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_StrictLoader)
     except FileNotFoundError as error:
         raise ValueError(f"There is no file '{file}'; write one with `uni-moe init`.") from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -113,9 +117,15 @@ def steps_of(recipe: Mapping[str, Any]) -> list[Step]:
     """
     root = Path(recipe["output_dir"])
     shared, launch = dict(recipe.get("shared", {})), [str(each) for each in recipe.get("launch", [])]
-    experts = {str(name): dict(options or {}) for name, options in recipe.get("experts", {}).items()}
-    if wrong := [name for name in experts if not name.isidentifier()]:
-        raise ValueError(f"An expert is called {wrong[0]!r}; take letters, digits and underscores.")
+    given = recipe.get("experts", {})
+    if wrong := [name for name in given if not str(name).isidentifier() or name == "text"]:
+        raise ValueError(
+            f"An expert is called {wrong[0]!r}; take letters, digits and underscores, and not `text`, which is the "
+            "plain LLM's network."
+        )
+    if wrong := [name for name, options in given.items() if not isinstance(options, dict | None)]:
+        raise ValueError(f"'experts/{wrong[0]}' is {given[wrong[0]]!r}; it must be options, `modalities` among them.")
+    experts = {str(name): dict(options or {}) for name, options in given.items()}
     stage1 = str(root / "connectors")
     steps = [_stage("connectors", "connectors", root, launch, shared | recipe["parts"], recipe.get("connectors"), ())]
     for name, options in experts.items():
@@ -124,6 +134,9 @@ def steps_of(recipe: Mapping[str, Any]) -> list[Step]:
     moe = dict(recipe.get("moe", {}))
     if "moe" in recipe or experts:
         grown = moe.get("experts", ["text", *experts])
+        if not isinstance(grown, list):
+            wanted = ", ".join(["text", *experts])
+            raise ValueError(f"`experts` of 'moe' is {grown!r}; it must be a list, such as [{wanted}].")
         moe["experts"] = [_expert(each, experts, root) for each in grown]
         follows = ("connectors", *(f"experts/{name}" for name in experts))
         steps.append(_stage("moe", "moe", root, launch, shared, {"model_name_or_path": stage1} | moe, follows))
@@ -155,16 +168,20 @@ def run_recipe(
     root.mkdir(parents=True, exist_ok=True)
     with only_run_in(root):
         progress = _Progress(root / PROGRESS)
-        if again is not None:
-            for step in _all_that_follow(again, steps):
-                progress.forget(step)
-        for step in steps:  # before anything is trained in vain
-            progress.check(step)
+        forgotten = [] if again is None else _all_that_follow(again, steps)
+        for step in steps:  # before anything is trained, or removed, in vain
+            if step not in forgotten:
+                progress.check(step)
+        for step in forgotten:
+            progress.forget(step)
         for number, step in enumerate(steps, start=1):
             title = f"[{number}/{len(steps)}] {step.name}"
             if progress.is_finished(step):
                 say(f"{title}: finished before, in '{step.output}'")
                 continue
+            if progress.is_stale(step):
+                say(f"{title}: what it left is of an earlier run of {' or '.join(step.follows)}, and is removed")
+                progress.forget(step)
             say(f"{title}: {step.config or ' '.join(step.command)}")
             progress.begin(step)
             start = time.time()
@@ -191,12 +208,20 @@ def _stage(
     script, kind = SCRIPTS[stage]
     known = {field.name: field for each in (StageArguments, SFTConfig, kind) for field in fields(each) if field.init}
     options = dict(shared) | dict(own or {})
+    if ours := [option for option in ("output_dir", "resume_from_checkpoint") if option in options]:
+        raise ValueError(f"'{name}' has the option '{ours[0]}', which the chain sets itself; leave it out.")
     if unknown := [option for option in options if option not in known]:
         raise ValueError(f"'{name}' has the option '{unknown[0]}'{_nearest(str(unknown[0]), known)}")
     needed = [field.name for field in fields(kind) if field.init and _is_required(field)]
     for option in ("dataset_name", *needed):
         if not options.get(option):
             raise ValueError(f"'{name}' has no `{option}`; {known[option].metadata.get('help', 'give one.')}")
+    for each in (StageArguments, kind):  # each looks at its values
+        names = {field.name for field in fields(each) if field.init}
+        try:
+            each(**{option: value for option, value in options.items() if option in names})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"'{name}': {error}") from error
     folder = _examples()
     paper = yaml.safe_load((folder / "configs" / f"{script}.yaml").read_text(encoding="utf-8"))
     output, config = root / name, root / f"{name}.yaml"
@@ -206,11 +231,14 @@ def _stage(
     if launch:
         command = [sys.executable, "-m", "accelerate.commands.launch", *launch, file]
     command += ["--config", str(config), "--resume_from_checkpoint", "last"]
-    return Step(name, command, options, config, output, follows)
+    return Step(name, command, options, config, output, output / LAST_FILES[stage], follows)
 
 
 def _evaluation(options: dict[str, Any], root: Path, last: Step) -> Iterator[Step]:
     """The questions, and as a control the same with another row's media."""
+    options = {name: value for name, value in options.items() if value is not None}
+    if ours := [option for option in ("json", "other_media", "checkpoint") if option in options]:
+        raise ValueError(f"'evaluation' has the option '{ours[0]}', which the chain sets itself; leave it out.")
     for option in ("task", "data"):
         if not options.get(option):
             raise ValueError(f"'evaluation' has no `{option}`; it needs a task (`uni-moe evaluate --list`) and rows.")
@@ -222,7 +250,8 @@ def _evaluation(options: dict[str, Any], root: Path, last: Step) -> Iterator[Ste
         for option, value in options.items():
             values = value if isinstance(value, list) else [] if value is True else [value]
             command += [f"--{str(option).replace('_', '-')}", *map(str, values)] if value is not False else []
-        yield Step(name, command, options, None, output, (last.name,))
+        # The control belongs to the questions: it is asked again where they are.
+        yield Step(name, command, options, None, output, output, (last.name, *runs)[: 1 + len(more)])
 
 
 def _expert(entry: Any, experts: Mapping[str, Any], root: Path) -> str:
@@ -296,8 +325,19 @@ class _Progress:
         self.file = file
         try:
             self.steps = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            if not isinstance(self.steps, dict) or not all(isinstance(each, dict) for each in self.steps.values()):
+                raise ValueError("it holds no steps")
         except (ValueError, OSError) as error:
             raise ValueError(f"'{file}' cannot be read ({error}); remove it to begin again.") from error
+
+    def is_stale(self, step: Step) -> bool:
+        """Whether what is there was made of another run of what it follows."""
+        noted = self.steps.get(step.name, {})
+        return "follows" in noted and noted["follows"] != self._runs(step) and step.output.exists()
+
+    def _runs(self, step: Step) -> dict[str, str | None]:
+        """Which run of each step that it follows there is."""
+        return {name: self.steps.get(name, {}).get("run") for name in step.follows}
 
     def check(self, step: Step) -> None:
         """
@@ -308,7 +348,7 @@ class _Progress:
         if before is None or not step.output.exists():
             return
         now = _plain(step.options)
-        changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+        changed = sorted(name for name in {*before, *now} if not _is_same(before.get(name), now.get(name)))
         if changed:
             name = changed[0]
             raise ValueError(
@@ -317,12 +357,16 @@ class _Progress:
             )
 
     def is_finished(self, step: Step) -> bool:
-        """Whether it is, and what it left is there."""
-        return self.steps.get(step.name, {}).get("seconds") is not None and step.output.exists()
+        """Whether it is, what it left is there, and what it was made of is still the same."""
+        noted = self.steps.get(step.name, {})
+        return noted.get("seconds") is not None and step.proof.exists() and not self.is_stale(step)
 
     def begin(self, step: Step) -> None:
-        """Notes its options."""
-        self.steps[step.name] = {"options": _plain(step.options)}
+        """Notes its options; a run that goes on stays the same run."""
+        run = self.steps.get(step.name, {}).get("run") if step.output.exists() else None
+        self.steps[step.name] = {
+            "options": _plain(step.options), "run": run or uuid.uuid4().hex, "follows": self._runs(step),
+        }  # fmt: skip
         self._write()
 
     def finish(self, step: Step, seconds: float) -> None:
@@ -342,6 +386,27 @@ class _Progress:
         partial = self.file.with_suffix(".partial")
         partial.write_text(json.dumps(self.steps, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, self.file)
+
+
+def _is_same(before: Any, now: Any) -> bool:
+    """Whether two values are, or two spellings of one path."""
+    if isinstance(before, list) and isinstance(now, list):
+        return len(before) == len(now) and all(map(_is_same, before, now))
+    if isinstance(before, str) and isinstance(now, str) and before != now:
+        heads = [text.rpartition("=")[0] for text in (before, now)]  # `name=folder`
+        paths = [os.path.realpath(text.rpartition("=")[2]) for text in (before, now)]
+        return heads[0] == heads[1] and paths[0] == paths[1] and os.path.exists(paths[0])
+    return before == now
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a name that stands twice, of which the first would be lost."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.YAMLError(f"'{twice[0]}' stands there twice")
+        return super().construct_mapping(node, deep)
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:

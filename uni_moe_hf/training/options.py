@@ -28,6 +28,7 @@ from ..hub.modeling_uni_moe import UniMoEForConditionalGeneration
 from ..hub.processing_uni_moe import UniMoEProcessor
 from ..mixtures.composition import from_pretrained_parts
 from ..mixtures.processors import build_processor
+from ..mixtures.router_starts import ROUTER_STARTS
 from .data import UniMoEDataCollator
 from .feature_cache import FeatureCache
 from .row_files import kind_of, load_rows, spread_over
@@ -191,8 +192,6 @@ class StageArguments(ScriptArguments):
             sample = list(rows.take(SAMPLE))
         else:
             sample = rows.select(spread_over(len(rows), SAMPLE))
-        if unknown := [name for name in modalities if name not in MODALITIES]:
-            raise ValueError(f"{', '.join(unknown)}: no modality; there are {', '.join(MODALITIES)}.")
         found = set()
         for row in sample:
             with suppress(ValueError):  # the collator will name it
@@ -378,6 +377,11 @@ class ExpertArguments:
     lora_r: int = field(default=64, metadata={"help": "Rank of the expert."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of the expert; products are scaled by alpha / rank."})
 
+    def __post_init__(self) -> None:
+        self.modalities = [self.modalities] if isinstance(self.modalities, str) else list(self.modalities)
+        if unknown := [name for name in self.modalities if name not in MODALITIES]:
+            raise ValueError(f"{', '.join(map(str, unknown))}: no modality; there are {', '.join(MODALITIES)}.")
+
 
 @dataclass
 class MixtureArguments:
@@ -394,6 +398,12 @@ class MixtureArguments:
     expert_activations: str = field(default="save", metadata={"help": "Kept for backward: save, or recompute."})
     expert_parallel_size: int = field(default=1, metadata={"help": "Processes that share the experts; with torchrun."})
     fsdp_size: int | None = field(default=None, metadata={"help": "Processes that share all else; with torchrun."})
+
+    def __post_init__(self) -> None:
+        known = {"layers": ("all", "even"), "router_start": ROUTER_STARTS, "expert_activations": ("save", "recompute")}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {', '.join(values)}.")
 
 
 def parse_options(kinds: tuple[type, ...], args: list[str] | None = None) -> tuple:
