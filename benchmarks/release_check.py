@@ -66,7 +66,7 @@ def demo(place: Path) -> str:
     answer = run(place / ".venv/bin/python", "-c", block, cwd=place, HF_HUB_OFFLINE="1").strip()
     if answer not in block:
         raise RuntimeError(f"The README's first block answers {answer!r}, which is not what stands beside it.")
-    return f"{said.strip().splitlines()[-1]} The first block answers {answer!r}."
+    return f"{said.strip().splitlines()[-2]} The first block answers {answer!r}."
 
 
 def wheel(place: Path) -> str:

@@ -125,6 +125,7 @@ def demo(root: Path) -> None:
     clock.step("the model's page for the Hub: its scores, and who works on what", card, root)
     clock.step("a handful of questions, in a process without this package", ask, root)
     print(f"\nThe model is in {root / 'model'}. {os.cpu_count()} cores, {time.time() - clock.start:.0f} s.")
+    print(f"Next: .venv/bin/uni-moe doctor {root / 'model'} --data {root / 'data/test.jsonl'}")
 
 
 def report(root: Path, control: bool) -> None:

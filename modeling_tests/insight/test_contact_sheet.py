@@ -47,7 +47,7 @@ def test_the_command_prints_counts_and_draws_a_sheet(rows, tmp_path, capsys):
     assert main(["data", "check", str(rows), "--sheet", str(sheet)]) == 1
     said = capsys.readouterr().out
     assert "image" in said and "1.5 s" in said and "row 4" in said
-    assert f"'{sheet}' shows 3 of image, 1 of audio, 1 of speech" in said
+    assert f"'{sheet}' shows 3 image, 1 audio, 1 speech clips" in said
     with Image.open(sheet) as drawn:
         assert drawn.width > 1000 and len(set(np.asarray(drawn.convert("L")).flat)) > 50
 

@@ -119,11 +119,11 @@ def rows(args: argparse.Namespace) -> int:
         if made:
             write_rows(made, args.output / f"{name}.jsonl", ("task",) if name == "test" else ())
     count = _list(f"left out: {line}" for line in gathered.left_out)
-    sys.stdout.write(f"{'':<24}{'train':>8}{'test':>8}{'answers':>9}\n")
+    sys.stdout.write(f"{'':<24}{'train':>8}{'test':>8}{'distinct answers':>18}\n")
     for task in sorted({row["task"] for row in gathered.rows}):
         train, test = (sum(row["task"] == task for row in made) for made in parts.values())
         answers = len({row["answer"] for row in gathered.rows if row["task"] == task})
-        sys.stdout.write(f"{task:<24}{train:>8,}{test:>8,}{answers:>9,}\n")
+        sys.stdout.write(f"{task:<24}{train:>8,}{test:>8,}{answers:>18,}\n")
     written = " and ".join(f"'{args.output / name}.jsonl'" for name, made in parts.items() if made)
     sys.stdout.write(
         f"{len(gathered.rows):,} rows are in {written}{f'; {count} files or rows were left out' if count else ''}\n"
@@ -145,10 +145,10 @@ def check(args: argparse.Namespace) -> int:
     for name, rows in unread.items():
         sys.stdout.write(f"nothing is made of the field '{name}' ({rows} row{'s' * (rows != 1)})\n")
     if found:
-        sys.stdout.write(f"{'':<10}{'rows':>8}{'clips':>8}{'files':>8}{'answers':>9}  what they are\n")
+        sys.stdout.write(f"{'':<10}{'rows':>8}{'clips':>8}{'files':>8}{'distinct answers':>18}  what they are\n")
     for modality in [modality for modality in MODALITIES if modality in found]:
         each = found[modality]
-        line = f"{modality:<10}{each.rows:>8,}{each.clips:>8,}{len(each.files):>8,}{len(each.answers):>9,}"
+        line = f"{modality:<10}{each.rows:>8,}{each.clips:>8,}{len(each.files):>8,}{len(each.answers):>18,}"
         sys.stdout.write(f"{line}  {_measured(each)}\n")
     if args.sheet:
         from ..insight.contact_sheet import contact_sheet
@@ -156,7 +156,7 @@ def check(args: argparse.Namespace) -> int:
         media_root = reading.pop("media_root")
         looked_at = ({**row, **({"_root": media_root} if media_root else {})} for row in iter_rows(source, **reading))
         shown = contact_sheet(looked_at, args.sheet, voice=args.voice)
-        sys.stdout.write(f"'{args.sheet}' shows {', '.join(f'{n} of {kind}' for kind, n in shown.items())}\n")
+        sys.stdout.write(f"'{args.sheet}' shows {', '.join(f'{n} {kind}' for kind, n in shown.items())} clips\n")
     held = ", ".join(f"{rows} of {kind}" for kind, rows in kinds.most_common())
     sys.stdout.write(f"rows that can be used: {held or 'none'}\n")
     named = " ".join(args.source)
@@ -168,12 +168,17 @@ def _measured(found: Any) -> str:
     """Sizes or lengths of the clips of a modality: the middle one, and the range."""
     if found.sizes:
         ordered = [f"{width} x {height}" for width, height in sorted(found.sizes, key=lambda size: size[0] * size[1])]
-        return f"{ordered[len(ordered) // 2]} ({ordered[0]} to {ordered[-1]})"
+        return _spread(ordered)
     if found.seconds:
-        ordered = sorted(found.seconds)
-        middle = f"{ordered[len(ordered) // 2]:.1f} s ({ordered[0]:.1f} to {ordered[-1]:.1f})"
-        return f"{middle}, {sum(ordered) / 60:.1f} min in all"
+        ordered = [f"{seconds:.1f} s" for seconds in sorted(found.seconds)]
+        return f"{_spread(ordered)}, {sum(found.seconds) / 60:.1f} min in all"
     return "not decoded"
+
+
+def _spread(ordered: list[str]) -> str:
+    """The middle one of some, and the range where they differ."""
+    middle = ordered[len(ordered) // 2]
+    return middle if ordered[0] == ordered[-1] else f"{middle} ({ordered[0]} to {ordered[-1]})"
 
 
 def _list(lines: Any) -> int:

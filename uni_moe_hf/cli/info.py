@@ -125,7 +125,8 @@ def _licence(checkpoint: str) -> str:
         from huggingface_hub import ModelCard
 
         if licence := ModelCard.load(card).data.get("license"):
-            return str(licence)
+            named = getattr(ModelCard.load(card).data, "license_name", None)
+            return f"{licence} ({named})" if named else str(licence)
     return "not stated; weights inherit the licences of their parts"
 
 

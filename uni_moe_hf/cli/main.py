@@ -56,7 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         `int`: the exit code.
     """
-    args = command_parser().parse_args(argv)
+    parser = command_parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help()
+        sys.exit(2)
+    args = parser.parse_args(argv)
     set_loudness(args.loudness)
     args.argv = sys.argv[1:] if argv is None else list(argv)
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):

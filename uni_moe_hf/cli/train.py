@@ -21,7 +21,12 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--audio-tower", metavar="PART", help="BEATs (also a .pt), AST, CLAP, Whisper, YAMNet")
     parser.add_argument("--data", metavar="ROWS", required=True, help="rows to train on, as `uni-moe data rows` makes")
     parser.add_argument("--test", metavar="ROWS", help="rows to evaluate on")
-    parser.add_argument("--task", default="short-answers", metavar="NAME", help="what is asked of them")
+    parser.add_argument(
+        "--task",
+        default="short-answers",
+        metavar="NAME",
+        help="one of `uni-moe evaluate --list` (default: short-answers)",
+    )
     parser.add_argument(
         "--output-dir", default="outputs/mine", metavar="DIR", help="training output (default: outputs/mine)"
     )
@@ -78,7 +83,11 @@ def train(args: argparse.Namespace) -> None:
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
-    model = run_recipe(recipe, args.again, say)
+    try:
+        model = run_recipe(recipe, args.again, say)
+    except KeyboardInterrupt:
+        sys.stderr.write("uni-moe: interrupted; the same command resumes, finished steps are kept.\n")
+        raise
     sys.stdout.write(f"The model is in '{model}'. Ask it: uni-moe web {shlex.quote(str(model))}\n")
 
 

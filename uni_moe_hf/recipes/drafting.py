@@ -210,6 +210,8 @@ def _written(
                 "per_device_train_batch_size": size,
                 "gradient_accumulation_steps": BATCHES[stage] // size,
                 "gradient_checkpointing": checkpointing,
+                # So that an interrupted stage loses a fifth of itself at most.
+                "save_steps": max(10, min(1000, math.ceil(epochs * count / BATCHES[stage] / 5))),
             }
     shared = {"dataset_name": data, "feature_cache": f"{output_dir}/features", "fill_feature_cache": True}
     shared |= {"dtype": dtype, "live_figures": True, "report_to": "none", "logging_steps": 10, "seed": 0}

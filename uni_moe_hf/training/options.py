@@ -8,6 +8,7 @@ import platform
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -449,11 +450,18 @@ def json_object(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]
 @contextmanager
 def in_one_sentence() -> Iterator[None]:
     """
-    Around a script: what this package refuses ends it with that sentence and exit code 1. Whatever else goes wrong
-    keeps its traceback, and everything does with `UNI_MOE_DEBUG=1`.
+    Around a script: what this package refuses ends it with that sentence and exit code 1, and Ctrl-C with exit code
+    130. Whatever else goes wrong keeps its traceback, and everything does with `UNI_MOE_DEBUG=1`.
     """
+    if not os.environ.get("UNI_MOE_DEBUG"):  # about calls among the libraries
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl|accelerate)\b")
     try:
         yield
+    except KeyboardInterrupt:
+        if os.environ.get("UNI_MOE_DEBUG"):
+            raise
+        sys.stderr.write(f"\n{Path(sys.argv[0]).name}: interrupted; `--resume_from_checkpoint last` resumes.\n")
+        sys.exit(130)
     except (ValueError, OSError, ImportError) as error:
         frames = traceback.extract_tb(cause_of(error).__traceback__)
         is_ours = bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
