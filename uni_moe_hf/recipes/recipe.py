@@ -39,8 +39,9 @@ from ..training.resuming import only_run_in
 PACKAGE = Path(__file__).parents[1]
 SECTIONS = ("output_dir", "parts", "shared", "connectors", "experts", "moe", "evaluation", "launch")
 PROGRESS = "progress.json"
-# Of each stage: its script and paper's numbers, and its own options.
+# What a stage writes last, and others read.
 LAST_FILES = {"connectors": "config.json", "experts": "expert/adapter_config.json", "moe": "merged/config.json"}
+# Of each stage: its script and paper's numbers, and its own options.
 SCRIPTS = {
     "connectors": ("stage1_connectors", PartsArguments),
     "experts": ("stage2_experts", ExpertArguments),
