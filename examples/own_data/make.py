@@ -41,12 +41,17 @@ ORIENTATION = 0x0112  # the EXIF tag that says how a camera was held
 UPRIGHT = (0, 1 << 16, -(1 << 16), 0)  # the matrix of a phone that was: a quarter turn
 
 
+def coloured(kind: str, rng: np.random.Generator) -> dict[str, str]:
+    """What a picture or video shows: a shape that is not grey."""
+    while (facts := make_data.draw_facts(kind, "train", rng))["colour"] == world.GREY:
+        pass
+    return facts
+
+
 def picture(folder: Path, number: int) -> dict[str, str]:
     """A JPEG, every third on its side, or every fourth time a PNG with transparent corners; and its line."""
     rng = np.random.default_rng([1, number])
-    facts = make_data.draw_facts("image", "train", rng)
-    while facts["colour"] == world.GREY:
-        facts = make_data.draw_facts("image", "train", rng)
+    facts = coloured("image", rng)
     pixels = world.picture(world.tint(facts["colour"], rng), facts["shape"], "train", rng)
     image = Image.fromarray(pixels).resize((world.SIDE * ZOOM,) * 2, Image.Resampling.NEAREST)
     if number % 4 == 0:
@@ -83,9 +88,7 @@ def encoded(path: Path, wave: np.ndarray, rate: int, codec: str, frames: np.ndar
 def clip(folder: Path, number: int) -> dict[str, str]:
     """A film of a phone that was held upright: stored on its side, with a note how to turn it; and its line."""
     rng = np.random.default_rng([2, number])
-    facts = make_data.draw_facts("video", "train", rng)
-    while facts["colour"] == world.GREY:
-        facts = make_data.draw_facts("video", "train", rng)
+    facts = coloured("video", rng)
     frames = world.video(world.tint(facts["colour"], rng), facts["shape"], "train", rng)
     frames = np.rot90(frames.repeat(4, axis=1).repeat(4, axis=2), axes=(1, 2))
     name, hum = f"VID_{number:04d}.mp4", rng.normal(0, 0.01, world.RATE)
