@@ -48,12 +48,11 @@ def test_a_draft_runs_as_it_is_and_has_an_expert_for_every_modality_of_the_rows(
 def test_with_little_memory_batches_are_small_and_layers_are_checkpointed(place, monkeypatch):
     rows = str(place / "rows.jsonl")
     roomy = draft_recipe(parts(place), rows)
-    monkeypatch.setattr(
-        drafting, "_free_memory", lambda: (int(min(plan.total for plan in roomy.plans.values()) * 1.2), "float32")
-    )
+    fits = int(1.2 * min(plan.total for plan in roomy.plans.values()))
+    monkeypatch.setattr(drafting, "_machine", lambda: (fits, "float32", "cpu"))
     tight = yaml.safe_load(draft_recipe(parts(place), rows).text)["connectors"]
     assert tight["per_device_train_batch_size"] < 32
-    monkeypatch.setattr(drafting, "_free_memory", lambda: (1000, "float32"))
+    monkeypatch.setattr(drafting, "_machine", lambda: (1000, "float32", "cpu"))
     none = draft_recipe(parts(place), rows)
     least = yaml.safe_load(none.text)["moe"]
     assert least["per_device_train_batch_size"] == 1 and least["gradient_checkpointing"]

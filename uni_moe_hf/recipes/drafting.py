@@ -56,6 +56,32 @@ class Draft:
     free: int
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What a draft follows from: parts, rows and machine."""
+
+    config: UniMoEConfig
+    options: dict[str, Any]
+    experts: dict[str, list[str]]
+    kinds: Counter[str]
+    num_rows: int
+    num_tokens: int
+    num_answer_tokens: int
+    free: int
+    dtype: str
+    device: str
+
+    @property
+    def width(self) -> int:
+        """Of the LLM."""
+        return self.config.text_config.hidden_size
+
+    @property
+    def rank(self) -> int:
+        """Of the experts' LoRA."""
+        return 64 if self.width > 1024 else 16
+
+
 def draft_recipe(
     parts: Mapping[str, str],
     data: str,
@@ -79,15 +105,7 @@ def draft_recipe(
         ValueError: a part cannot be one, the rows cannot be read, or they hold media that no part takes.
     """
     options = _part_options(parts)
-    config = config_from_parts(
-        options["llm"],
-        **{name: options[name] for name in ("vision_tower", "speech_tower", "audio_tower") if name in options},
-        **{
-            k: v
-            for k, v in options.items()
-            if k not in ("llm", *(f"{m}_tower" for m in ("vision", "speech", "audio")))
-        },
-    )
+    config = config_from_parts(options["llm"], **{name: each for name, each in options.items() if name != "llm"})
     processor = PartsArguments(**options).processor(config)
     rows = load_rows(data)
     kinds: Counter[str] = Counter()
@@ -106,8 +124,16 @@ def draft_recipe(
     experts = {name: heard for name, heard in experts.items() if heard}
     if not experts:
         raise ValueError(f"'{data}' holds no media, so there are no experts to train; plain text needs no Uni-MoE.")
-    tokens, answers = _tokens(rows, processor)
-    return _written(config, options, data, test, task, output_dir, experts, kinds, len(rows), tokens, answers)
+    given = _Given(config, options, experts, kinds, len(rows), *_tokens(rows, processor), *_machine())
+    plans, minutes, sections = _sized(given)
+    text = _text(given, plans, minutes, sections, data, output_dir)
+    if test is not None:
+        asked = {"task": task, "data": test, "max_new_tokens": max(8, 2 * given.num_answer_tokens)}
+        text += "\n" + _block(
+            "Questions about rows held out, and the same with another row's media: what is left is guessed.",
+            {"evaluation": asked},
+        )
+    return Draft(text, plans, minutes, given.free)
 
 
 def _part_options(parts: Mapping[str, str]) -> dict[str, Any]:
@@ -140,11 +166,11 @@ def _tokens(rows: Any, processor: Any) -> tuple[int, int]:
     return longest, learned
 
 
-def _free_memory() -> tuple[int, str]:
-    """Bytes free where training would run, and its dtype."""
+def _machine() -> tuple[int, str, str]:
+    """Bytes that are free where training would run, the dtype that suits it, and which device that is."""
     if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0], "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    return psutil.virtual_memory().available, "float32"
+        return torch.cuda.mem_get_info()[0], "bfloat16" if torch.cuda.is_bf16_supported() else "float32", "cuda"
+    return psutil.virtual_memory().available, "float32", "cpu"
 
 
 def _fitting(
@@ -169,43 +195,26 @@ def _rate(stage: str, width: int) -> float:
     return round(rate, digits)
 
 
-def _written(
-    config: UniMoEConfig,
-    options: dict[str, Any],
-    data: str,
-    test: str | None,
-    task: str,
-    output_dir: str,
-    experts: Mapping[str, list[str]],
-    kinds: Counter[str],
-    num_rows: int,
-    tokens: int,
-    answers: int,
-) -> Draft:
-    free, dtype = _free_memory()
-    width = config.text_config.hidden_size
-    rank = 64 if width > 1024 else 16
-    settings = {"num_tokens": tokens, "num_answer_tokens": answers, "dtype": dtype, "lora_rank": rank}
-    settings["clips"] = {kind: kinds[kind] / num_rows for kind in kinds}
-    plans, minutes, sections = {}, {}, {}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings["device"] = device
+def _sized(given: _Given) -> tuple[dict[str, StagePlan], dict[str, float], dict[str, dict[str, Any]]]:
+    """Plans and minutes of the stages, and the options of each stage or expert."""
+    settings = {"num_tokens": given.num_tokens, "num_answer_tokens": given.num_answer_tokens, "dtype": given.dtype}
+    settings |= {"lora_rank": given.rank, "device": given.device}
+    settings["clips"] = {kind: count / given.num_rows for kind, count in given.kinds.items()}
+    experts = {name: max(given.kinds[kind] for kind in heard) for name, heard in given.experts.items()}
+    plans, minutes, sections = {}, dict.fromkeys(STAGES, 0.0), {}
     for stage in STAGES:
-        more = {"num_experts": len(experts) + 1} if stage == "moe" else {}
-        if stage == "experts":
-            more["modalities"] = next(iter(experts.values()))
-        size, checkpointing, plans[stage] = _fitting(config, stage, settings | more, free)
-        seconds = seconds_per_batch(plans[stage], device, dtype) / size
-        shown = {stage: num_rows}
-        if stage == "experts":
-            shown = {name: max(kinds[kind] for kind in heard) for name, heard in experts.items()}
-        minutes[stage] = 0.0
-        for name, count in shown.items():
+        more = {
+            "experts": {"modalities": next(iter(given.experts.values()))},
+            "moe": {"num_experts": len(experts) + 1},
+        }
+        size, checkpointing, plans[stage] = _fitting(given.config, stage, settings | more.get(stage, {}), given.free)
+        seconds = seconds_per_batch(plans[stage], given.device, given.dtype) / size
+        for name, count in (experts if stage == "experts" else {stage: given.num_rows}).items():
             wanted = math.ceil(STEPS[stage] * BATCHES[stage] / count)
             epochs = max(EPOCHS[stage], min(MAX_EPOCHS, wanted))
             minutes[stage] += epochs * count * seconds / 60
             sections[name] = {
-                "learning_rate": _rate(stage, width),
+                "learning_rate": _rate(stage, given.width),
                 "num_train_epochs": epochs,
                 "per_device_train_batch_size": size,
                 "gradient_accumulation_steps": BATCHES[stage] // size,
@@ -213,50 +222,53 @@ def _written(
                 # So that an interrupted stage loses a fifth of itself at most.
                 "save_steps": max(10, min(1000, math.ceil(epochs * count / BATCHES[stage] / 5))),
             }
+    return plans, minutes, sections
+
+
+def _text(
+    given: _Given,
+    plans: Mapping[str, StagePlan],
+    minutes: Mapping[str, float],
+    sections: Mapping[str, dict[str, Any]],
+    data: str,
+    output_dir: str,
+) -> str:
+    """The recipe without its evaluation."""
     shared = {"dataset_name": data, "feature_cache": f"{output_dir}/features", "fill_feature_cache": True}
-    shared |= {"dtype": dtype, "live_figures": True, "report_to": "none", "logging_steps": 10, "seed": 0}
+    shared |= {"dtype": given.dtype, "live_figures": True, "report_to": "none", "logging_steps": 10, "seed": 0}
     told = {stage: f"{plan.total / 1e9:.1f} GB, some {minutes[stage]:.0f} min here" for stage, plan in plans.items()}
+    experts = {
+        name: {"modalities": heard, "only_modalities": True, "lora_r": given.rank, **sections[name]}
+        for name, heard in given.experts.items()
+    }
+    memory = f"{given.free / 1e9:.1f} GB of free {'GPU memory' if given.device == 'cuda' else 'memory'}"
     blocks = [
-        _comment(
-            f"uni-moe train FILE. Written for {num_rows:,} rows ({_counted(kinds)}) of up to {tokens} tokens, and a "
-            f"machine with {free / 1e9:.1f} GB of free {'GPU memory' if device == 'cuda' else 'memory'}. Options are "
-            "those of the stages' scripts and of TRL's SFTConfig; what is not said is as in the paper."
-        )
-        + _block({"output_dir": output_dir}),
-        _comment("What stage 1 joins. Fewer query tokens make a clip shorter, and what is said of it coarser.")
-        + _block({"parts": options}),
-        _comment("For every stage. What frozen towers give is computed once and kept in the feature cache.")
-        + _block({"shared": shared}),
-        _comment(
-            f"Stage 1: connectors alone. {told['connectors']}. Few rows are shown often: a stage takes some hundred "
-            "steps before it has learned anything."
-        )
-        + _block({"connectors": sections["connectors"]}),
-        _comment(
-            f"Stage 2: one expert after another, each on the rows that hold its modalities. {told['experts']} in all."
-        )
-        + _block(
-            {
-                "experts": {
-                    name: {"modalities": heard, "only_modalities": True, "lora_r": rank, **sections[name]}
-                    for name, heard in experts.items()
-                }
-            }
+        _block(
+            f"uni-moe train FILE. Written for {given.num_rows:,} rows ({_counted(given.kinds)}) of up to "
+            f"{given.num_tokens} tokens, and a machine with {memory}. Options are those of the stages' scripts and of "
+            "TRL's SFTConfig; what is not said is as in the paper.",
+            {"output_dir": output_dir},
         ),
-        _comment(f"Stage 3: the mixture; `text` is the plain LLM's network. {told['moe']}.")
-        + _block({"moe": {"experts": ["text", *experts], **sections["moe"]}}),
+        _block(
+            "What stage 1 joins. Fewer query tokens make a clip shorter, and what is said of it coarser.",
+            {"parts": given.options},
+        ),
+        _block("For every stage. Features of the frozen towers are computed once and cached.", {"shared": shared}),
+        _block(
+            f"Stage 1: connectors alone. {told['connectors']}. Few rows are shown often: a stage takes some hundred "
+            "steps before it has learned anything.",
+            {"connectors": sections["connectors"]},
+        ),
+        _block(
+            f"Stage 2: one expert after another, each on the rows that hold its modalities. {told['experts']} in all.",
+            {"experts": experts},
+        ),
+        _block(
+            f"Stage 3: the mixture; `text` is the plain LLM's network. {told['moe']}.",
+            {"moe": {"experts": ["text", *experts], **sections["moe"]}},
+        ),
     ]
-    if test is not None:
-        asked = {"task": task, "data": test, "max_new_tokens": max(8, 2 * answers)}
-        blocks.append(
-            _comment("Questions about rows held out, and the same with another row's media: what is left is guessed.")
-            + _block({"evaluation": asked})
-        )
-    return Draft("\n".join(blocks), plans, minutes, free)
-
-
-def _comment(text: str) -> str:
-    return textwrap.fill(text, 100, initial_indent="# ", subsequent_indent="# ") + "\n"
+    return "\n".join(blocks)
 
 
 def _counted(kinds: Counter[str]) -> str:
@@ -270,8 +282,10 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(list, lambda dumper, each: dumper.represent_sequence("tag:yaml.org,2002:seq", each, True))
 
 
-def _block(section: dict[str, Any]) -> str:
-    return yaml.dump(section, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+def _block(comment: str, section: dict[str, Any]) -> str:
+    """A section under its comment."""
+    lines = textwrap.fill(comment, 100, initial_indent="# ", subsequent_indent="# ")
+    return f"{lines}\n{yaml.dump(section, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)}"
 
 
 __all__ = ["Draft", "draft_recipe"]
