@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = command_parser()
     if not (sys.argv[1:] if argv is None else argv):
-        parser.print_help()
+        parser.print_help(sys.stderr)
         sys.exit(2)
     args = parser.parse_args(argv)
     set_loudness(args.loudness)

@@ -100,15 +100,17 @@ def check_evaluation(words: list[str]) -> None:
         ValueError: an option or the task is unknown, or the rows cannot be read.
     """
     from ..evaluation.questions import load_questions
-    from .evaluate import chosen_task
-    from .main import command_parser
+    from . import evaluate
 
-    said = io.StringIO()
+    parser, said = argparse.ArgumentParser(), io.StringIO()
+    evaluate.add_command(parser.add_subparsers())
     try:
         with contextlib.redirect_stderr(said):
-            args = command_parser().parse_args(["evaluate", *words])
+            args = parser.parse_args(["evaluate", *words])
     except SystemExit as error:
         raise ValueError(f"'evaluation': {said.getvalue().strip().rpartition('error: ')[2]}.") from error
     names = ("split", "config", "columns", "question", "by", "answers", "media_root")
     source = args.data[0] if len(args.data) == 1 else args.data
-    load_questions(chosen_task(args), source, limit=args.limit or 1, **{name: getattr(args, name) for name in names})
+    load_questions(
+        evaluate.chosen_task(args), source, limit=args.limit or 1, **{name: getattr(args, name) for name in names}
+    )

@@ -46,7 +46,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     for step in sorted(found, reverse=True):
         if layout := _unknown_layout(found[step]):
             raise ValueError(
-                f"'{found[step]}' holds {layout}, whose completeness cannot be verified; pass it as "
+                f"'{found[step]}' holds {layout}, whose completeness cannot be verified; name it in "
                 "`resume_from_checkpoint` to resume from it, or remove it."
             )
         if reason := what_is_torn(found[step], step):
