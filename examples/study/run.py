@@ -33,6 +33,8 @@ from claims import CLAIMS, IN_DEPTH  # noqa: E402
 from page import write_page  # noqa: E402
 from recipe import HARD, Recipe, World, run  # noqa: E402
 
+from uni_moe_hf.mixtures.progress import progress_bar  # noqa: E402
+
 
 SEEDS = 5
 QUICK = make_data.Sizes(
@@ -111,11 +113,15 @@ def main() -> None:
                         done.add(key)
                         jobs.append(pool.submit(train, args.root, scale, recipe, seed, recipe in IN_DEPTH))
         begin = time.time()
-        for count, job in enumerate(as_completed(jobs), start=1):
+        finished = progress_bar(as_completed(jobs), total=len(jobs), desc="study", unit="run")
+        for count, job in enumerate(finished, start=1):
             if job.exception() is not None:
                 pool.shutdown(wait=False, cancel_futures=True)
             job.result()
-            print(f"{count} of {len(jobs)} runs, {(time.time() - begin) / 60:.0f} min", flush=True)
+            if not sys.stderr.isatty():  # where there is no bar
+                spent = (time.time() - begin) / 60
+                left = spent / count * (len(jobs) - count)
+                print(f"{count} of {len(jobs)} runs, {spent:.0f} min, some {left:.0f} min left", flush=True)
             if count % 25 == 0:
                 write_page(args.page or args.root / "study.md", claims, seeds, lines_of(file))
     write_page(args.page or args.root / "study.md", claims, seeds, lines_of(file))
