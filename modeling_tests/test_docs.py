@@ -53,7 +53,8 @@ PARSED_ALONE = ("web", "train", "init", "convert", "merge-modalities", "beats")
 # Run from the demo's folder, as it is after `make demo`.
 RUN = [words for name, words in OURS if words[0] not in PARSED_ALONE and "outputs/own" not in " ".join(words)]
 RUN = [words for words in RUN if words[:2] not in (["data", "rows"],) and "rows/train.jsonl" not in words]
-RUN.sort(key=lambda words: words[0] == "card")  # which shows the report
+# Each once, whatever pages it stands on; `card` last, which shows the report.
+RUN = sorted(map(list, dict.fromkeys(map(tuple, RUN))), key=lambda words: words[0] == "card")
 # Programs of others that pages name.
 OTHERS = ("accelerate", "torchrun", "vllm", "transformers", "lmms-eval", "hf", "pip", "make", "python")
 
