@@ -213,9 +213,11 @@ def encode(args: argparse.Namespace) -> int:
         folder = nowhere if args.dry_run and is_new else args.output
         cache = FeatureCache(folder, model, processor, dtype=args.stored, fill=is_new or not args.dry_run)
         collator = UniMoEDataCollator(processor, voice=args.voice, media_root=args.media_root)
-        rows, settings = iter_rows(source, **reading), {"num_rows": count_rows(source, **reading)}
+        rows = iter_rows(source, **reading)
+        # Counting reads the source once more, for the estimate of a bar that only a terminal shows.
+        num_rows = count_rows(source, **reading) if sys.stderr.isatty() else None
         try:
-            done = encode_rows(rows, model, collator, cache, args.batch_size, args.workers, args.dry_run, **settings)
+            done = encode_rows(rows, model, collator, cache, args.batch_size, args.workers, args.dry_run, num_rows)
         except KeyboardInterrupt:
             sys.stderr.write(f"Interrupted with {len(cache)} clips in '{args.output}'; the same command goes on.\n")
             raise
